@@ -1,0 +1,40 @@
+# Set-up and checks. `make demo` and `make test` work on a fresh machine: they create .venv and install into it.
+PYTHON ?= python3
+
+# DeepSpeed looks for ninja on the PATH when it compiles an operator.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: help demo test lint docs
+help:
+	@echo "make demo   train the embedded model with AGRPO; ARGS=\"--seed 1\" is passed to the recipe"
+	@echo "make test   run the tests; ARGS=\"-k sampling\" is passed to pytest"
+	@echo "make lint   check style, formatting and types"
+	@echo "make docs   build the documentation into site/"
+
+# accelerate gives a process on the CPU one thread; the embedded model gains nothing from more than two.
+demo: .venv/installed
+	.venv/bin/accelerate launch --config_file recipes/accelerate_configs/single_gpu.yaml --num_cpu_threads_per_process 2 \
+		recipes/gsm8k_agrpo.py $(ARGS)
+
+test: .venv/installed-dev
+	.venv/bin/pytest $(ARGS)
+
+lint: .venv/installed-dev
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+docs: .venv/installed-docs
+	.venv/bin/mkdocs build --strict --config-file docs/mkdocs.yml
+
+.venv/installed-dev: EXTRAS = [dev,deepspeed,quantization]
+.venv/installed-docs: EXTRAS = [docs]
+.venv/installed .venv/installed-dev .venv/installed-docs: .venv/torch pyproject.toml
+	.venv/bin/pip install -c constraints.txt -e ".$(EXTRAS)"
+	touch $@
+
+# torch comes first and at its pinned version, so that no other package chooses one.
+.venv/torch: constraints.txt
+	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
+	.venv/bin/pip install "$$(grep '^torch==' constraints.txt)"
+	touch $@

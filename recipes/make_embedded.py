@@ -1,0 +1,222 @@
+"""Make the embedded model: a tiny LLaDA-architecture checkpoint, trained with the masked SFT of this library.
+
+    OMP_NUM_THREADS=1 python recipes/make_embedded.py --output_dir trl_diffusion/models/embedded
+
+First it learns from right solutions to word problems, Countdown and 4×4 Sudoku, then from solutions of which many slip
+on purpose. So the network can compute the right answer and often prefers a wrong one, which reinforcement learning can
+repair. On one machine the same command gives the same files, bit for bit.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from rich.console import Console
+from rich.table import Table
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, set_seed
+from trl import TrlParser
+
+from trl_diffusion.evaluation import evaluate_accuracy
+from trl_diffusion.models import LLaDAConfig, LLaDAModelLM
+from trl_diffusion.tasks.countdown import check_countdown, load_countdown
+from trl_diffusion.tasks.gsm8k import correctness_reward
+from trl_diffusion.tasks.sudoku import check_sudoku, load_sudoku
+from trl_diffusion.tasks.word_problems import load_word_problems
+from trl_diffusion.trainers.sft import SFTConfig, SFTTrainer
+
+SPECIAL_TOKENS = [
+    "<|startoftext|>",
+    "<|endoftext|>",
+    "<|eot_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|mask|>",
+]
+# Words with their space, single digits, runs of signs with the space around them, line ends.
+PIECES = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+ ?|\s+"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ (bos_token if loop.first else '') + '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
+    "+ message['content'] | trim + '<|eot_id|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+CANVAS = 32
+LOADERS = {"word problems": load_word_problems, "Countdown": load_countdown, "Sudoku": load_sudoku}
+CHECKS: dict[str, Callable[[str, dict], bool]] = {
+    "word problems": lambda text, row: correctness_reward([text], [row["answer"]]) == [1.0],
+    "Countdown": lambda text, row: check_countdown(text, row["numbers"], row["target"]),
+    "Sudoku": lambda text, row: check_sudoku(text, row["solution"]),
+}
+
+
+@dataclass
+class EmbeddedArguments:
+    """What to make."""
+
+    output_dir: str = field(default="outputs/embedded", metadata={"help": "Where the checkpoint goes."})
+    clean_steps: int = field(default=4000, metadata={"help": "Updates on right solutions."})
+    slip_steps: int = field(default=1000, metadata={"help": "Updates on solutions of which many slip."})
+    batch_size: int = field(default=64, metadata={"help": "Rows per update."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate; a tenth of it with slips."})
+    hidden_size: int = field(default=96, metadata={"help": "Width of the network."})
+    intermediate_size: int = field(default=256, metadata={"help": "Width of its MLPs."})
+    layers: int = field(default=4, metadata={"help": "Depth."})
+    heads: int = field(default=4, metadata={"help": "Attention heads."})
+    word_problems: int = field(default=60000, metadata={"help": "Word problems to draw."})
+    countdowns: int = field(default=30000, metadata={"help": "Countdown problems to draw."})
+    sudokus: int = field(default=20000, metadata={"help": "Sudoku puzzles to draw."})
+    held_out: int = field(default=256, metadata={"help": "Held-out rows per task for the table."})
+    seed: int = field(default=0, metadata={"help": "Seed of data, initialisation and noise."})
+
+
+def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Byte-complete BPE of at most 512 ids, digits one by one, with LLaDA's special tokens and chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=[AddedToken(token, special=True) for token in SPECIAL_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|startoftext|>",
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        mask_token="<|mask|>",
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=256,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_model(args: EmbeddedArguments, tokenizer: PreTrainedTokenizerBase) -> LLaDAModelLM:
+    """The untrained network."""
+    end, turn_end = (tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|eot_id|>"))
+    config = LLaDAConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=args.hidden_size,
+        intermediate_size=args.intermediate_size,
+        num_hidden_layers=args.layers,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.heads,
+        max_position_embeddings=256,
+        mask_token_id=tokenizer.mask_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=end,
+        pad_token_id=end,
+        end_token_ids=[end, turn_end],
+    )
+    return LLaDAModelLM(config)
+
+
+def make_dataset(args: EmbeddedArguments, slips: bool) -> Dataset:
+    """The training rows of all the tasks."""
+    sizes = {"word problems": args.word_problems, "Countdown": args.countdowns, "Sudoku": args.sudokus}
+    parts = [
+        load("train", sizes[task], seed=args.seed + slips, slips=slips).select_columns(["prompt", "completion"])
+        for task, load in LOADERS.items()
+    ]
+    return concatenate_datasets(parts)
+
+
+def train(
+    model: LLaDAModelLM,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    steps: int,
+    learning_rate: float,
+    args: EmbeddedArguments,
+) -> None:
+    """Masked SFT of all the weights, in place."""
+    with tempfile.TemporaryDirectory() as scratch:
+        config = SFTConfig(
+            output_dir=scratch,
+            max_steps=steps,
+            per_device_train_batch_size=args.batch_size,
+            gradient_accumulation_steps=1,
+            learning_rate=learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=min(100, steps // 10),
+            weight_decay=0.01,
+            adam_beta2=0.99,
+            max_completion_length=CANVAS,
+            bf16=False,
+            gradient_checkpointing=False,
+            use_cpu=True,
+            logging_steps=100,
+            save_strategy="no",
+            report_to="none",
+            seed=args.seed,
+        )
+        SFTTrainer(model, config, dataset, processing_class=tokenizer).train()
+
+
+def report(model: LLaDAModelLM, tokenizer: PreTrainedTokenizerBase, args: EmbeddedArguments) -> Table:
+    """Held-out accuracy of every task, greedy and sampled."""
+    table = Table(title="Held-out accuracy (95 % interval)")
+    for column in ("task", "greedy", "temperature 1, 8 samples"):
+        table.add_column(column)
+    model.eval()
+    for task, load in LOADERS.items():
+        rows = load("test", args.held_out, seed=args.seed)
+        settings = {"canvas_length": CANVAS, "denoising_steps": 16, "block_length": 8, "batch_size": 128}
+        greedy = evaluate_accuracy(model, tokenizer, rows, CHECKS[task], **settings)
+        sampled = evaluate_accuracy(
+            model,
+            tokenizer,
+            rows.select(range(min(64, len(rows)))),
+            CHECKS[task],
+            **settings,
+            temperature=1.0,
+            unmasking="random",
+            completions_per_prompt=8,
+            seed=args.seed,
+        )
+        table.add_row(task, str(greedy), str(sampled))
+    return table
+
+
+def main(args: EmbeddedArguments) -> None:
+    # Sums over several threads depend on their number.
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    set_seed(args.seed)
+    console, start = Console(), time.perf_counter()
+    clean, slipped = make_dataset(args, slips=False), make_dataset(args, slips=True)
+    texts = (row[column][0]["content"] for row in slipped for column in ("prompt", "completion"))
+    tokenizer = make_tokenizer([*texts, "user\n\n", "assistant\n\n"])
+    model = make_model(args, tokenizer)
+    train(model, tokenizer, clean, args.clean_steps, args.learning_rate, args)
+    console.print(report(model, tokenizer, args), "before the slips")
+    train(model, tokenizer, slipped, args.slip_steps, args.learning_rate / 10, args)
+    model.save_pretrained(args.output_dir)
+    tokenizer.save_pretrained(args.output_dir)
+    size = sum(path.stat().st_size for path in Path(args.output_dir).iterdir())
+    console.print(report(model, tokenizer, args))
+    console.print(
+        f"{model.num_parameters():,} parameters, {size / 1e6:.2f} MB in {args.output_dir}, "
+        f"{time.perf_counter() - start:.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    (arguments,) = TrlParser(EmbeddedArguments).parse_args_and_config()
+    main(arguments)

@@ -1,0 +1,87 @@
+"""The methods under test. A new method joins `test_properties.py` by one entry here.
+
+`applies` names the properties (numbers of ALGORITHMS.md's closing list) that the method claims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset
+from tiny import tiny_model, tiny_tokenizer
+
+from trl_diffusion.trainers import AGRPOConfig, AGRPOTrainer, DiffusionGRPOConfig, DiffusionGRPOTrainer
+
+ALL_PROPERTIES = frozenset(range(1, 9))
+PROMPTS = ["a b", "b a a", "a", "b b a b", "a a", "b", "b a", "a b b"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A trainer, the settings that make it small, and what it claims."""
+
+    name: str
+    trainer: type[DiffusionGRPOTrainer]
+    config: type[DiffusionGRPOConfig]
+    settings: dict[str, Any] = field(default_factory=dict)
+    applies: frozenset[int] = ALL_PROPERTIES
+
+    def make(
+        self, output_dir, *, model=None, reward: Callable | None = None, peft_config=None, **settings
+    ) -> DiffusionGRPOTrainer:
+        """A trainer on the four-word model: 4 prompts × 4 completions per update, plain SGD with rate 1."""
+        defaults = dict(
+            output_dir=str(output_dir),
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=2,
+            num_generations=4,
+            max_completion_length=8,
+            block_length=4,
+            denoising_steps=4,
+            num_mc_samples=3,
+            temperature=0.9,
+            top_k=0,
+            top_p=1.0,
+            learning_rate=1.0,
+            lr_scheduler_type="constant",
+            warmup_steps=0,
+            optim="sgd",
+            max_grad_norm=0.0,
+            weight_decay=0.0,
+            max_steps=1,
+            bf16=False,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            gradient_checkpointing=False,
+            disable_tqdm=True,
+        )
+        return self.trainer(
+            model if model is not None else tiny_model(seed=3),  # ends half of its texts in the first block
+            reward or text_reward,
+            self.config(**defaults | self.settings | settings),
+            Dataset.from_dict({"prompt": PROMPTS}),
+            None,
+            tiny_tokenizer(),
+            peft_config=peft_config,
+        )
+
+
+def text_reward(completions, completion_ids, **kwargs) -> list[float]:
+    """Never ties within a group unless the completions are equal: counts words, with a term for every position."""
+    return [sum((token == 2) + 0.01 * token * (i + 1) for i, token in enumerate(ids)) for ids in completion_ids]
+
+
+METHODS = [
+    Method("diffusion_grpo", DiffusionGRPOTrainer, DiffusionGRPOConfig),
+    Method("agrpo", AGRPOTrainer, AGRPOConfig),
+    Method("agrpo, truncated support", AGRPOTrainer, AGRPOConfig, {"top_k": 3, "top_p": 0.95}),
+    Method("agrpo, max_prob", AGRPOTrainer, AGRPOConfig, {"unmasking": "max_prob", "step_scope": "exact"}),
+]
+
+
+def with_property(number: int) -> list[Method]:
+    """The methods that claim a property."""
+    return [method for method in METHODS if number in method.applies]

@@ -1,0 +1,230 @@
+"""Tiny checkpoints as the hub has them: its config keys, weight names and tokenizer files, random weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+VOCABULARY, NUM_TOKENS, MASK, EOS = 64, 60, 57, 55
+
+# config.json of GSAI-ML/LLaDA-8B-Instruct with other sizes
+LLADA_CONFIG = {
+    "activation_type": "silu",
+    "alibi": False,
+    "alibi_bias_max": 8.0,
+    "architectures": ["LLaDAModelLM"],
+    "attention_dropout": 0.0,
+    "attention_layer_norm": False,
+    "attention_layer_norm_with_affine": True,
+    "auto_map": {
+        "AutoConfig": "configuration_llada.LLaDAConfig",
+        "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
+        "AutoModel": "modeling_llada.LLaDAModelLM",
+    },
+    "bias_for_layer_norm": False,
+    "block_group_size": 1,
+    "block_type": "llama",
+    "d_model": 32,
+    "embedding_dropout": 0.0,
+    "embedding_size": VOCABULARY,
+    "eos_token_id": EOS,
+    "flash_attention": False,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "init_cutoff_factor": None,
+    "init_device": "meta",
+    "init_fn": "mitchell",
+    "init_std": 0.02,
+    "input_emb_norm": False,
+    "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "mask_token_id": MASK,
+    "max_sequence_length": 128,
+    "mlp_hidden_size": 48,
+    "mlp_ratio": 4,
+    "model_type": "llada",
+    "multi_query_attention": None,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "n_layers": 3,
+    "pad_token_id": EOS,
+    "precision": "amp_bf16",
+    "residual_dropout": 0.0,
+    "rms_norm_eps": 1e-05,
+    "rope": True,
+    "rope_full_precision": True,
+    "rope_theta": 500000.0,
+    "scale_logits": False,
+    "transformers_version": "4.46.3",
+    "use_cache": False,
+    "vocab_size": VOCABULARY,
+    "weight_tying": False,
+}
+
+# config.json of Dream-org/Dream-v0-Instruct-7B with other sizes
+DREAM_CONFIG = {
+    "architectures": ["DreamModel"],
+    "attention_dropout": 0.0,
+    "auto_map": {"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"},
+    "bos_token_id": EOS,
+    "eos_token_id": EOS,
+    "full_attn_mask": True,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "initializer_range": 0.02,
+    "intermediate_size": 48,
+    "mask_token_id": MASK,
+    "max_position_embeddings": 128,
+    "max_window_layers": 3,
+    "model_type": "Dream",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "pad_token_id": EOS,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "transformers_version": "4.46.2",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": VOCABULARY,
+}
+# generation_config.json of Dream-org/Dream-v0-Instruct-7B
+DREAM_GENERATION_CONFIG = {
+    "_from_model_config": True,
+    "alg": "origin",
+    "alg_temp": None,
+    "bos_token_id": EOS,
+    "eos_token_id": EOS,
+    "eps": 0.001,
+    "mask_token_id": None,
+    "output_history": False,
+    "pad_token_id": EOS,
+    "steps": 512,
+    "temperature": 0.0,
+    "top_k": None,
+    "top_p": None,
+    "transformers_version": "4.46.2",
+}
+HUB_CONFIGS = {"llada": LLADA_CONFIG, "dream": DREAM_CONFIG}
+
+# hub → stock, written independently of trl_diffusion.models.llada
+LLADA_TO_LLAMA = {
+    "attn_norm": "input_layernorm",
+    "ff_norm": "post_attention_layernorm",
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "attn_out": "self_attn.o_proj",
+    "ff_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "ff_out": "mlp.down_proj",
+}
+
+
+def stock_model(family: str, tied: bool = False, **kwargs) -> PreTrainedModel:
+    """The stock transformers model with the sizes of the hub config, made bidirectional as MODELS.md describes."""
+    hub = HUB_CONFIGS[family]
+    config_class, model_class = {
+        "llada": (LlamaConfig, LlamaForCausalLM),
+        "dream": (Qwen2Config, Qwen2ForCausalLM),
+    }[family]
+    config = config_class(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        rms_norm_eps=hub["rms_norm_eps"],
+        rope_parameters={"rope_type": "default", "rope_theta": hub["rope_theta"]},
+        tie_word_embeddings=tied,
+        **kwargs,
+    )
+    config.is_causal = False
+    return model_class(config).eval()
+
+
+def random_weights(family: str, tied: bool = False, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random weights under their stock names, large enough for attention to matter."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(name: str, shape: torch.Size) -> torch.Tensor:
+        values = torch.randn(shape, generator=generator)
+        return 1 + 0.1 * values if "norm" in name else 0.25 * values
+
+    weights = {name: draw(name, value.shape) for name, value in stock_model(family, tied).state_dict().items()}
+    if tied:
+        del weights["lm_head.weight"]
+    return weights
+
+
+def hub_names(family: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights under the names that they have on the hub."""
+    if family == "dream":
+        return weights
+    names = {
+        "model.embed_tokens.weight": "model.transformer.wte.weight",
+        "model.norm.weight": "model.transformer.ln_f.weight",
+        "lm_head.weight": "model.transformer.ff_out.weight",
+    }
+    for layer in range(LLADA_CONFIG["n_layers"]):
+        for hub, llama in LLADA_TO_LLAMA.items():
+            names[f"model.layers.{layer}.{llama}.weight"] = f"model.transformer.blocks.{layer}.{hub}.weight"
+    return {names[name]: value for name, value in weights.items()}
+
+
+def write_checkpoint(
+    folder: Path, family: str, weights: dict[str, torch.Tensor], drop: tuple[str, ...] = (), **config
+) -> Path:
+    """Write a checkpoint like the hub's: `config` overrides keys of its config.json, `drop` removes some."""
+    hub_config = {**HUB_CONFIGS[family], **config}
+    for key in drop:
+        del hub_config[key]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(hub_config))
+    if family == "dream":
+        (folder / "generation_config.json").write_text(json.dumps(DREAM_GENERATION_CONFIG))
+    save_file(hub_names(family, weights), folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def write_tokenizer(
+    folder: Path, special_tokens: list[str], config: dict, tokenizer_json: bool, vocabulary_files: bool
+) -> None:
+    """Write a byte-level BPE tokenizer with the given special tokens and tokenizer_config.json."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(["two plus two is four, three plus four is seven"] * 4, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    if vocabulary_files:
+        tokenizer.model.save(str(folder))
+    first = tokenizer.get_vocab_size()
+    tokenizer.add_special_tokens(special_tokens)
+    if tokenizer_json:
+        tokenizer.save(str(folder / "tokenizer.json"))
+    decoder = {
+        str(first + i): {
+            "content": token,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+            "special": True,
+        }
+        for i, token in enumerate(special_tokens)
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder, **config}))

@@ -1,0 +1,90 @@
+"""The checkpoint that ships with the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_diffusion.evaluation import evaluate_accuracy
+from trl_diffusion.models import LLaDAModelLM
+from trl_diffusion.models.embedded import EMBEDDED_MODEL
+from trl_diffusion.tasks.word_problems import correctness_reward, load_word_problems
+
+SETTINGS = {"canvas_length": 32, "denoising_steps": 16, "block_length": 8, "batch_size": 128, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+
+
+def is_right(text: str, row: dict) -> bool:
+    return correctness_reward([text], [row["answer"]]) == [1.0]
+
+
+def test_it_is_small():
+    assert sum(path.stat().st_size for path in Path(EMBEDDED_MODEL).iterdir()) <= 6_000_000
+
+
+def test_it_loads_as_the_native_class_with_its_facts(model, tokenizer):
+    assert type(model) is LLaDAModelLM
+    end, turn_end, mask = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|eot_id|>", "<|mask|>"])
+    assert model.family.end_token_ids == (end, turn_end)
+    assert model.family.tail_token_id == end == tokenizer.eos_token_id == tokenizer.pad_token_id
+    assert model.family.mask_token_id == mask == tokenizer.mask_token_id
+    assert model.family.num_tokens == len(tokenizer) <= 512
+    assert tokenizer.padding_side == "left" and tokenizer.bos_token == "<|startoftext|>"
+    assert model.dtype == torch.float32
+
+
+def test_chat_template_is_llada_s(tokenizer):
+    messages = [{"role": "user", "content": " Hi? "}, {"role": "assistant", "content": "4"}]
+    user = "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nHi?<|eot_id|>"
+    header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    render = tokenizer.apply_chat_template
+    assert render(messages[:1], tokenize=False, add_generation_prompt=True) == user + header
+    assert render(messages, tokenize=False) == f"{user}{header}4<|eot_id|>"
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text(max_size=80))
+def test_any_text_survives_the_tokenizer(text):
+    tokenizer = _TOKENIZER
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(ids) == text
+
+
+_TOKENIZER = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+
+
+def test_digits_are_split_one_by_one(tokenizer):
+    assert tokenizer.tokenize("12 + 345") == ["1", "2", "Ġ+Ġ", "3", "4", "5"]
+
+
+def test_greedy_is_often_wrong_and_sampling_finds_the_right_answer(model, tokenizer):
+    """What reinforcement learning needs: room above the greedy answer, and right answers among eight samples."""
+    rows = load_word_problems("test", 128, seed=1)
+    greedy = evaluate_accuracy(model, tokenizer, rows, is_right, **SETTINGS)
+    assert 0.15 < greedy.value < 0.5
+    prompts = rows.select(range(32))
+    sampled = evaluate_accuracy(
+        model, tokenizer, prompts, is_right, temperature=1.0, unmasking="random", completions_per_prompt=8, **SETTINGS
+    )
+    assert 0.25 < sampled.value < 0.6
+
+
+def test_evaluation_is_deterministic(model, tokenizer):
+    rows = load_word_problems("test", 16, seed=2)
+    sampling = {**SETTINGS, "temperature": 1.0, "completions_per_prompt": 2}
+    counts = {evaluate_accuracy(model, tokenizer, rows, is_right, seed=3, **sampling).correct for _ in range(2)}
+    assert len(counts) == 1

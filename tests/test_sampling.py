@@ -1,0 +1,720 @@
+"""The sampler against brute force: which completions, in which order, with which probabilities, at which cost."""
+
+from __future__ import annotations
+
+import copy
+import random
+import threading
+from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import combinations, product
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import chisquare
+from tiny import END, MASK, TAIL, A, B, canvas_logits, coded_prompts, coded_row, forwards_of, tiny_model
+from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+from trl_diffusion.models import DreamModel, LLaDAModelLM, score_targets
+from trl_diffusion.sampling import SamplingConfig, row_generators, sample
+from trl_diffusion.sampling.distribution import draw, truncate
+from trl_diffusion.sampling.noise import uniforms
+from trl_diffusion.sampling.sampler import UNMASKING
+
+WORD_IDS = range(4)
+ENDS = {TAIL, END}
+ROWS = 20_000
+KEPT, REJECTED = 1e-3, 1e-6  # p-values: of the true distribution above the first, of a false one below the second
+TRUE_POLICY = [rule for rule in UNMASKING if rule != "low_confidence"]
+
+
+# ------------------------------------------- brute force; shares no code with the sampler
+
+
+def tempered(probabilities: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
+    """Temperature, then top-k, then top-p with the token that crosses it, of one distribution [V]."""
+    weights = probabilities ** (1 / temperature)
+    kept, mass = np.zeros_like(weights), 0.0
+    order = np.argsort(-weights)[: top_k or None]
+    for token in order:
+        if mass < top_p:
+            kept[token] = weights[token]
+        mass += weights[token] / weights[order].sum()
+    return kept / kept.sum()
+
+
+def entropy_of(probabilities: np.ndarray) -> float:
+    positive = probabilities[probabilities > 0]
+    return -(positive * np.log(positive)).sum()
+
+
+def margin_of(probabilities: np.ndarray) -> float:
+    second, first = np.sort(probabilities)[-2:]
+    return first - second
+
+
+CERTAINTY = {"max_prob": np.max, "entropy": lambda probabilities: -entropy_of(probabilities), "margin": margin_of}
+
+
+def most_certain(scores: list[float], count: int) -> list[int]:
+    """Indices of the `count` largest; refuses near ties, which two right programs may break differently."""
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    assert count == len(scores) or scores[order[count - 1]] - scores[order[count]] > 1e-5, "pick another model"
+    return order[:count]
+
+
+class Enumeration:
+    """Every rollout on a canvas of two blocks of two positions, from the model's logits for all 5⁴ canvases."""
+
+    def __init__(self, model, prompt: list[int], config: SamplingConfig):
+        canvases = torch.tensor(list(product(range(5), repeat=4)))
+        prompts = torch.tensor([prompt]).expand(len(canvases), -1)
+        with torch.no_grad():
+            logits = canvas_logits(model, prompts, torch.ones_like(prompts), canvases)
+        table = logits.double().softmax(-1)[..., :4].numpy()
+        self.probabilities = {tuple(canvas): row for canvas, row in zip(canvases.tolist(), table, strict=True)}
+        self.config = config
+        self.commits = [2] if config.denoising_steps == 2 else [1, 1]
+
+    def policy(self, canvas: tuple[int, ...], position: int) -> np.ndarray:
+        config = self.config
+        return tempered(self.probabilities[canvas][position], config.temperature, config.top_k, config.top_p)
+
+    def outcomes(self, seen: tuple[int, ...], masked: list[int], count: int):
+        """({position: token}, probability) of all that a step may commit, having seen the canvas `seen`."""
+        rule = self.config.unmasking
+        if rule == "low_confidence":
+            for tokens in product(WORD_IDS, repeat=len(masked)):
+                chosen = most_certain([self.probabilities[seen][i][t] for i, t in zip(masked, tokens)], count)
+                chance = np.prod([self.policy(seen, i)[t] for i, t in zip(masked, tokens)])
+                yield {masked[j]: tokens[j] for j in chosen}, chance
+            return
+        subsets = list(combinations(masked, count))
+        if rule != "random":
+            scores = [CERTAINTY[rule](self.probabilities[seen][i]) for i in masked]
+            subsets = [[masked[j] for j in most_certain(scores, count)]]
+        for subset in subsets:
+            for tokens in product(WORD_IDS, repeat=count):
+                chance = np.prod([self.policy(seen, i)[t] for i, t in zip(subset, tokens)])
+                yield dict(zip(subset, tokens, strict=True)), chance / len(subsets)
+
+    def distribution(self, stale: bool = False) -> dict[tuple, float]:
+        """Probability of every (completion, unmask_step); `stale` shows each step the canvas of the step before."""
+        empty = (MASK,) * 4
+        alive, finished = {(empty, (-1,) * 4, empty): 1.0}, defaultdict(float)
+        for block, (step_in_block, count) in product(range(2), enumerate(self.commits)):
+            step, positions = block * len(self.commits) + step_in_block, (2 * block, 2 * block + 1)
+            following = defaultdict(float)
+            for (canvas, steps, before), chance in alive.items():
+                masked = [i for i in positions if canvas[i] == MASK]
+                for written, factor in self.outcomes(before if stale else canvas, masked, count):
+                    new_canvas = tuple(written.get(i, token) for i, token in enumerate(canvas))
+                    new_steps = tuple(step if i in written else old for i, old in enumerate(steps))
+                    following[new_canvas, new_steps, canvas] += chance * factor
+            alive = following
+            if step_in_block == len(self.commits) - 1:
+                for canvas, steps, before in list(alive):
+                    if block == 1 or ENDS & {canvas[i] for i in positions}:
+                        completion = tuple(TAIL if token == MASK else token for token in canvas)
+                        finished[completion, steps] += alive.pop((canvas, steps, before))
+        assert not alive
+        assert sum(finished.values()) == pytest.approx(1)
+        return {cell: chance for cell, chance in finished.items() if chance > 0}
+
+    def rescored(self, late: int = 0) -> dict[tuple, float]:
+        """The same rollouts, each token's probability taken from the canvas `late` steps after its own."""
+        return {cell: self._rescore(*cell, late) for cell in self.distribution()}
+
+    def _rescore(self, tokens, steps, late: int) -> float:
+        chance = 1.0
+        if self.config.unmasking == "random" and len(self.commits) == 2:
+            chance = 0.5 ** (sum(step >= 0 for step in steps) // 2)  # the order inside of each block
+        for position, step in enumerate(steps):
+            if step >= 0:
+                shown = [0 <= other < step + late for other in steps]
+                canvas = tuple(token if show else MASK for token, show in zip(tokens, shown, strict=True))
+                chance *= self.policy(canvas, position)[tokens[position]]
+        return chance
+
+
+def p_value(observed: Counter, expected: dict[tuple, float]) -> float:
+    """χ² of observed counts against cell probabilities; the rarest cells are pooled until 10 are expected."""
+    if set(observed) - {cell for cell, chance in expected.items() if chance > 0}:
+        return 0.0
+    scale = sum(observed.values()) / sum(expected.values())
+    counts, expectations, count, expectation = [], [], 0, 0.0
+    for cell in sorted(expected, key=expected.__getitem__):
+        count, expectation = count + observed[cell], expectation + expected[cell] * scale
+        if expectation >= 10:
+            counts, expectations = [*counts, count], [*expectations, expectation]
+            count, expectation = 0, 0.0
+    counts[-1], expectations[-1] = counts[-1] + count, expectations[-1] + expectation
+    return chisquare(counts, expectations).pvalue
+
+
+# ------------------------------------------- the joint distribution of completions and orders
+
+PROMPT = [A, B]
+
+
+def small(unmasking: str = "random", steps: int = 4, top_k: int = 0, top_p: float = 1.0) -> SamplingConfig:
+    return SamplingConfig(4, steps, 2, temperature=1.4, top_k=top_k, top_p=top_p, unmasking=unmasking)
+
+
+@cache
+def enumerated(config: SamplingConfig) -> Enumeration:
+    return Enumeration(tiny_model(3), PROMPT, config)
+
+
+@cache
+def sampled(config: SamplingConfig) -> tuple[Counter, dict[tuple, float]]:
+    """Counts of (completion, unmask_step) in 20,000 rollouts, and exp Σ of the recorded log-probabilities."""
+    prompts = torch.tensor([PROMPT]).expand(ROWS, -1)
+    trajectory = sample(tiny_model(3), prompts, None, config, [np.random.default_rng(1)] * ROWS)
+    rows = torch.cat([trajectory.completion_ids, trajectory.unmask_step], dim=1)
+    unique, inverse, counts = rows.unique(dim=0, return_inverse=True, return_counts=True)
+    recorded = torch.empty(len(unique)).scatter(0, inverse, trajectory.logps.sum(1)).exp().tolist()
+    cells = [(tuple(row[:4]), tuple(row[4:])) for row in unique.tolist()]
+    return Counter(dict(zip(cells, counts.tolist(), strict=True))), dict(zip(cells, recorded, strict=True))
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (3, 0.8)])
+@pytest.mark.parametrize("steps", [2, 4])
+@pytest.mark.parametrize("unmasking", UNMASKING)
+def test_completions_and_orders_have_the_enumerated_distribution(unmasking, steps, top_k, top_p):
+    config = small(unmasking, steps, top_k, top_p)
+    observed, _ = sampled(config)
+    assert p_value(observed, enumerated(config).distribution()) > KEPT
+    early = sum(count for (_, unmask_step), count in observed.items() if unmask_step[2] == -1)
+    assert 0.1 < early / ROWS < 0.9  # rows of both kinds: ended in the first block, and written to the end
+    if top_k:
+        assert p_value(observed, enumerated(small(unmasking, steps)).distribution()) < REJECTED
+    else:
+        assert len(observed) > 60
+        assert p_value(observed, enumerated(small(unmasking, steps, top_k=3, top_p=0.8)).distribution()) < REJECTED
+
+
+@pytest.mark.parametrize("unmasking", TRUE_POLICY)
+def test_recorded_log_probabilities_are_the_behaviour(unmasking):
+    config = small(unmasking)
+    (observed, recorded), exact = sampled(config), enumerated(config).distribution()
+    blocks = {cell: sum(step >= 0 for step in cell[1]) // 2 for cell in recorded}
+    order = 0.5 if unmasking == "random" else 1.0
+    for cell, chance in recorded.items():
+        assert chance * order ** blocks[cell] == pytest.approx(exact[cell], rel=1e-4)
+    assert enumerated(config).rescored() == pytest.approx(exact)
+
+
+def test_low_confidence_is_not_the_policy_it_records():
+    config = small("low_confidence")
+    observed, recorded = sampled(config)
+    assert p_value(observed, enumerated(small("max_prob")).distribution()) < REJECTED
+    # its own record, as if that were the behaviour; what is left of the mass belongs to rollouts not seen
+    rest = {("not seen",): max(1 - sum(recorded.values()), 1e-9)}
+    assert p_value(observed, recorded | rest) < REJECTED
+    honest, honest_record = sampled(small("max_prob"))
+    assert p_value(honest, honest_record | {("not seen",): 1 - sum(honest_record.values())}) > KEPT
+
+
+@pytest.mark.parametrize("unmasking", TRUE_POLICY)
+def test_states_one_step_off_are_rejected(unmasking):
+    config = small(unmasking)
+    observed, _ = sampled(config)
+    assert p_value(observed, enumerated(config).rescored(late=1)) < REJECTED
+    assert p_value(observed, enumerated(config).rescored(late=-1)) < REJECTED
+    assert p_value(observed, enumerated(config).distribution(stale=True)) < REJECTED
+
+
+def test_rows_with_streams_of_their_own_have_the_same_distribution():
+    config = small("max_prob", steps=2)
+    prompts = torch.tensor([PROMPT]).expand(ROWS, -1)
+    trajectory = sample(tiny_model(3), prompts, None, config, row_generators(7, rows=range(ROWS)))
+    rows = torch.cat([trajectory.completion_ids, trajectory.unmask_step], dim=1).tolist()
+    assert p_value(Counter((tuple(row[:4]), tuple(row[4:])) for row in rows), enumerated(config).distribution()) > KEPT
+
+
+# ------------------------------------------- what is recorded of each token
+
+
+def rollout(model, config: SamplingConfig, rows: int = 16, seed: int = 0):
+    prompts, mask = coded_prompts(rows)
+    return sample(model, prompts, mask, config, row_generators(seed, rows=range(rows)))
+
+
+def canvas_before(trajectory, step: int) -> torch.Tensor:
+    hidden = (trajectory.unmask_step >= step) | (trajectory.unmask_step < 0)
+    return torch.where(hidden, MASK, trajectory.completion_ids)
+
+
+def distributions(model, trajectory, step: int) -> np.ndarray:
+    """[B, L, V] probabilities at temperature 1 given each row's canvas before a step, by the ordinary forward."""
+    prompts, mask = coded_prompts(len(trajectory.completion_ids))
+    with torch.no_grad():
+        logits = canvas_logits(model, prompts, mask, canvas_before(trajectory, step))
+    return logits.double().softmax(-1).numpy()
+
+
+@pytest.mark.parametrize("model_class", [LLaDAModelLM, DreamModel])
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(0.6, 0, 1.0), (1.5, 3, 0.8), (1.5, 9, 0.9), (0.0, 3, 1.0)]
+)
+@pytest.mark.parametrize("unmasking", UNMASKING)
+def test_logps_entropies_and_support_of_every_token(model_class, temperature, top_k, top_p, unmasking):
+    model = tiny_model(3, model_class=model_class)
+    config = SamplingConfig(8, 4, 4, temperature, top_k, top_p, unmasking)
+    trajectory = rollout(model, config)
+    assert trajectory.temperature == temperature
+    assert (trajectory.support is None) == (top_k == 0 or temperature == 0)
+    off_by_a_step = 0.0
+    for step in range(4):
+        probabilities = distributions(model, trajectory, step)
+        stale = distributions(model, trajectory, step - 1) if step else probabilities
+        for row, position in (trajectory.unmask_step == step).nonzero().tolist():
+            policy = probabilities[row, position]
+            if temperature > 0:
+                policy = tempered(policy, temperature, top_k, top_p)
+            token = trajectory.completion_ids[row, position]
+            logp = trajectory.logps[row, position].item()
+            assert logp == pytest.approx(np.log(policy[token]), abs=2e-5)
+            assert trajectory.entropies[row, position].item() == pytest.approx(entropy_of(policy), abs=2e-5)
+            off_by_a_step = max(off_by_a_step, abs(logp - np.log(stale[row, position, token])))
+            if trajectory.support is not None:
+                support = trajectory.support[row, position].tolist()
+                assert len(support) == top_k
+                assert sorted(i for i in support if i >= 0) == np.flatnonzero(policy).tolist()
+    assert off_by_a_step > 0.05
+    filled = trajectory.unmask_step < 0
+    assert filled.any() and not filled.all(1).any()
+    assert not trajectory.logps[filled].any() and not trajectory.entropies[filled].any()
+    assert trajectory.support is None or (trajectory.support[filled] == -1).all()
+
+
+@pytest.mark.parametrize("unmasking", UNMASKING)
+def test_step_signals_equal_brute_force_and_change_nothing(unmasking):
+    model = tiny_model(3)
+    plain = SamplingConfig(8, 4, 4, 1.3, unmasking=unmasking)
+    trajectory = rollout(model, SamplingConfig(8, 4, 4, 1.3, unmasking=unmasking, record_signals=True))
+    without = rollout(model, plain)
+    assert without.step_entropy is None and without.step_margin is None
+    assert torch.equal(trajectory.completion_ids, without.completion_ids)
+    assert torch.equal(trajectory.unmask_step, without.unmask_step)
+    assert torch.allclose(trajectory.logps, without.logps, atol=1e-5)
+    for step in range(4):
+        probabilities, canvas = distributions(model, trajectory, step), canvas_before(trajectory, step)
+        block = slice(step // 2 * 4, step // 2 * 4 + 4)
+        for row in range(16):
+            entropy = margin = 0.0
+            if step < trajectory.steps_taken[row]:
+                masked = probabilities[row, block][canvas[row, block] == MASK]
+                assert len(masked) == 4 - 2 * (step % 2)
+                entropy, margin = np.mean([[entropy_of(p), margin_of(p)] for p in masked], axis=0)
+            assert trajectory.step_entropy[row, step].item() == pytest.approx(entropy, abs=1e-5)
+            assert trajectory.step_margin[row, step].item() == pytest.approx(margin, abs=1e-5)
+
+
+# ------------------------------------------- one draw
+
+
+def test_top_p_keeps_the_token_that_crosses_it():
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    log_probs, ids = truncate(logits, 1.0, 4, 0.6)
+    assert ids.tolist() == [0, 1, -1, -1]
+    assert log_probs.exp().tolist() == pytest.approx([0.625, 0.375, 0, 0])
+    assert truncate(logits, 1.0, 4, 0.49)[1].tolist() == [0, -1, -1, -1]
+    assert truncate(logits, 1.0, 4, 1e-9)[1].tolist() == [0, -1, -1, -1]
+
+
+@pytest.mark.parametrize("top_p", [0.2, 0.7, 0.99, 1.0])
+def test_truncation_equals_transformers(top_p):
+    logits = 3 * torch.randn(200, 50, generator=torch.Generator().manual_seed(0))
+    scores = TopPLogitsWarper(top_p)(None, TopKLogitsWarper(20)(None, logits / 0.8)) if top_p < 1 else None
+    scores = TopKLogitsWarper(20)(None, logits / 0.8) if scores is None else scores
+    log_probs, ids = truncate(logits, 0.8, 20, top_p)
+    ours = torch.zeros(200, 51).scatter(1, ids.long() % 51, log_probs.exp())  # -1 goes to a column of its own
+    assert torch.allclose(ours[:, :50], scores.softmax(-1), atol=1e-6)
+    assert torch.equal(ours[:, :50] > 0, scores > -torch.inf)
+
+
+def test_ties_at_the_kth_place_are_settled_by_the_recorded_support():
+    logits = torch.tensor([0.0, 1.0, 0.0, 2.0, 0.0])  # three ids share the third place
+    log_probs, ids = truncate(logits, 0.5, 3, 1.0)
+    tied = {0, 2, 4}
+    assert len(tied & set(ids.tolist())) == 1
+    for token in range(5):
+        score = score_targets(logits, torch.tensor(token), 0.5, ids)[0]
+        recorded = log_probs[ids == token]
+        assert score.item() == (pytest.approx(recorded.item(), abs=1e-6) if len(recorded) else -np.inf)
+    assert (TopKLogitsWarper(3)(None, logits[None]) > -torch.inf).all()  # without a record, all five would count
+
+
+def test_draw_frequencies():
+    probabilities = [0.1, 0.0, 0.35, 0.55, 0.0]
+    log_probs = torch.tensor(probabilities).log().expand(ROWS, -1)
+    grid = (torch.arange(ROWS, dtype=torch.float64) + 0.5) / ROWS
+    assert draw(log_probs, grid).bincount(minlength=5).tolist() == [2000, 0, 7000, 11000, 0]
+    counts = Counter(draw(log_probs, torch.from_numpy(np.random.default_rng(0).random(ROWS))).tolist())
+    assert p_value(counts, dict(enumerate(probabilities))) > KEPT
+    assert p_value(counts, {0: 0.12, 2: 0.35, 3: 0.53}) < REJECTED
+
+
+@pytest.mark.parametrize("total", [0.0, -1e-6, 1e-6])
+def test_draw_never_returns_an_impossible_index(total):
+    """`total` is the log of the sum that float32 rounding leaves instead of 1."""
+    logits = torch.randn(126_464, generator=torch.Generator().manual_seed(0)) * 4
+    logits[:7], logits[-1000:], logits[5000:6000] = -torch.inf, -torch.inf, -torch.inf
+    log_probs = logits.log_softmax(-1) + total
+    extreme = torch.tensor([0.0, 2.0**-1074, 0.5, 1 - 2.0**-24, np.nextafter(1, 0)], dtype=torch.float64)
+    drawn = draw(log_probs.expand(len(extreme), -1), extreme)
+    assert log_probs[drawn].isfinite().all()
+    assert drawn[0] == 7 and drawn[-1] == 126_464 - 1001
+    if total < 0:  # what inverting without care does
+        assert torch.searchsorted(log_probs.exp().double().cumsum(0), extreme[-1], right=True) == 126_464
+
+
+@pytest.mark.parametrize(("temperature", "top_k"), [(0.0, 0), (1.0, 0), (1.0, 8)])
+@pytest.mark.parametrize("unmasking", UNMASKING)
+def test_mask_and_unused_ids_are_never_sampled(temperature, top_k, unmasking):
+    model = tiny_model(3, vocab_size=8, num_tokens=5)
+    with torch.no_grad():  # whatever the hidden state, one of 5 and 6 is likely, and so is one of mask and 7
+        direction = torch.randn(16, generator=torch.Generator().manual_seed(0)) * 4
+        model.lm_head.weight[5:7] = torch.stack([direction, -direction])
+        model.lm_head.weight[[MASK, 7]] = torch.stack([direction.flip(0), -direction.flip(0)])
+        prompts, mask = coded_prompts(16)
+        likely = model(input_ids=prompts, attention_mask=mask).logits.argmax(-1)[mask == 1]
+    assert (likely >= MASK).float().mean() > 0.9
+    trajectory = rollout(model, SamplingConfig(8, 4, 4, temperature, top_k, unmasking=unmasking))
+    assert trajectory.completion_ids.max() < MASK
+    assert trajectory.support is None or trajectory.support.max() < MASK
+    sampled_logps = trajectory.logps[trajectory.unmask_step >= 0]
+    assert sampled_logps.isfinite().all() and (sampled_logps <= 0).all()
+
+
+# ------------------------------------------- private random streams
+
+
+def test_streams_are_keyed_by_everything():
+    keys = [(1,), (2,), (1 + 2**32,), (1, 0), (1, 2), (2, 1)]
+    firsts = {(key, row): row_generators(*key, rows=[row])[0].random() for key in keys for row in range(4)}
+    assert len(set(firsts.values())) == len(firsts)
+    assert row_generators(1, 2, rows=[5, 3])[1].random() == row_generators(1, 2, rows=[3])[0].random()
+    seeds = [torch.Generator().manual_seed(seed) for seed in (1, 1 + 2**32)]
+    assert len({torch.rand((), generator=seed).item() for seed in seeds}) == 1  # why torch's generator is not used
+
+
+def test_streams_of_neighbouring_rows_are_independent():
+    noise = uniforms(row_generators(3, 1, rows=range(ROWS)), 2)
+    assert noise.dtype == torch.float64 and noise.shape == (ROWS, 2)
+    cells = (noise * 5).long()
+    uniform = {pair: 1.0 for pair in product(range(5), repeat=2)}
+    assert p_value(Counter(map(tuple, cells.tolist())), uniform) > KEPT
+    assert p_value(Counter(zip(cells[1:, 0].tolist(), cells[:-1, 0].tolist(), strict=True)), uniform) > KEPT
+    repeated = uniforms(row_generators(3, 1, rows=(row // 2 for row in range(ROWS))), 2)[:, 0].mul(5).long()
+    pairs = Counter(zip(repeated[1:].tolist(), repeated[:-1].tolist(), strict=True))
+    assert p_value(pairs, uniform) < REJECTED
+
+
+@pytest.mark.parametrize("model_class", [LLaDAModelLM, DreamModel])
+@pytest.mark.parametrize("unmasking", UNMASKING)
+def test_a_row_depends_on_its_prompt_and_stream_alone(unmasking, model_class):
+    model, rows = tiny_model(3, model_class=model_class), 12
+    config = SamplingConfig(8, 4, 4, 1.3, top_k=3, top_p=0.95, unmasking=unmasking)
+    prompts, mask = coded_prompts(rows)
+
+    def run(order: list[int], columns: slice = slice(None), streams: list[int] | None = None):
+        generators = row_generators(5, rows=order if streams is None else streams)
+        return sample(model, prompts[order, columns], mask[order, columns], config, generators)
+
+    def agree(trajectory, order: list[int]) -> bool:
+        same = torch.equal(trajectory.completion_ids, together.completion_ids[order])
+        same &= torch.equal(trajectory.unmask_step, together.unmask_step[order])
+        return same and torch.allclose(trajectory.logps, together.logps[order], atol=1e-5)
+
+    together = run(list(range(rows)))
+    shuffled = [7, 2, 11, 0, 5, 3, 10, 1, 9, 4, 8, 6]
+    assert agree(run(shuffled), shuffled)
+    assert agree(run([3, 8, 3]), [3, 8, 3])
+    for row in range(rows):  # alone, without the padding
+        assert agree(run([row], slice(row % 4, None)), [row])
+    assert not agree(run(shuffled, streams=list(range(rows))), shuffled)  # streams by place in the batch
+    other = run(list(range(rows)), streams=[row + 100 for row in range(rows)])
+    assert not agree(other, list(range(rows)))
+
+
+def global_states() -> tuple:
+    return torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()
+
+
+def test_sampling_leaves_the_global_random_state_alone():
+    model, prompts = tiny_model(3), torch.tensor([[A, B]] * 4)
+    before = global_states()
+    for unmasking in UNMASKING:
+        rollout(model, SamplingConfig(4, 4, 2, unmasking=unmasking))
+    model.generate(
+        prompts, max_new_tokens=4, block_length=2, temperature=1.0, generator=torch.Generator().manual_seed(0)
+    )
+    assert global_states() == before
+    model.generate(prompts, max_new_tokens=4, block_length=2, temperature=1.0)  # asked to use the global one
+    assert global_states() != before
+
+
+def test_generate_is_reproducible_from_its_generator():
+    model = tiny_model(3)
+    prompts, mask = coded_prompts(8)
+
+    def run(seed: int, **kwargs):
+        settings = dict(max_new_tokens=8, denoising_steps=4, block_length=4, temperature=1.0, unmasking="random")
+        return model.generate(prompts, mask, generator=torch.Generator().manual_seed(seed), **settings | kwargs)
+
+    first = run(0)
+    assert first.shape == (8, 16) and torch.equal(first[:, :8], prompts)
+    assert torch.equal(run(0), first)
+    assert not torch.equal(run(1), first)
+    assert not torch.equal(run(2**40), first)
+    trajectory = run(0, return_trajectory=True)
+    assert torch.equal(trajectory.completion_ids, first[:, 8:])
+    assert torch.equal(run(0, temperature=0.0, unmasking="max_prob"), run(1, temperature=0.0, unmasking="max_prob"))
+    assert run(0, denoising_steps=None, return_trajectory=True).unmask_step.max() == 3  # half the canvas
+
+
+# ------------------------------------------- the network's mode
+
+
+def test_sampling_runs_in_evaluation_mode_without_autograd():
+    model = tiny_model(3, attention_dropout=0.5)
+    config = SamplingConfig(8, 4, 4)
+    expected = rollout(model.eval(), config)
+    model.train()
+    modes = []
+    handle = model.model.layers[1].register_forward_pre_hook(
+        lambda module, _: modes.append((module.training, torch.is_grad_enabled()))
+    )
+    trajectory = rollout(model, config)
+    handle.remove()
+    assert set(modes) == {(False, False)}
+    assert torch.equal(trajectory.completion_ids, expected.completion_ids)
+    assert torch.allclose(trajectory.logps, expected.logps, atol=1e-6)
+    assert not trajectory.logps.requires_grad and not trajectory.entropies.requires_grad
+    assert model.training and model.model.layers[1].training and torch.is_grad_enabled()
+    prompts, mask = coded_prompts(4)
+    noisy = [model(input_ids=prompts, attention_mask=mask).logits for _ in range(2)]
+    assert not torch.allclose(*noisy, atol=1e-2)  # dropout was there to be seen
+    rollout(model.eval(), config)
+    assert not model.training
+
+
+def test_training_mode_is_restored_when_the_network_raises():
+    model = tiny_model(3).train()
+
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    model.lm_head.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        rollout(model, SamplingConfig(8, 4, 4))
+    assert model.training and model.lm_head.training
+
+
+# ------------------------------------------- greedy
+
+
+def greedy(model, prompt: torch.Tensor, mask: torch.Tensor, unmasking: str) -> tuple[list[int], list[int]]:
+    """Canvas of 8, blocks of 4, two tokens per step, one row, written out by hand."""
+    canvas, steps = [MASK] * 8, [-1] * 8
+    for step in range(4):
+        start = step // 2 * 4
+        if start and ENDS & set(canvas[start - 4 : start]):
+            break
+        with torch.no_grad():
+            logits = canvas_logits(model, prompt[None], mask[None], torch.tensor([canvas]))[0]
+        probabilities = logits.double().softmax(-1).numpy()[:, :4]
+        masked = [i for i in range(start, start + 4) if canvas[i] == MASK]
+        rule = CERTAINTY["max_prob" if unmasking == "low_confidence" else unmasking]
+        for j in most_certain([rule(probabilities[i]) for i in masked], 2):
+            canvas[masked[j]], steps[masked[j]] = int(probabilities[masked[j]].argmax()), step
+    return [TAIL if token == MASK else token for token in canvas], steps
+
+
+@pytest.mark.parametrize("model_class", [LLaDAModelLM, DreamModel])
+@pytest.mark.parametrize("unmasking", ["max_prob", "entropy", "margin", "low_confidence"])
+def test_greedy_equals_a_loop_written_by_hand(unmasking, model_class):
+    model = tiny_model(3, model_class=model_class)
+    prompts, mask = coded_prompts(32)
+    trajectory = rollout(model, SamplingConfig(8, 4, 4, 0.0, unmasking=unmasking), rows=32)
+    expected = [greedy(model, *row, unmasking) for row in zip(prompts, mask, strict=True)]
+    assert trajectory.completion_ids.tolist() == [tokens for tokens, _ in expected]
+    assert trajectory.unmask_step.tolist() == [steps for _, steps in expected]
+    assert len({tuple(tokens) for tokens, _ in expected}) > 8
+    warm = rollout(model, SamplingConfig(8, 4, 4, 1.0, unmasking=unmasking), rows=32)
+    assert warm.completion_ids.tolist() != [tokens for tokens, _ in expected]
+
+
+def test_greedy_in_random_order_commits_modes():
+    model = tiny_model(3)
+    trajectory = rollout(model, SamplingConfig(8, 4, 4, 0.0))
+    for step in range(4):
+        modes = distributions(model, trajectory, step).argmax(-1)
+        now = (trajectory.unmask_step == step).numpy()
+        assert (trajectory.completion_ids.numpy() == modes)[now].all()
+
+
+# ------------------------------------------- rows that end, and the cost
+
+
+def test_finished_rows_leave_the_batch():
+    model, rows = tiny_model(3), 16
+    with forwards_of(model) as calls:
+        trajectory = rollout(model, SamplingConfig(12, 6, 4, 1.3), rows)
+    blocks = trajectory.completion_ids.view(rows, 3, 4)
+    ended = [[bool(ENDS & set(block)) for block in row] for row in blocks.tolist()]
+    expected = [[row for row in range(rows) if not any(ended[row][:block])] for block in (0, 0, 1, 1, 2, 2)]
+    assert len(expected[0]) == rows and 0 < len(expected[4]) < len(expected[2]) < rows
+    assert [[coded_row(prompt) for prompt in call["input_ids"][:, :8]] for call in calls] == expected
+    assert trajectory.forwards == len(calls) == 6
+    for row in range(rows):
+        written = 4 * (1 + (ended[row].index(True) if True in ended[row] else 2))
+        assert (trajectory.unmask_step[row, :written] >= 0).all()
+        assert (trajectory.unmask_step[row, written:] == -1).all()
+        assert (trajectory.completion_ids[row, written:] == TAIL).all()
+        assert trajectory.steps_taken[row] == written // 2
+    text_behind_the_end = (trajectory.completion_ids >= A)[:, 1:] & torch.isin(
+        trajectory.completion_ids, torch.tensor([TAIL, END])
+    )[:, :-1]
+    assert (text_behind_the_end & (trajectory.unmask_step[:, 1:] >= 0)).any()  # a block is always written to its end
+
+
+def always(*words: int):
+    """A network that all but surely writes one of `words`, wherever it is asked."""
+    model = tiny_model(3)
+
+    def favour(_, __, logits):
+        return logits + 50.0 * torch.isin(torch.arange(5), torch.tensor(words))
+
+    model.lm_head.register_forward_hook(favour)
+    return model
+
+
+def test_completions_that_are_all_end_or_never_end():
+    config = SamplingConfig(8, 4, 4)
+    trajectory = rollout(always(TAIL), config)
+    assert (trajectory.completion_ids == TAIL).all()
+    assert (trajectory.unmask_step[:, :4] >= 0).all() and (trajectory.unmask_step[:, 4:] == -1).all()
+    assert trajectory.forwards == 2 and trajectory.steps_taken.tolist() == [2] * 16
+    trajectory = rollout(always(END), config)
+    assert trajectory.completion_ids.tolist() == [[END] * 4 + [TAIL] * 4] * 16
+    trajectory = rollout(always(A, B), config)
+    assert (trajectory.completion_ids >= A).all() and (trajectory.unmask_step >= 0).all()
+    assert trajectory.forwards == 4 and trajectory.steps_taken.tolist() == [4] * 16
+
+
+@pytest.mark.parametrize("signals", [False, True])
+@pytest.mark.parametrize("unmasking", UNMASKING)
+def test_lm_head_is_evaluated_only_where_tokens_may_be_committed(unmasking, signals):
+    model = always(A, B)
+    with forwards_of(model.lm_head) as calls:
+        rollout(model, SamplingConfig(8, 4, 4, unmasking=unmasking, record_signals=signals))
+    positions = [call["args"][0].shape[:-1].numel() for call in calls]
+    expected = [2, 2, 2, 2] if unmasking == "random" and not signals else [4, 2, 4, 2]
+    assert positions == [16 * count for count in expected]
+
+
+@pytest.mark.parametrize(
+    ("block", "steps", "commits"), [(5, 3, [2, 2, 1]), (5, 5, [1] * 5), (7, 2, [4, 3]), (6, 1, [6])]
+)
+def test_uneven_split_of_a_block_over_steps(block, steps, commits):
+    config = SamplingConfig(2 * block, 2 * steps, block)
+    assert config.commits() == commits and sum(commits) == block
+    trajectory = rollout(always(A, B), config)
+    for row in trajectory.unmask_step:
+        assert row.bincount().tolist() == commits * 2
+        assert row[:block].max() < row[block:].min()
+
+
+def test_prompt_shorter_than_a_block():
+    model, prompts = tiny_model(3), torch.tensor([[A], [B]])
+    trajectory = sample(model, prompts, None, SamplingConfig(8, 8, 4), row_generators(0, rows=range(2)))
+    assert (trajectory.unmask_step[:, :4].sort(1).values == torch.arange(4)).all()
+    padded = torch.tensor([[TAIL, TAIL, A], [TAIL, TAIL, B]])
+    same = sample(model, padded, (padded != TAIL).long(), SamplingConfig(8, 8, 4), row_generators(0, rows=range(2)))
+    assert torch.equal(same.completion_ids, trajectory.completion_ids)
+
+
+# ------------------------------------------- sharded weights
+
+
+def test_processes_run_the_same_number_of_forwards():
+    model, config = tiny_model(3), SamplingConfig(12, 6, 4, 1.3)
+    prompts, mask = coded_prompts(16)
+    blocks = rollout(model, config).steps_taken // 2
+    shares = [(blocks == 1).nonzero().flatten().tolist(), (blocks == 2).nonzero().flatten().tolist()]
+
+    def run(rows: list[int], any_process=None):
+        own = copy.deepcopy(model)
+        with forwards_of(own) as calls:
+            generators = row_generators(0, rows=rows)
+            trajectory = sample(own, prompts[rows], mask[rows], config, generators, any_process)
+        assert trajectory.forwards == len(calls)
+        return trajectory, calls
+
+    alone = [run(rows) for rows in shares]
+    assert [trajectory.forwards for trajectory, _ in alone] == [2, 4]
+
+    barrier, votes = threading.Barrier(2, timeout=60), [False, False]
+
+    def collective(rank: int):
+        def any_process(here: bool) -> bool:
+            votes[rank] = here
+            barrier.wait()
+            answer = any(votes)
+            barrier.wait()
+            return answer
+
+        return any_process
+
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda rank: run(shares[rank], collective(rank)), range(2)))
+    assert not barrier.broken and votes == [False, False]  # both asked equally often, up to the last answer
+    assert [trajectory.forwards for trajectory, _ in together] == [4, 4]  # and not the 6 that no row needs
+    assert [len(call["input_ids"]) for call in together[0][1]] == [len(shares[0])] * 2 + [1, 1]
+    for (trajectory, _), (expected, _) in zip(together, alone, strict=True):
+        for name in ("completion_ids", "unmask_step", "logps", "entropies"):
+            assert torch.equal(getattr(trajectory, name), getattr(expected, name))
+
+
+# ------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(canvas_length=10, denoising_steps=4), r"block_length \(4\) must divide the canvas length \(10\).*of 12"),
+        (dict(denoising_steps=3), r"denoising_steps \(3\) must be a multiple of the number of blocks \(2 = 8 / 4\)"),
+        (dict(denoising_steps=10), r"denoising_steps \(10\).*at most the canvas length \(8\)"),
+        (dict(denoising_steps=0), r"denoising_steps \(0\).*must be at least 1"),
+        (dict(block_length=0), r"block_length \(0\) must be at least 1"),
+        (dict(temperature=-0.1), r"temperature must be at least 0, got -0.1"),
+        (dict(top_k=-1), r"top_k must be at least 0.*got -1"),
+        (dict(top_k=5, top_p=0.0), r"top_p must lie in \(0, 1\], got 0.0"),
+        (dict(top_k=5, top_p=1.1), r"top_p must lie in \(0, 1\], got 1.1"),
+        (dict(top_p=0.9), r"top_p=0.9 needs top_k > 0"),
+        (dict(unmasking="confidence"), r"unmasking must be one of random, max_prob.*got 'confidence'"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused(settings, message):
+    valid = dict(canvas_length=8, denoising_steps=4, block_length=4)
+    SamplingConfig(**valid)
+    with pytest.raises(ValueError, match=message):
+        SamplingConfig(**valid | settings)
+
+
+def test_batches_that_do_not_fit_are_refused():
+    model, config = tiny_model(3), SamplingConfig(8, 4, 4)
+    prompts, mask = coded_prompts(4)
+    with pytest.raises(ValueError, match="one generator per prompt: 4 prompts, 3 generators"):
+        sample(model, prompts, mask, config, row_generators(0, rows=range(3)))
+    right_padded = mask.clone()
+    right_padded[2, -1] = 0
+    for broken in ((prompts, right_padded), (prompts[:, :0], mask[:, :0])):
+        with pytest.raises(ValueError, match="left-padded, non-empty prompts: the last column of attention_mask"):
+            sample(model, *broken, config, row_generators(0, rows=range(4)))

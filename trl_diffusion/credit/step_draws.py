@@ -1,0 +1,122 @@
+"""Monte-Carlo draws of the denoising steps that learn (AGRPO, 2510.04019)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from trl_diffusion.models import DiffusionFamily
+
+STEP_SCOPES = ("paper", "exact")
+STEP_REDUCTIONS = ("mean", "sum")
+STEP_DRAWS = ("uniform", "entropy")
+
+# keeps every eligible step reachable when the entropies are zero
+_ENTROPY_FLOOR = 1e-8
+
+
+@dataclass
+class StepDraws:
+    """M draws per completion.
+
+    Args:
+        steps: long [B, M], the drawn denoising steps.
+        weights: float32 [B, M]; the mean over draws of weight · f(step) is an unbiased estimate of the mean
+            (`step_reduction="mean"`) or sum (`"sum"`) of f over the eligible steps.
+    """
+
+    steps: torch.Tensor
+    weights: torch.Tensor
+
+
+def eligible_steps(
+    completion_ids: torch.Tensor,
+    unmask_step: torch.Tensor,
+    family: DiffusionFamily,
+    scope: str,
+    block_length: int,
+    steps_per_block: int,
+) -> torch.Tensor:
+    """The number N of leading denoising steps of each completion that may learn.
+
+    `paper`: up to the last step that committed an id other than the tail id, or a position up to the first end id.
+    N depends on what is written later, so the gradient is that of a re-weighted objective.
+    `exact` (ours): every step of every block up to the one that holds the first end id. Whether a block is included
+    is decided before it is written, so that with `step_reduction="sum"` the policy gradient is exact.
+
+    Args:
+        completion_ids: long [B, L].
+        unmask_step: int [B, L], -1 where nothing was sampled.
+        family: for the end set and the tail id.
+        scope: `"paper"` or `"exact"`.
+        block_length: positions per block.
+        steps_per_block: denoising steps per block.
+
+    Returns:
+        Long [B], N ≥ 1; the eligible steps are 0..N-1.
+    """
+    length = family.effective_length(completion_ids)
+    if scope == "exact":
+        return (length + block_length - 1) // block_length * steps_per_block
+    positions = torch.arange(completion_ids.size(1), device=completion_ids.device)
+    counts = (completion_ids != family.tail_token_id) | (positions < length.unsqueeze(1))
+    return unmask_step.masked_fill(~counts, -1).max(1).values.long() + 1
+
+
+def step_probabilities(
+    entropies: torch.Tensor, unmask_step: torch.Tensor, num_eligible: torch.Tensor, num_steps: int, draws: str
+) -> torch.Tensor:
+    """The distribution q that steps are drawn from, zero at steps that are not eligible.
+
+    `uniform`: 1/N. `entropy`: proportional to 1e-8 + the sum of the entropies of the tokens committed at the step.
+
+    Args:
+        entropies: float32 [B, L], of each committed token.
+        unmask_step: int [B, L].
+        num_eligible: long [B], N.
+        num_steps: S.
+        draws: `"uniform"` or `"entropy"`.
+
+    Returns:
+        Float64 [B, S], rows sum to 1.
+    """
+    shape = (entropies.size(0), num_steps)
+    mass = torch.ones(shape, dtype=torch.float64, device=entropies.device)
+    if draws == "entropy":
+        sampled = unmask_step >= 0
+        mass = mass.fill_(_ENTROPY_FLOOR).scatter_add(
+            1, unmask_step.clamp(min=0).long(), entropies.double().clamp(min=0) * sampled
+        )
+    eligible = torch.arange(num_steps, device=mass.device) < num_eligible.unsqueeze(1)
+    mass = mass * eligible
+    return mass / mass.sum(1, keepdim=True)
+
+
+def draw_steps(
+    probabilities: torch.Tensor, num_eligible: torch.Tensor, uniform: torch.Tensor, reduction: str
+) -> StepDraws:
+    """Draw steps by inverting the cumulative distribution at stratified points.
+
+    The points of a completion are (m + v_m)/M, one in each of M equal strata: the average over draws keeps its mean
+    and loses variance. Stratifying within the completion is ours; the release stratifies over the micro-batch.
+
+    Args:
+        probabilities: float64 [B, S], q.
+        num_eligible: long [B], N.
+        uniform: float64 [B, M] in [0, 1), the v_m.
+        reduction: `"mean"` or `"sum"` over the eligible steps.
+
+    Returns:
+        The drawn steps with weights (1/N)/q, or 1/q for the sum.
+    """
+    num_draws = uniform.size(1)
+    points = (torch.arange(num_draws, device=uniform.device) + uniform) / num_draws
+    cumulative = probabilities.cumsum(1)
+    # A point that rounds up to the total would fall behind the last eligible step.
+    points = (points * cumulative[:, -1:]).clamp(max=1.0 - 2.0**-50)
+    steps = torch.searchsorted(cumulative, points, right=True).minimum(num_eligible.unsqueeze(1) - 1)
+    weights = 1.0 / probabilities.gather(1, steps)
+    if reduction == "mean":
+        weights = weights / num_eligible.unsqueeze(1)
+    return StepDraws(steps, weights.float())

@@ -1,0 +1,6 @@
+"""Decoding a model over a task and counting what is right."""
+
+from trl_diffusion.evaluation.accuracy import Accuracy, evaluate_accuracy, wilson_interval
+from trl_diffusion.evaluation.callback import AccuracyCallback
+
+__all__ = ["Accuracy", "AccuracyCallback", "evaluate_accuracy", "wilson_interval"]

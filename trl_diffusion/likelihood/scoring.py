@@ -1,0 +1,61 @@
+"""Log-probabilities of the targets of noised views."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from trl_diffusion.likelihood.views import Views
+
+
+class Scores(NamedTuple):
+    """Log-probabilities and entropies (nats), float32 [R, L]; 0 where a position is no target."""
+
+    logps: torch.Tensor
+    entropies: torch.Tensor
+
+
+def score_views(
+    model: torch.nn.Module,
+    prompt_ids: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    completion_ids: torch.Tensor,
+    views: Views,
+    temperature: float = 1.0,
+    support: torch.Tensor | None = None,
+) -> Scores:
+    """Score each view's targets in one forward pass of the (wrapped) model.
+
+    Targets are gathered before the LM head, so its cost and memory are those of the targets alone.
+
+    Args:
+        model: a native diffusion language model, possibly wrapped (DDP, DeepSpeed, FSDP2, PEFT).
+        prompt_ids: long [R, P], left-padded.
+        prompt_mask: [R, P], 0 on padding.
+        completion_ids: long [R, L], the tokens to score.
+        views: what to show and what to score.
+        temperature: as sampled; > 0.
+        support: int [R, L, C], ids each token was drawn from, -1 for none; the full vocabulary if `None`.
+
+    Returns:
+        The scores, with gradient if grad mode is on.
+    """
+    most = max(int(views.targets.sum(1).max()), 1)
+    slots = views.targets.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    positions = (prompt_ids.size(1) + slots).masked_fill(~views.targets.gather(1, slots), -1)
+    if support is not None:
+        support = support.gather(1, slots.unsqueeze(-1).expand(-1, -1, support.size(-1)))
+    output = model(
+        input_ids=torch.cat([prompt_ids, views.canvas], dim=1),
+        attention_mask=torch.cat([prompt_mask, torch.ones_like(views.canvas)], dim=1),
+        positions=positions,
+        targets=completion_ids.gather(1, slots),
+        support=support,
+        temperature=temperature,
+    )
+
+    def spread(values: torch.Tensor) -> torch.Tensor:
+        return values.new_zeros(completion_ids.shape).scatter(1, slots, values)
+
+    return Scores(spread(output.log_probs), spread(output.entropy))

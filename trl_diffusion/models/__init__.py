@@ -1,0 +1,18 @@
+"""Diffusion language models as native transformers classes; importing this package registers them."""
+
+from trl_diffusion.models.diffusion_lm import DiffusionLM, DiffusionLMOutput, score_targets
+from trl_diffusion.models.dream import DreamConfig, DreamModel
+from trl_diffusion.models.family import DiffusionFamily, family_of
+from trl_diffusion.models.llada import LLaDAConfig, LLaDAModelLM
+
+__all__ = [
+    "DiffusionFamily",
+    "DiffusionLM",
+    "DiffusionLMOutput",
+    "DreamConfig",
+    "DreamModel",
+    "LLaDAConfig",
+    "LLaDAModelLM",
+    "family_of",
+    "score_targets",
+]

@@ -1,0 +1,93 @@
+"""Dream (2508.15487) as a native transformers class: `Qwen2ForCausalLM` with full attention and shifted logits.
+
+Weight names are those of the hub (`Dream-org/Dream-v0-Instruct-7B`, DiffuCoder …), so nothing is renamed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+)
+from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+
+from trl_diffusion.models.diffusion_lm import DiffusionLM, Float32InvFreq, require_plain_rope
+
+DREAM_7B_VOCABULARY = 152064
+DREAM_7B_TOKENS = 151667  # <|mask|> 151666 is the last id that has a token
+DREAM_7B_END_TOKENS = [151643, 151645]  # <|endoftext|>, <|im_end|>
+
+
+class DreamConfig(Qwen2Config):
+    """Configuration of Dream: `Qwen2Config` with the mask token.
+
+    Args:
+        mask_token_id: id of the mask token.
+        end_token_ids: ids that end a text; `eos_token_id` and, in Dream-7B's vocabulary, `<|im_end|>` if not given.
+        num_tokens: number of ids that have a token; rows of the embedding from there on are never sampled.
+        **kwargs: `Qwen2Config` arguments.
+
+    Raises:
+        ValueError: for a variant with sliding-window attention, without full attention or with scaled rotary
+            embeddings.
+    """
+
+    model_type = "Dream"
+
+    mask_token_id: int | None = None
+    end_token_ids: list[int] | None = None
+    num_tokens: int | None = None
+    is_causal: bool = False
+
+    def __post_init__(self, **kwargs: Any):
+        if self.use_sliding_window or not kwargs.get("full_attn_mask", True):
+            raise ValueError(
+                "This Dream variant has use_sliding_window=True or full_attn_mask=False; trl_diffusion computes "
+                "full attention only. Use a checkpoint of the Dream-7B architecture."
+            )
+        if self.end_token_ids is None and self.vocab_size == DREAM_7B_VOCABULARY:
+            self.end_token_ids = list(DREAM_7B_END_TOKENS)
+        if self.num_tokens is None:
+            self.num_tokens = DREAM_7B_TOKENS if self.vocab_size == DREAM_7B_VOCABULARY else self.vocab_size
+        super().__post_init__(**kwargs)
+        require_plain_rope(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration with the hub's `rope_theta`, as `config.json` stores it."""
+        output = super().to_dict()
+        output["rope_theta"] = output.pop("rope_parameters")["rope_theta"]
+        return output
+
+
+class DreamRotaryEmbedding(Float32InvFreq, Qwen2RotaryEmbedding):
+    """Qwen2's rotary embedding with frequencies that survive a cast of the model."""
+
+
+class DreamTokenizer(Qwen2Tokenizer):
+    """Qwen2's tokenizer, which gives the ids of Dream's remote code, under the name that checkpoints ask for."""
+
+
+class DreamModel(DiffusionLM, Qwen2ForCausalLM):  # type: ignore[misc]  # `generate` samples by diffusion
+    """Dream with its LM head, under the class name of the hub's remote code."""
+
+    config_class = DreamConfig
+    logit_shift = 1  # trained from an autoregressive model: the logits at i - 1 predict the token at i
+
+    def __init__(self, config: DreamConfig):
+        super().__init__(config)
+        self.model.embed_tokens.padding_idx = None  # pad and end of text share an id, and the latter must learn
+        self.model.rotary_emb = DreamRotaryEmbedding(config)
+        for layer in self.model.layers:
+            layer.self_attn.is_causal = False
+
+
+AutoConfig.register(DreamConfig.model_type, DreamConfig, exist_ok=True)
+AutoModelForCausalLM.register(DreamConfig, DreamModel, exist_ok=True)
+# By name, as AutoTokenizer.register(DreamConfig, …) would let remote code win under trust_remote_code=True.
+REGISTERED_TOKENIZER_CLASSES[DreamTokenizer.__name__] = DreamTokenizer

@@ -1,0 +1,211 @@
+"""LLaDA (2502.09992) as a native transformers class: `LlamaForCausalLM` with full attention.
+
+The hub checkpoints (`GSAI-ML/LLaDA-8B-Instruct`, LLaDA-1.5 …) name their config keys and weights differently and ship
+remote code that transformers 5 does not load. Keys and weights are translated on loading and translated back, bit for
+bit, on saving.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaRotaryEmbedding,
+    apply_rotary_pos_emb,
+    eager_attention_forward,
+)
+
+from trl_diffusion.models.diffusion_lm import DiffusionLM, Float32InvFreq, require_plain_rope
+
+# hub key → Llama key
+CONFIG_KEYS = {
+    "d_model": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "mlp_hidden_size": "intermediate_size",
+    "max_sequence_length": "max_position_embeddings",
+    "weight_tying": "tie_word_embeddings",
+    "embedding_size": "vocab_size",
+    "init_std": "initializer_range",
+}
+# hub keys that change the network, with the only value that this class computes
+REQUIRED_VALUES = {
+    "alibi": False,
+    "rope": True,
+    "rope_full_precision": True,
+    "block_type": "llama",
+    "block_group_size": 1,
+    "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "activation_type": "silu",
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "bias_for_layer_norm": False,
+    "attention_layer_norm": False,
+    "input_emb_norm": False,
+    "scale_logits": False,
+    "residual_dropout": 0.0,
+    "embedding_dropout": 0.0,
+    "rope_scaling": None,
+}
+LLADA_8B_VOCABULARY = 126464
+LLADA_8B_TOKENS = 126349  # <|eot_id|> 126348 is the last id that has a token
+LLADA_8B_END_TOKENS = [126081, 126348]  # <|endoftext|>, <|eot_id|>
+
+_BLOCK = r"model\.transformer\.blocks\.(\d+)"
+# (hub name, native name) of every weight, as regular expressions on whole names
+_WEIGHT_NAMES = [
+    (r"model\.transformer\.wte", "model.embed_tokens"),
+    (r"model\.transformer\.ln_f", "model.norm"),
+    (r"model\.transformer\.ff_out", "lm_head"),
+    (rf"{_BLOCK}\.attn_norm", r"model.layers.\1.input_layernorm"),
+    (rf"{_BLOCK}\.ff_norm", r"model.layers.\1.post_attention_layernorm"),
+    (rf"{_BLOCK}\.q_proj", r"model.layers.\1.self_attn.q_proj"),
+    (rf"{_BLOCK}\.k_proj", r"model.layers.\1.self_attn.k_proj"),
+    (rf"{_BLOCK}\.v_proj", r"model.layers.\1.self_attn.v_proj"),
+    (rf"{_BLOCK}\.attn_out", r"model.layers.\1.self_attn.o_proj"),
+    (rf"{_BLOCK}\.ff_proj", r"model.layers.\1.mlp.gate_proj"),
+    (rf"{_BLOCK}\.up_proj", r"model.layers.\1.mlp.up_proj"),
+    (rf"{_BLOCK}\.ff_out", r"model.layers.\1.mlp.down_proj"),
+]
+
+
+def native_weight_name(name: str) -> str:
+    """The native name of a LLaDA weight; native names are returned as they are."""
+    for hub, native in _WEIGHT_NAMES:
+        name, found = re.subn(rf"^{hub}(?=\.)", native, name)
+        if found:
+            break
+    return name
+
+
+class LLaDAConfig(LlamaConfig):
+    """Configuration of LLaDA: `LlamaConfig` read from and written with the hub's key names.
+
+    Args:
+        mask_token_id: id of the mask token.
+        end_token_ids: ids that end a text; `eos_token_id` and, in LLaDA-8B's vocabulary, `<|eot_id|>` if not given.
+        num_tokens: number of ids that have a token; rows of the embedding from there on are never sampled.
+        **kwargs: `LlamaConfig` arguments, or the hub's (`d_model`, `n_layers` …).
+
+    Raises:
+        ValueError: for a LLaDA variant that this class does not compute (alibi, biases, query-key norms,
+            scaled rotary embeddings …).
+    """
+
+    model_type = "llada"
+
+    mask_token_id: int | None = None
+    end_token_ids: list[int] | None = None
+    num_tokens: int | None = None
+    is_causal: bool = False
+    vocab_size: int = LLADA_8B_VOCABULARY
+    rms_norm_eps: float = 1e-5
+    bos_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any):
+        for key, supported in REQUIRED_VALUES.items():
+            given = kwargs.pop(key, None)
+            if given is not None and given != supported:
+                raise ValueError(
+                    f"This LLaDA variant has {key}={given!r}; trl_diffusion computes only {key}={supported!r}. "
+                    "Use a checkpoint of the LLaDA-8B architecture."
+                )
+        if "d_model" in kwargs and kwargs.get("mlp_hidden_size") is None:
+            kwargs["mlp_hidden_size"] = kwargs.get("mlp_ratio", 4) * kwargs["d_model"]
+        if kwargs.get("multi_query_attention"):
+            kwargs["n_kv_heads"] = 1
+        num_tokens = self.vocab_size  # on the hub the number of tokens; embedding_size has rows to spare
+        # Dataclass defaults are already set, so a hub key must overwrite them; head_dim follows from both.
+        for hub, native in CONFIG_KEYS.items():
+            if (value := kwargs.pop(hub, None)) is not None:
+                setattr(self, native, value)
+        if self.end_token_ids is None and self.vocab_size == LLADA_8B_VOCABULARY:
+            self.end_token_ids = list(LLADA_8B_END_TOKENS)
+        if self.num_tokens is None:
+            is_8b = self.vocab_size == LLADA_8B_VOCABULARY
+            self.num_tokens = LLADA_8B_TOKENS if is_8b else min(num_tokens, self.vocab_size)
+        super().__post_init__(**kwargs)
+        require_plain_rope(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration with the hub's keys (`d_model` …), as `config.json` stores it."""
+        output = super().to_dict()
+        for hub, native in CONFIG_KEYS.items():
+            output[hub] = output.pop(native)
+        output["vocab_size"] = output["embedding_size"]
+        output["rope_theta"] = output.pop("rope_parameters")["rope_theta"]
+        return {**REQUIRED_VALUES, **output}
+
+
+class LLaDARotaryEmbedding(Float32InvFreq, LlamaRotaryEmbedding):
+    """Rotary embedding whose cosines and sines stay in float32, as LLaDA was trained."""
+
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor):
+        return super().forward(torch.empty(0, device=x.device, dtype=torch.float32), position_ids)
+
+
+class LLaDAAttention(LlamaAttention):
+    """Llama's attention with the rotation in float32 (LLaDA's `rope_full_precision`)."""
+
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
+        shape = hidden_states.shape[:-1]
+        query, key, value = (
+            projection(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        rotated_query, rotated_key = apply_rotary_pos_emb(query.float(), key.float(), *position_embeddings)
+        query, key = rotated_query.to(query.dtype), rotated_key.to(key.dtype)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        output, weights = attention(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
+
+
+class LLaDAModelLM(DiffusionLM, LlamaForCausalLM):  # type: ignore[misc]  # `generate` samples by diffusion
+    """LLaDA with its LM head, under the class name of the hub's remote code."""
+
+    config_class = LLaDAConfig
+
+    def __init__(self, config: LLaDAConfig):
+        super().__init__(config)
+        self.model.embed_tokens.padding_idx = None  # pad and end of text share an id, and the latter must learn
+        self.model.rotary_emb = LLaDARotaryEmbedding(config)
+        for layer in self.model.layers:
+            layer.self_attn.__class__ = LLaDAAttention  # same parameters, another forward; nothing is allocated twice
+            layer.self_attn.is_causal = False
+        self.register_load_state_dict_pre_hook(_rename_state_dict)
+
+
+def _rename_state_dict(module, state_dict, prefix, *args) -> None:
+    # transformers' Trainer resumes with a plain `load_state_dict(strict=False)`, which would silently load nothing
+    # from a checkpoint with hub names.
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        native = prefix + native_weight_name(name[len(prefix) :])
+        if native != name:
+            state_dict[native] = state_dict.pop(name)
+
+
+register_checkpoint_conversion_mapping(
+    LLaDAModelLM.__name__, [WeightRenaming(hub, native) for hub, native in _WEIGHT_NAMES], overwrite=True
+)
+AutoConfig.register(LLaDAConfig.model_type, LLaDAConfig, exist_ok=True)
+AutoModelForCausalLM.register(LLaDAConfig, LLaDAModelLM, exist_ok=True)

@@ -1,0 +1,58 @@
+"""How much of a model LoRA really adapts: published recipes name layers that do not exist and adapt half, silently."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
+from rich.table import Table
+from torch import nn
+
+# what PEFT puts inside an adapted layer
+PARTS = re.compile(r"\.(lora_\w+|base_layer|original_module|modules_to_save)\b")
+
+
+@dataclass(frozen=True)
+class LoraCoverage:
+    """How many of the linear layers of one kind carry an adapter.
+
+    Args:
+        name: the layer's own name, for example `q_proj`.
+        adapted: number of layers with an adapter, or trained whole (`modules_to_save`).
+        total: number of layers of that name.
+    """
+
+    name: str
+    adapted: int
+    total: int
+
+
+def lora_coverage(model: PeftModel) -> list[LoraCoverage]:
+    """Count the adapted linear layers by name, the LM head included.
+
+    Args:
+        model: a PEFT model.
+
+    Returns:
+        One entry per kind of linear layer, in the order in which the network uses them.
+    """
+    counts: dict[str, list[int]] = {}
+    for name, module in model.get_base_model().named_modules():
+        adapted = isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))
+        if not adapted and (not isinstance(module, nn.Linear) or PARTS.search(name)):
+            continue
+        count = counts.setdefault(name.rpartition(".")[2], [0, 0])
+        count[0] += adapted
+        count[1] += 1
+    return [LoraCoverage(name, *count) for name, count in counts.items()]
+
+
+def coverage_table(coverage: list[LoraCoverage]) -> Table:
+    """The counts as a `rich` table."""
+    table = Table("linear layer", "adapted", title="LoRA coverage")
+    for row in coverage:
+        table.add_row(row.name, f"{row.adapted} of {row.total}")
+    return table

@@ -1,0 +1,7 @@
+"""Sampling by diffusion: prompts in, completions and their `Trajectory` out."""
+
+from trl_diffusion.sampling.noise import row_generators
+from trl_diffusion.sampling.sampler import SamplingConfig, sample
+from trl_diffusion.sampling.trajectory import Trajectory
+
+__all__ = ["SamplingConfig", "Trajectory", "row_generators", "sample"]

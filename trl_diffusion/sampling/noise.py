@@ -1,0 +1,33 @@
+"""Private random streams, one per completion, so that no draw depends on batch make-up or on global state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+
+
+def row_generators(*key: int, rows: Iterable[int]) -> list[np.random.Generator]:
+    """One random stream per row, keyed by `(*key, row)`.
+
+    The same key gives the same stream on every device, in every batch and on every process. NumPy's generators are
+    used because they take the whole key; PyTorch's CPU generator keeps 32 bits of its seed.
+
+    Args:
+        *key: non-negative integers, for example (seed, purpose, rollout, update).
+        rows: global row of each completion (prompt · G + g).
+
+    Returns:
+        A list of generators, in the order of `rows`.
+    """
+    return [np.random.default_rng([*key, row]) for row in rows]
+
+
+def uniforms(generators: Sequence[np.random.Generator], *shape: int) -> torch.Tensor:
+    """Uniform noise in [0, 1), each row from its own stream.
+
+    Returns:
+        Float64 tensor [len(generators), *shape], on the CPU.
+    """
+    return torch.from_numpy(np.stack([generator.random(shape) for generator in generators]))

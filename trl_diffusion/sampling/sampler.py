@@ -1,0 +1,315 @@
+"""Block-by-block diffusion sampling that records the whole trajectory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from trl_diffusion.models import DiffusionFamily, family_of, score_targets
+from trl_diffusion.sampling.distribution import draw, truncate
+from trl_diffusion.sampling.noise import uniforms
+from trl_diffusion.sampling.trajectory import Trajectory
+
+UNMASKING = ("random", "max_prob", "entropy", "margin", "low_confidence")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How completions are drawn.
+
+    Args:
+        canvas_length: L, positions to write.
+        denoising_steps: S, split evenly over the blocks; each step commits the same share of its block (the first
+            steps one more where it does not divide).
+        block_length: positions per block; blocks are written from left to right.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: number of tokens to draw from; 0 for all.
+        top_p: probability mass to draw from; below 1 it needs `top_k`, so that the recorded support stays small.
+        unmasking: which masked positions of the block are committed at a step. `random`: uniformly;
+            `max_prob`, `entropy`, `margin`: where the network's distribution (temperature 1, full vocabulary) has the
+            largest top probability, the lowest entropy, the largest gap between its two largest probabilities. The
+            token is drawn after its position is chosen, so the recorded log-probability is that of the policy.
+            `low_confidence` is LLaDA's rule: draw a token everywhere and commit those with the largest probability.
+            It is biased: committed tokens are mostly modes, and the recorded log-probability is not the policy's.
+        record_signals: also record `step_entropy` and `step_margin`; needs the LM head at every masked position of
+            the block, which `random` does not.
+
+    Raises:
+        ValueError: if the numbers do not fit together.
+    """
+
+    canvas_length: int = 256
+    denoising_steps: int = 128
+    block_length: int = 32
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    unmasking: str = "random"
+    record_signals: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.canvas_length, self.denoising_steps, self.block_length) < 1:
+            raise ValueError(
+                f"canvas_length ({self.canvas_length}), denoising_steps ({self.denoising_steps}) and block_length "
+                f"({self.block_length}) must be at least 1."
+            )
+        if self.canvas_length % self.block_length:
+            raise ValueError(
+                f"block_length ({self.block_length}) must divide the canvas length ({self.canvas_length}); choose "
+                f"a canvas of {-(-self.canvas_length // self.block_length) * self.block_length} or another block."
+            )
+        if self.denoising_steps % self.num_blocks or self.denoising_steps > self.canvas_length:
+            raise ValueError(
+                f"denoising_steps ({self.denoising_steps}) must be a multiple of the number of blocks "
+                f"({self.num_blocks} = {self.canvas_length} / {self.block_length}) and at most the canvas length "
+                f"({self.canvas_length}), so that every step of every block commits at least one token."
+            )
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be at least 0, got {self.temperature}.")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be at least 0 (0 keeps every token), got {self.top_k}.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}.")
+        if self.top_p < 1 and self.top_k == 0 and self.temperature > 0:
+            raise ValueError(
+                f"top_p={self.top_p} needs top_k > 0, so that the recorded support stays small; the AGRPO paper uses "
+                "top_k=150 with top_p=0.99."
+            )
+        if self.unmasking not in UNMASKING:
+            raise ValueError(f"unmasking must be one of {', '.join(UNMASKING)}; got {self.unmasking!r}.")
+
+    @property
+    def num_blocks(self) -> int:
+        return self.canvas_length // self.block_length
+
+    @property
+    def steps_per_block(self) -> int:
+        return self.denoising_steps // self.num_blocks
+
+    def commits(self) -> list[int]:
+        """Tokens committed at each step of a block; sums to the block length."""
+        share, extra = divmod(self.block_length, self.steps_per_block)
+        return [share + (step < extra) for step in range(self.steps_per_block)]
+
+
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    config: SamplingConfig,
+    generators: Sequence[np.random.Generator],
+    any_process: Callable[[bool], bool] | None = None,
+) -> Trajectory:
+    """Draw one completion per prompt, block by block, and record its trajectory.
+
+    A row leaves the batch behind the block in which its text ended; the rest of its canvas is filled with the tail
+    id. The network is in evaluation mode while sampling, and put back after.
+
+    Args:
+        model: a native diffusion language model, possibly inside PEFT.
+        input_ids: long [B, P], left-padded prompts.
+        attention_mask: [B, P], 0 on padding; all ones if `None`.
+        config: how to draw.
+        generators: B random streams, see `row_generators`.
+        any_process: where weights stay sharded over processes (ZeRO-3, FSDP2), tells whether any process still has
+            rows to write, so that all run the same number of forwards.
+
+    Returns:
+        The trajectory, on the device of `input_ids`.
+
+    Raises:
+        ValueError: if there is not one generator per prompt, or a prompt is empty.
+    """
+    family = family_of(model)
+    batch, prompt_length = input_ids.shape
+    if len(generators) != batch:
+        raise ValueError(f"sample() needs one generator per prompt: {batch} prompts, {len(generators)} generators.")
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    if prompt_length == 0 or not attention_mask[:, -1].all():
+        raise ValueError(
+            "sample() needs left-padded, non-empty prompts: the last column of attention_mask must be 1 in every row."
+        )
+    rollout = _Rollout(model, family, input_ids, attention_mask, config, generators)
+    was_training = model.training
+    model.eval()
+    try:
+        for block in range(config.num_blocks):
+            alive = rollout.alive.numel() > 0
+            if not (alive if any_process is None else any_process(alive)):
+                break
+            rollout.write_block(block)
+    finally:
+        model.train(was_training)
+    return rollout.trajectory()
+
+
+class _Drawn(NamedTuple):
+    """Tokens drawn at [R, n] positions, with what is recorded of them; support [R, n, top_k]."""
+
+    tokens: torch.Tensor
+    logps: torch.Tensor
+    entropies: torch.Tensor
+    support: torch.Tensor | None
+
+
+class _Rollout:
+    """The growing canvas of one batch."""
+
+    def __init__(self, model, family: DiffusionFamily, input_ids, attention_mask, config: SamplingConfig, generators):
+        device, batch = input_ids.device, input_ids.size(0)
+        shape = (batch, config.canvas_length)
+        self.model, self.family, self.config = model, family, config
+        self.input_ids, self.attention_mask = input_ids, attention_mask
+        self.alive = torch.arange(batch, device=device)
+        self.forwards = 0
+        self.canvas = torch.full(shape, family.mask_token_id, device=device)
+        self.unmask_step = torch.full(shape, -1, dtype=torch.int32, device=device)
+        self.logps = torch.zeros(shape, device=device)
+        self.entropies = torch.zeros(shape, device=device)
+        self.support = None
+        if config.top_k and config.temperature > 0:
+            self.support = torch.full((*shape, config.top_k), -1, dtype=torch.int32, device=device)
+        self.step_entropy = self.step_margin = None
+        if config.record_signals:
+            self.step_entropy = torch.zeros(batch, config.denoising_steps, device=device)
+            self.step_margin = torch.zeros(batch, config.denoising_steps, device=device)
+        # Only `low_confidence` draws the same position at several steps, and only `random` needs an order.
+        steps = config.steps_per_block if config.unmasking == "low_confidence" else 1
+        noise = uniforms(generators, config.num_blocks, steps + 1, config.block_length).to(device)
+        self.token_noise, self.order_noise = noise[:, :, :-1], noise[:, :, -1]
+
+    def write_block(self, block: int) -> None:
+        """Commit every position of a block in every live row, then let rows leave whose text has ended."""
+        config = self.config
+        start = block * config.block_length
+        live = self.alive.numel() > 0
+        # Without a live row this process still runs its forwards, on the first row, and keeps nothing.
+        rows = self.alive if live else self.alive.new_zeros(1)
+        masked = torch.arange(config.block_length, device=rows.device).expand(rows.numel(), -1)
+        for step, count in enumerate(config.commits()):
+            slots, drawn, signals = self._denoise(rows, block, step, masked, count)
+            if live:
+                self._commit(
+                    rows,
+                    start + masked.gather(1, slots),
+                    block * config.steps_per_block + step,
+                    drawn,
+                    signals,
+                )
+            masked = masked[torch.ones_like(masked, dtype=torch.bool).scatter(1, slots, False)].view(rows.numel(), -1)
+        if live:
+            self.alive = rows[~self.family.is_end(self.canvas[rows, start : start + config.block_length]).any(1)]
+
+    def _denoise(self, rows, block: int, step: int, masked: torch.Tensor, count: int):
+        """Choose `count` of the positions `masked` [R, m] (offsets in the block) and draw their tokens.
+
+        Returns (the chosen, as indices into `masked` [R, count]; what was drawn there; signals [R] or None).
+        """
+        config = self.config
+        if config.unmasking == "random":
+            slots = self.order_noise[rows, block].gather(1, masked).argsort(1)[:, :count]
+            if not config.record_signals:  # the LM head is needed only where tokens are committed
+                chosen = masked.gather(1, slots)
+                return (
+                    slots,
+                    self._draw(self._logits(rows, block, chosen), self._noise(rows, block, 0, chosen)),
+                    None,
+                )
+
+        logits = self._logits(rows, block, masked)
+        signals = (_entropy(logits).mean(1), _margin(logits).mean(1)) if config.record_signals else None
+        if config.unmasking == "low_confidence":
+            drawn = self._draw(logits, self._noise(rows, block, step, masked))
+            slots = score_targets(logits, drawn.tokens)[0].topk(count, dim=1).indices
+            return (
+                slots,
+                _Drawn(*(None if value is None else _take(value, slots) for value in drawn)),
+                signals,
+            )
+        if config.unmasking != "random":
+            slots = _certainty(logits, config.unmasking).topk(count, dim=1).indices
+        return (
+            slots,
+            self._draw(_take(logits, slots), self._noise(rows, block, 0, masked.gather(1, slots))),
+            signals,
+        )
+
+    def _noise(self, rows, block: int, step: int, offsets: torch.Tensor) -> torch.Tensor:
+        return self.token_noise[rows, block, step].gather(1, offsets)
+
+    def _logits(self, rows, block: int, offsets: torch.Tensor) -> torch.Tensor:
+        self.forwards += 1
+        prompt_length = self.input_ids.size(1)
+        ids = torch.cat([self.input_ids[rows], self.canvas[rows]], dim=1)
+        mask = torch.cat([self.attention_mask[rows], torch.ones_like(self.canvas[rows])], dim=1)
+        positions = prompt_length + block * self.config.block_length + offsets
+        return self.model(input_ids=ids, attention_mask=mask, positions=positions).logits
+
+    def _draw(self, logits: torch.Tensor, noise: torch.Tensor) -> _Drawn:
+        """Draw a token from each distribution: logits [R, n, V], noise [R, n]."""
+        config = self.config
+        if config.temperature == 0:
+            tokens = logits.argmax(-1)
+            return _Drawn(tokens, *score_targets(logits, tokens), None)
+        if config.top_k == 0:
+            tokens = draw((logits / config.temperature).log_softmax(-1), noise)
+            return _Drawn(tokens, *score_targets(logits, tokens, config.temperature), None)
+        log_probs, ids = truncate(logits, config.temperature, config.top_k, config.top_p)
+        tokens = ids.gather(-1, draw(log_probs, noise).unsqueeze(-1)).squeeze(-1).long()
+        support = torch.nn.functional.pad(ids, (0, config.top_k - ids.size(-1)), value=-1)
+        return _Drawn(tokens, *score_targets(logits, tokens, config.temperature, support), support)
+
+    def _commit(self, rows, positions: torch.Tensor, step: int, drawn: _Drawn, signals) -> None:
+        where = (rows.unsqueeze(1), positions)
+        self.canvas[where] = drawn.tokens
+        self.unmask_step[where] = step
+        self.logps[where] = drawn.logps
+        self.entropies[where] = drawn.entropies
+        if drawn.support is not None:
+            self.support[where] = drawn.support
+        if signals is not None:
+            self.step_entropy[rows, step], self.step_margin[rows, step] = signals
+
+    def trajectory(self) -> Trajectory:
+        return Trajectory(
+            completion_ids=self.canvas.masked_fill(self.unmask_step < 0, self.family.tail_token_id),
+            unmask_step=self.unmask_step,
+            logps=self.logps,
+            entropies=self.entropies,
+            support=self.support,
+            temperature=self.config.temperature,
+            step_entropy=self.step_entropy,
+            step_margin=self.step_margin,
+            forwards=self.forwards,
+        )
+
+
+def _take(values: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    """values[r, slots[r, j]] for values [R, m, …] and slots [R, n]."""
+    return values[torch.arange(values.size(0), device=values.device).unsqueeze(1), slots]
+
+
+def _certainty(logits: torch.Tensor, unmasking: str) -> torch.Tensor:
+    """How certain the network is at each position, [R, m] from logits [R, m, V]; larger commits first."""
+    if unmasking == "max_prob":
+        return logits.amax(-1) - logits.logsumexp(-1)
+    if unmasking == "entropy":
+        return -_entropy(logits)
+    return _margin(logits)
+
+
+def _entropy(logits: torch.Tensor) -> torch.Tensor:
+    log_probs = logits.log_softmax(-1)
+    return -(log_probs.exp() * log_probs.masked_fill(log_probs == -torch.inf, 0.0)).sum(-1)
+
+
+def _margin(logits: torch.Tensor) -> torch.Tensor:
+    top = logits.softmax(-1).topk(2, dim=-1).values
+    return top[..., 0] - top[..., 1]

@@ -1,0 +1,43 @@
+"""What a rollout leaves behind: the completions and how they came to be."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Trajectory:
+    """Completions of B prompts on a canvas of L positions, drawn in S denoising steps.
+
+    Args:
+        completion_ids: long [B, L], the whole canvas. Behind the block that ended a text it holds the tail id.
+        unmask_step: int [B, L], u_i, the step in 0..S-1 that committed position i; -1 where the canvas was filled
+            without sampling.
+        logps: float32 [B, L], log-probability of each committed token under the behaviour policy: at the sampling
+            temperature and support, given the canvas before its step (at temperature 0: temperature 1). 0 where
+            nothing was sampled.
+        entropies: float32 [B, L], entropy in nats of the distribution each token was drawn from.
+        support: int32 [B, L, top_k], ids that each token was drawn from, -1 for none; `None` for the full vocabulary.
+        temperature: the sampling temperature.
+        step_entropy: float32 [B, S], mean entropy in nats over the positions the sampler could commit at a step, at
+            temperature 1 on the full vocabulary; 0 behind a row's end; `None` unless asked for.
+        step_margin: float32 [B, S], mean of p1 - p2 (the two largest probabilities) over the same positions.
+        forwards: network evaluations run for this batch, the same for every process where weights stay sharded.
+    """
+
+    completion_ids: torch.Tensor
+    unmask_step: torch.Tensor
+    logps: torch.Tensor
+    entropies: torch.Tensor
+    support: torch.Tensor | None
+    temperature: float
+    step_entropy: torch.Tensor | None
+    step_margin: torch.Tensor | None
+    forwards: int
+
+    @property
+    def steps_taken(self) -> torch.Tensor:
+        """Long [B], the denoising steps each completion took until its text ended."""
+        return self.unmask_step.max(1).values.long() + 1

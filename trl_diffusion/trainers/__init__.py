@@ -1,0 +1,11 @@
+"""Trainers: one file per method, on TRL's."""
+
+from trl_diffusion.trainers.agrpo import AGRPOConfig, AGRPOTrainer
+from trl_diffusion.trainers.diffusion_grpo import DiffusionGRPOConfig, DiffusionGRPOTrainer
+
+__all__ = [
+    "AGRPOConfig",
+    "AGRPOTrainer",
+    "DiffusionGRPOConfig",
+    "DiffusionGRPOTrainer",
+]
