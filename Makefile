@@ -11,7 +11,7 @@ help:
 	@echo "make lint   check style, formatting and types"
 	@echo "make docs   build the documentation into site/"
 
-# accelerate gives a process on the CPU one thread; the embedded model gains nothing from more than two.
+# Without the number of threads accelerate gives a process on the CPU one; the demo is sized for two cores.
 demo: .venv/installed
 	.venv/bin/accelerate launch --config_file recipes/accelerate_configs/single_gpu.yaml --num_cpu_threads_per_process 2 \
 		recipes/gsm8k_agrpo.py $(ARGS)

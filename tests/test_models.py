@@ -124,6 +124,8 @@ def test_hub_checkpoint_loads_into_native_class(tmp_path, family, loader):
     assert (config.mask_token_id, config.eos_token_id, config.pad_token_id) == (MASK, EOS, EOS)
     assert config.bos_token_id == HUB_CONFIGS[family].get("bos_token_id")
     assert model.model.embed_tokens.padding_idx is None
+    # sdpa and flash read this where there is no mask
+    assert not any(layer.self_attn.is_causal for layer in model.model.layers)
 
 
 @families
@@ -207,6 +209,17 @@ def test_llada_checkpoint_with_native_names_loads(tmp_path, load):
     assert load_file(tmp_path / "native" / "model.safetensors").keys() == weights.keys()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "native")
     assert all_equal(parameters(model), weights)
+
+
+@families
+def test_checkpoint_without_auto_map_loads_through_trl(tmp_path, family):
+    # as a model made from a config has it; TRL reads config.auto_map of every class it does not find in transformers
+    weights = random_weights(family)
+    path = write_checkpoint(tmp_path / "hub", family, weights, drop=("auto_map",))
+    model = create_model_from_path(str(path))
+    assert type(model) is CLASSES[family] and all_equal(parameters(model), weights)
+    model.save_pretrained(tmp_path / "saved")
+    assert type(create_model_from_path(str(tmp_path / "saved"))) is CLASSES[family]
 
 
 def test_native_weight_name_is_idempotent():
@@ -499,7 +512,7 @@ def test_rows_without_targets_reach_every_parameter(load, ids, family):
 
 @families
 def test_hooks_on_the_head_may_wrap_its_output(load, ids, family):
-    # ZeRO-3 puts an autograd function around every module's output, which must not be changed in place
+    # a full backward hook puts an autograd function around the output, which must not be changed in place then
     model = load(family)
     calls = []
     model.lm_head.register_full_backward_hook(lambda *_: calls.append(1))

@@ -96,14 +96,11 @@ def test_2_views_cover_every_eligible_token_as_often_as_they_claim(method, tmp_p
         hits = steps[row].unsqueeze(1) == rows["unmask_step"][row]
         covered[row] = (hits * weights[row].unsqueeze(1)).mean(0)
     num_eligible = (rows["unmask_step"].masked_fill(~eligible, -1).max(1).values + 1).unsqueeze(1)
-    claim = (
-        torch.ones_like(covered) if trainer.args.step_reduction == "sum" else 1 / num_eligible.expand_as(covered)
-    )
+    claim = torch.ones_like(covered) if trainer.args.step_reduction == "sum" else 1 / num_eligible.expand_as(covered)
     # Stratified points put each step within one draw of its share of the draws.
     slack = (weights.max(1, keepdim=True).values / draws).expand_as(covered)
     assert eligible.any() and not eligible.all()
     assert ((covered - claim).abs() <= 1.01 * slack)[eligible].all()
-    assert (covered[~eligible] == 0).all() or (rows["unmask_step"][~eligible] >= 0).any()
     views = trainer._view_of(rows, 0, 0)
     assert not (views.targets & ~eligible).any()
 
@@ -142,9 +139,7 @@ def never_ties(completions, **kwargs) -> list[float]:
 @methods(5)
 @pytest.mark.parametrize("num_mc_samples", [1, 8])
 def test_5_one_optimizer_step_per_update(method, num_mc_samples, tmp_path, monkeypatch):
-    trainer = method.make(
-        tmp_path, num_mc_samples=num_mc_samples, max_steps=3, learning_rate=1e-2, reward=never_ties
-    )
+    trainer = method.make(tmp_path, num_mc_samples=num_mc_samples, max_steps=3, learning_rate=1e-2, reward=never_ties)
     changes = []
 
     class Count(TrainerCallback):

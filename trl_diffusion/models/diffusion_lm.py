@@ -154,8 +154,8 @@ class DiffusionLM:
         return DiffusionLMOutput(log_probs=scatter(log_probs), entropy=scatter(entropy))
 
     def _diffusion_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        # The head is called as a module: ZeRO-3, FSDP2 and quantised heads gather their weights in its hooks. Those
-        # hooks forbid changing its output in place, hence the copy (which bfloat16 logits need anyway).
+        # The head is called as a module: ZeRO-3, FSDP2 and quantised heads gather their weights in its hooks. A hook
+        # on its backward pass forbids changing its output in place, hence the copy (which bfloat16 needs anyway).
         logits = self.lm_head(hidden).to(torch.float32, copy=True)  # type: ignore[attr-defined]
         return self.family.exclude_never_sampled(logits)
 

@@ -44,6 +44,7 @@ class DreamConfig(Qwen2Config):
     end_token_ids: list[int] | None = None
     num_tokens: int | None = None
     is_causal: bool = False
+    auto_map: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any):
         if self.use_sliding_window or not kwargs.get("full_attn_mask", True):
@@ -55,6 +56,7 @@ class DreamConfig(Qwen2Config):
             self.end_token_ids = list(DREAM_7B_END_TOKENS)
         if self.num_tokens is None:
             self.num_tokens = DREAM_7B_TOKENS if self.vocab_size == DREAM_7B_VOCABULARY else self.vocab_size
+        self.auto_map = self.auto_map or {}  # TRL's loader reads it from every config that it does not know
         super().__post_init__(**kwargs)
         require_plain_rope(self)
 

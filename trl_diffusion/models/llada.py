@@ -107,6 +107,7 @@ class LLaDAConfig(LlamaConfig):
     end_token_ids: list[int] | None = None
     num_tokens: int | None = None
     is_causal: bool = False
+    auto_map: dict[str, Any] | None = None
     vocab_size: int = LLADA_8B_VOCABULARY
     rms_norm_eps: float = 1e-5
     bos_token_id: int | None = None
@@ -133,6 +134,7 @@ class LLaDAConfig(LlamaConfig):
         if self.num_tokens is None:
             is_8b = self.vocab_size == LLADA_8B_VOCABULARY
             self.num_tokens = LLADA_8B_TOKENS if is_8b else min(num_tokens, self.vocab_size)
+        self.auto_map = self.auto_map or {}  # TRL's loader reads it from every config that it does not know
         super().__post_init__(**kwargs)
         require_plain_rope(self)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import zlib
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import permutations, product
@@ -11,8 +10,9 @@ from itertools import permutations, product
 import numpy as np
 from datasets import Dataset
 
+from trl_diffusion.tasks.split import held_out
+
 LARGEST_NUMBER = 9
-HELD_OUT_SHARE = 0.2
 SLIP_RATE = 0.4
 
 _TOKEN = re.compile(r"\s*(\d+|[-+*/()×÷])")
@@ -44,14 +44,10 @@ def load_countdown(split: str = "train", size: int = 1000, seed: int = 0, slips:
         numbers = rng.integers(1, LARGEST_NUMBER + 1, size=3).tolist()
         operations = "".join(rng.choice(list("+-*"), size=2, p=(0.4, 0.4, 0.2)))
         target = evaluate_expression(_write(rng.permutation(numbers).tolist(), operations))
-        if target is None or target <= 0 or _held_out(numbers, int(target)) != (split == "test"):
+        if target is None or target <= 0 or held_out(sorted(numbers), int(target)) != (split == "test"):
             continue
         rows.append(_row(numbers, int(target), slips and rng.random() < SLIP_RATE))
     return Dataset.from_list(rows)
-
-
-def _held_out(numbers: Sequence[int], target: int) -> bool:
-    return zlib.crc32(repr((sorted(numbers), target)).encode()) % 1000 < 1000 * HELD_OUT_SHARE
 
 
 def _row(numbers: list[int], target: int, slip: bool) -> dict:

@@ -22,10 +22,9 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 _ANSWER_LINE = re.compile(r"####[ \t]*(.*)")
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)(/\d+)?")
 _BOXED = re.compile(r"\\boxed\s*\{(.*)\}")
-# Powers, factorials and unknown LaTeX commands can keep sympy busy for hours, so nothing else reaches it.
-_SAFE_EXPRESSION = re.compile(
-    r"(?:[-+*/(){}.%=\s]|\d{1,15}|[a-zA-Z]{1,12}(?![a-zA-Z])|\\(?:[dt]?frac|sqrt|cdot|times|div|%))*"
-)
+_UNIT = re.compile(r"(?<=\d)\s+[a-zA-Z][a-zA-Z ]*$")
+# Powers, factorials and other functions can keep sympy busy for hours, so only fractions and roots reach it.
+_SAFE_EXPRESSION = re.compile(r"(?:[-+*/(){}.%=\s]|\d{1,15}(?!\d)|\\(?:[dt]?frac|sqrt|cdot|times|div|%))*")
 _LONGEST_EXPRESSION = 64
 
 
@@ -107,7 +106,7 @@ def extract_answer(text: str) -> str | None:
 def same_answer(given: str | None, gold: str) -> bool:
     """Whether two answers are the same number.
 
-    Plain numbers are compared exactly. Everything else goes to math-verify without its timeouts, which are signal
+    Plain numbers are compared exactly, with or without a unit (`12 apples`). Everything else goes to math-verify without its timeouts, which are signal
     alarms and fail outside of the main thread: only short expressions without powers get there instead.
 
     Args:
@@ -118,6 +117,7 @@ def same_answer(given: str | None, gold: str) -> bool:
         return False
     if given == gold:
         return True
+    given = _UNIT.sub("", given)
     number, right = _number(given), _number(gold)
     if number is not None and right is not None:
         return number == right

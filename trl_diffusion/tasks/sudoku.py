@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import re
-import zlib
 from functools import lru_cache
 from itertools import permutations
 
 import numpy as np
 from datasets import Dataset
 
+from trl_diffusion.tasks.split import held_out
+
 FEWEST_BLANKS, MOST_BLANKS = 3, 8
-HELD_OUT_SHARE = 0.2
 SLIP_RATE = 0.5
 CELLS = 16
 
@@ -38,14 +38,10 @@ def load_sudoku(split: str = "train", size: int = 1000, seed: int = 0, slips: bo
     while len(rows) < size:
         solution = _grids()[rng.integers(len(_grids()))]
         puzzle = _blank(solution, rng)
-        if puzzle is None or _held_out(puzzle) != (split == "test"):
+        if puzzle is None or held_out(puzzle) != (split == "test"):
             continue
         rows.append(_row(puzzle, solution, slips and rng.random() < SLIP_RATE))
     return Dataset.from_list(rows)
-
-
-def _held_out(puzzle: str) -> bool:
-    return zlib.crc32(puzzle.encode()) % 1000 < 1000 * HELD_OUT_SHARE
 
 
 def _blank(solution: str, rng: np.random.Generator) -> str | None:

@@ -6,7 +6,6 @@ learning has something to repair: half of the kinds of problem come out wrong mo
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -15,12 +14,12 @@ import numpy as np
 from datasets import Dataset
 
 from trl_diffusion.tasks.gsm8k import correctness_reward, format_reward
+from trl_diffusion.tasks.split import held_out
 
 __all__ = ["correctness_reward", "format_reward", "load_word_problems"]
 
 NAMES = ("Tom", "Ann", "Sam", "Mia", "Leo", "Eva")
 THINGS = ("apples", "pens", "books", "coins", "cards", "eggs")
-HELD_OUT_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -42,24 +41,22 @@ class Kind:
     slip_rate: float
 
 
-SMALL, LARGE = range(2, 10), range(10, 21)
+DIGIT, FEW, MANY = range(2, 10), range(2, 6), range(5, 13)
 RARE, OFTEN = 0.38, 0.56
 NO_ANSWER_RATE = 0.06
 
 KINDS = (
+    Kind("{name} has {a} {things} and gets {b} more. How many {things} now?", "+", (DIGIT, DIGIT), "next", OFTEN),
+    Kind("{name} has {a} {things}. {other} has {b}. How many in all?", "+", (DIGIT, DIGIT), "operation", OFTEN),
+    Kind("{name} has {a} {things} and loses {b}. How many are left?", "-", (MANY, DIGIT), "next", RARE),
     Kind(
-        "{name} has {a} {things} and gets {b} more. How many {things} now?", "+", (range(2, 21), SMALL), "next", OFTEN
+        "{name} has {a} {things}. {other} has {b} less. How many has {other}?", "-", (MANY, DIGIT), "operation", OFTEN
     ),
-    Kind("{name} has {a} {things}. {other} has {b}. How many in all?", "+", (range(2, 21), SMALL), "operation", OFTEN),
-    Kind("{name} has {a} {things} and loses {b}. How many are left?", "-", (LARGE, SMALL), "next", RARE),
-    Kind(
-        "{name} has {a} {things}. {other} has {b} less. How many has {other}?", "-", (LARGE, SMALL), "operation", OFTEN
-    ),
-    Kind("{name} has {a} boxes of {b} {things}. How many in all?", "*", (SMALL, SMALL), "operation", RARE),
+    Kind("{name} has {a} boxes of {b} {things}. How many in all?", "*", (FEW, DIGIT), "operation", RARE),
     Kind(
         "{name} has {a} {things}, gets {b} and loses {c}. How many are left?",
         "+-",
-        (LARGE, SMALL, SMALL),
+        (DIGIT, DIGIT, FEW),
         "operation",
         OFTEN,
     ),
@@ -90,7 +87,7 @@ def load_word_problems(split: str = "train", size: int = 1000, seed: int = 0, sl
     if split not in ("train", "test"):
         raise ValueError(f"Word problems have the splits 'train' and 'test', got {split!r}.")
     pools = [
-        [numbers for numbers in _numbers(kind) if _held_out(kind, numbers) == (split == "test")] for kind in KINDS
+        [numbers for numbers in _numbers(kind) if held_out(kind.text, numbers) == (split == "test")] for kind in KINDS
     ]
     rng = np.random.default_rng([seed, split == "test"])
     rows = []
@@ -106,11 +103,6 @@ def _numbers(kind: Kind) -> Iterator[tuple[int, ...]]:
     for numbers in product(*kind.numbers):
         if all(result > 0 for slip in (None, kind.slip) for *_, result in _steps(kind, numbers, slip)):
             yield numbers
-
-
-def _held_out(kind: Kind, numbers: tuple[int, ...]) -> bool:
-    # A hash of the problem itself keeps the splits disjoint for every seed and size.
-    return zlib.crc32(repr((kind.text, numbers)).encode()) % 1000 < 1000 * HELD_OUT_SHARE
 
 
 def _row(kind: Kind, numbers: tuple[int, ...], rng: np.random.Generator, slips: bool) -> dict:

@@ -189,8 +189,8 @@ class DiffusionGRPOConfig(GRPOConfig):
                 f"With beta={self.beta}, the KL term must carry the weights of step_draws={self.step_draws!r} and "
                 f"step_reduction={self.step_reduction!r}. That is exact only for loss_type in "
                 f"{', '.join(_KEEP_FLOAT_MASK)} with importance_sampling_level='token' and top_entropy_quantile=1; "
-                f"got loss_type={self.loss_type!r}, importance_sampling_level={self.importance_sampling_level!r}. Change "
-                "these, set step_draws='uniform' with step_reduction='mean', or set beta=0."
+                f"got loss_type={self.loss_type!r}, importance_sampling_level={self.importance_sampling_level!r}. "
+                "Change these, set step_draws='uniform' with step_reduction='mean', or set beta=0."
             )
 
 

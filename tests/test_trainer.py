@@ -1,0 +1,437 @@
+"""What a user of TRL expects of a GRPO trainer, and what is refused before any rollout."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from methods import METHODS, PROMPTS, text_reward
+from peft import LoraConfig, PeftModel
+from tiny import tiny_model, tiny_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+from trl_diffusion.likelihood import score_views
+from trl_diffusion.models import family_of
+from trl_diffusion.trainers import AGRPOConfig, AGRPOTrainer, DiffusionGRPOConfig, DiffusionGRPOTrainer
+
+BASE, AGRPO = METHODS[0], METHODS[1]
+
+
+def weights(trainer) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+
+def batch(size: int = 4) -> list[dict]:
+    return [{"prompt": prompt} for prompt in PROMPTS[:2] for _ in range(size)]
+
+
+# ---------------------------------------------------------------- TRL's options keep working
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"])
+def test_every_loss_type_trains(loss_type, tmp_path):
+    trainer = BASE.make(
+        tmp_path, loss_type=loss_type, learning_rate=0.1, max_steps=2, num_iterations=2, logging_steps=1
+    )
+    before = weights(trainer).clone()
+    trainer.train()
+    change = (weights(trainer) - before).norm()
+    assert torch.isfinite(change) and change > 1e-4
+    assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"importance_sampling_level": "sequence", "loss_type": "grpo"},
+        {"delta": 1.5, "epsilon_high": 0.3},
+        {"top_entropy_quantile": 0.5},
+        {"entropy_coef": 0.1},
+        {"use_adaptive_entropy": True},
+        {"off_policy_mask_threshold": 0.1},
+        {"multi_objective_aggregation": "normalize_then_sum"},
+        {"scale_rewards": "batch"},
+        {"steps_per_generation": 4},
+        {"generation_batch_size": 32},
+        {"cast_lm_head_to_fp32": True},
+        {"gradient_checkpointing": True},
+        {"bf16": True},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_trl_settings_keep_working(settings, tmp_path):
+    trainer = BASE.make(tmp_path, learning_rate=0.1, max_steps=2, **settings)
+    before = weights(trainer).clone()
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert torch.isfinite(weights(trainer)).all() and not torch.equal(weights(trainer), before)
+
+
+def test_an_entropy_bonus_raises_entropy(tmp_path):
+    def last_entropy(coefficient: float) -> float:
+        trainer = BASE.make(
+            tmp_path,
+            entropy_coef=coefficient,
+            learning_rate=0.05,
+            max_steps=6,
+            logging_steps=1,
+            reward=lambda completions, **_: [0.0] * len(completions),
+        )
+        trainer.train()
+        return [entry["entropy"] for entry in trainer.state.log_history if "entropy" in entry][-1]
+
+    assert last_entropy(1.0) > last_entropy(0.0) + 0.01
+
+
+def test_metrics(tmp_path):
+    trainer = AGRPO.make(tmp_path, max_steps=1, logging_steps=1)
+    trainer.train()
+    entry = next(entry for entry in trainer.state.log_history if "reward" in entry)
+    for name in (
+        "rewards/text_reward/mean",
+        "completions/mean_length",
+        "clip_ratio/region_mean",
+        "entropy",
+        "step_time",
+    ):
+        assert math.isfinite(entry[name])
+    # canvas 8 in 4 steps: every step commits two tokens
+    assert entry["rollout/tokens_per_forward"] == 2.0
+    assert 2 <= entry["rollout/denoising_steps"] <= 4
+    assert 0 < entry["rollout/eos_share"] < 1
+    assert entry["rollout/seconds"] > 0
+
+
+def test_step_time_is_logged_once_per_update(tmp_path):
+    trainer = AGRPO.make(tmp_path, max_steps=3, num_mc_samples=5, logging_steps=100)
+    trainer.train()
+    assert len(trainer._metrics["train"]["step_time"]) in (0, 3)  # the final log clears them
+
+
+def test_evaluation_draws_with_the_same_noise_and_leaves_training_alone(tmp_path):
+    trainer = AGRPO.make(tmp_path, per_device_eval_batch_size=8)
+    trainer.eval_dataset = Dataset.from_dict({"prompt": PROMPTS[:4]})
+    first, second = trainer.evaluate(), trainer.evaluate()
+    assert first["eval_reward"] == second["eval_reward"]
+    assert first["eval_rollout/denoising_steps"] == second["eval_rollout/denoising_steps"]
+    assert trainer._rollouts["train"] == 0 and math.isfinite(first["eval_loss"])
+
+
+def test_reward_models(tmp_path):
+    torch.manual_seed(0)
+    judge = LlamaForSequenceClassification(
+        LlamaConfig(
+            vocab_size=5,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+            num_labels=1,
+            pad_token_id=0,
+        )
+    )
+    judge.config._name_or_path = "judge"
+    trainer = AGRPOTrainer(
+        tiny_model(seed=3),
+        [judge, text_reward],
+        BASE_ARGS(tmp_path, logging_steps=1),
+        Dataset.from_dict({"prompt": PROMPTS}),
+        processing_class=tiny_tokenizer(),
+        reward_processing_classes=[tiny_tokenizer(), None],
+    )
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert math.isfinite(entry["rewards/judge/mean"]) and entry["rewards/judge/std"] > 0
+
+
+def BASE_ARGS(output_dir, **settings) -> AGRPOConfig:
+    return copy.copy(AGRPO.make(output_dir, **settings).args)
+
+
+def test_iterable_datasets(tmp_path):
+    def rows():
+        for prompt in PROMPTS * 4:
+            yield {"prompt": prompt}
+
+    trainer = AGRPOTrainer(
+        tiny_model(seed=3),
+        text_reward,
+        BASE_ARGS(tmp_path, max_steps=2),
+        IterableDataset.from_generator(rows),
+        processing_class=tiny_tokenizer(),
+    )
+    before = weights(trainer).clone()
+    trainer.train()
+    assert trainer.state.global_step == 2 and not torch.equal(weights(trainer), before)
+
+
+def test_completions_are_logged(tmp_path):
+    trainer = AGRPO.make(tmp_path, log_completions=True, num_completions_to_print=1, logging_steps=1)
+    trainer.train()
+    table = pd.read_parquet(next(Path(tmp_path, "completions").glob("*.parquet")))
+    assert len(table) == 16 and {"prompt", "completion", "text_reward", "advantage"} <= set(table.columns)
+
+
+def test_truncated_completions_can_be_left_out(tmp_path):
+    trainer = AGRPO.make(tmp_path, mask_truncated_completions=True, max_completion_length=4, block_length=2)
+    trainer.model.train()
+    rows = trainer._generate_and_score_completions(batch(8))
+    truncated = ~trainer.family.is_end(rows["completion_ids"]).any(1)
+    assert truncated.any() and not truncated.all()
+    assert (rows["completion_mask"].any(1) == ~truncated).all()
+
+
+def test_conversational_prompts_and_default_arguments(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = AGRPO.make(tmp_path)
+    trainer.train_dataset = Dataset.from_dict(
+        {"prompt": [[{"role": "user", "content": prompt}] for prompt in PROMPTS]}
+    )
+    seen = []
+    trainer.reward_funcs = [lambda completions, **_: seen.extend(completions) or [float(len(c)) for c in completions]]
+    trainer.train()
+    assert seen and all(completion[0]["role"] == "assistant" for completion in seen)
+
+
+# ---------------------------------------------------------------- reference model and LoRA
+
+
+def test_reference_of_an_unsaved_model_is_a_copy_of_it(tmp_path):
+    model = tiny_model(seed=3)
+    trainer = AGRPO.make(tmp_path, model=model, beta=0.1, loss_type="dr_grpo", learning_rate=0.3, max_steps=2)
+    original = weights(trainer).clone()
+    trainer.train()
+    reference = torch.cat([parameter.flatten() for parameter in trainer.ref_model.parameters()])
+    torch.testing.assert_close(reference, original)
+    assert not torch.equal(weights(trainer), original)
+    assert trainer.args.beta == trainer.beta == 0.1
+
+
+def test_reference_logps_are_those_of_the_views(tmp_path):
+    trainer = AGRPO.make(tmp_path, beta=0.1, loss_type="dr_grpo", num_mc_samples=64)
+    trainer.model.train()
+    rows = trainer._generate_and_score_completions(batch())
+    # the reference is the policy, and 64 draws ask for every eligible token
+    wanted = rows["completion_mask"].bool()
+    torch.testing.assert_close(
+        rows["ref_per_token_logps"][wanted], rows["old_per_token_logps"][wanted], atol=1e-5, rtol=0
+    )
+
+
+def test_lora_trains_the_adapter_and_takes_the_base_as_reference(tmp_path):
+    lora = LoraConfig(r=4, target_modules="all-linear")
+    trainer = AGRPO.make(
+        tmp_path, peft_config=lora, beta=0.1, loss_type="dr_grpo", learning_rate=0.5, max_steps=3, logging_steps=1
+    )
+    base = {name: value.clone() for name, value in trainer.model.state_dict().items() if "lora_" not in name}
+    trainer.train()
+    after = trainer.model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in base.items())
+    assert any("lora_B" in name and value.abs().max() > 0 for name, value in after.items())
+    kl = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
+    assert kl[0] == pytest.approx(0, abs=1e-6) and kl[-1] > 1e-6
+    trainer.save_model(str(tmp_path / "adapter"))
+    fresh = PeftModel.from_pretrained(tiny_model(seed=3), tmp_path / "adapter").eval()
+    ids = torch.tensor([[2, 3, 4, 4]])
+    trainer.model.eval()
+    torch.testing.assert_close(fresh(input_ids=ids).logits, trainer.model(input_ids=ids).logits)
+
+
+def test_synchronised_reference(tmp_path):
+    trainer = AGRPO.make(
+        tmp_path,
+        beta=0.1,
+        loss_type="dr_grpo",
+        learning_rate=0.3,
+        max_steps=2,
+        sync_ref_model=True,
+        ref_model_sync_steps=1,
+        ref_model_mixup_alpha=1.0,
+    )
+    trainer.train()
+    reference = torch.cat([parameter.flatten() for parameter in trainer.ref_model.parameters()])
+    torch.testing.assert_close(reference, weights(trainer))
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5])
+def test_a_resumed_run_ends_in_the_same_weights(stop, tmp_path):
+    """8 prompts, 4 per rollout, μ = 2: 5 updates into 8 is the second epoch, in the middle of a buffer."""
+    settings = dict(max_steps=8, num_iterations=2, learning_rate=0.2, optim="adamw_torch", lr_scheduler_type="cosine")
+    whole = AGRPO.make(tmp_path / "whole", **settings)
+    whole.train()
+    first = AGRPO.make(tmp_path / "cut", save_strategy="steps", save_steps=stop, **settings)
+    first.train()
+    again = AGRPO.make(tmp_path / "again", **settings, model=tiny_model(seed=9))
+    again.train(resume_from_checkpoint=str(tmp_path / "cut" / f"checkpoint-{stop}"))
+    assert again.state.global_step == 8
+    assert torch.equal(weights(again), weights(whole))
+
+
+def test_a_checkpoint_without_the_rollout_state_is_refused(tmp_path):
+    trainer = AGRPO.make(tmp_path, save_strategy="steps", save_steps=1)
+    trainer.train()
+    os.remove(tmp_path / "checkpoint-1" / "rollout_state_0.pt")
+    with pytest.raises(ValueError, match="has no rollout_state_0"):
+        AGRPO.make(tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+def test_model_card_cites_the_paper(tmp_path):
+    trainer = AGRPO.make(tmp_path)
+    trainer.create_model_card(dataset_name="words")
+    card = Path(tmp_path, "README.md").read_text()
+    assert "2510.04019" in card and "AGRPO" in card
+
+
+# ---------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_vllm": True}, "use_vllm"),
+        ({"use_transformers_continuous_batching": True}, "use_transformers_continuous_batching"),
+        ({"cache_implementation": "static"}, "cache_implementation"),
+        ({"generation_kwargs": {"num_beams": 2}}, "generation_kwargs"),
+        ({"min_p": 0.1}, "min_p"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty"),
+        ({"use_liger_kernel": True}, "use_liger_kernel"),
+        ({"temperature": 0.0}, "greedy completions"),
+        ({"num_generations": 3}, "divisible by num_generations"),
+        ({"block_length": 3}, "must divide the canvas"),
+        ({"denoising_steps": 5}, "multiple of the number of blocks"),
+        ({"top_p": 0.9}, "needs top_k"),
+        ({"unmasking": "left_to_right"}, "unmasking must be one of"),
+        ({"step_draws": "all"}, "step_draws must be one of"),
+        ({"num_mc_samples": 0}, "num_mc_samples"),
+        ({"step_draws": "entropy", "loss_type": "bnpo"}, "step_draws='uniform'"),
+        ({"step_draws": "entropy", "entropy_coef": 0.1}, "step_draws='uniform'"),
+        ({"step_draws": "entropy", "top_entropy_quantile": 0.2}, "step_draws='uniform'"),
+        ({"beta": 0.1, "loss_type": "grpo"}, "KL term must carry the weights"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings_that_cannot_work_are_refused(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as error:
+        BASE.make(tmp_path, **settings)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["tools", "environment_factory", "rollout_func"])
+def test_several_turns_are_refused(name, tmp_path):
+    args = BASE_ARGS(tmp_path)
+    with pytest.raises(ValueError, match=f"`{name}` is not supported"):
+        AGRPOTrainer(
+            tiny_model(),
+            text_reward,
+            args,
+            Dataset.from_dict({"prompt": PROMPTS}),
+            None,
+            tiny_tokenizer(),
+            **{name: [print]},
+        )
+
+
+def make(tmp_path, model=None, reward=text_reward, data=None, args=None):
+    data = data or {"prompt": PROMPTS}
+    return AGRPOTrainer(
+        model or tiny_model(), reward, args or BASE_ARGS(tmp_path), Dataset.from_dict(data), None, tiny_tokenizer()
+    )
+
+
+def test_a_model_that_is_no_diffusion_model_is_refused(tmp_path):
+    stock = LlamaForCausalLM(
+        LlamaConfig(vocab_size=5, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+    with pytest.raises(TypeError, match="LlamaForCausalLM is not a diffusion language model"):
+        make(tmp_path, model=stock)
+    stock.save_pretrained(tmp_path / "stock")
+    with pytest.raises(TypeError, match="model_type 'llama', which is not a diffusion language model"):
+        make(tmp_path, model=str(tmp_path / "stock"))
+
+
+def test_a_missing_mask_token_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no `mask_token_id`"):
+        make(tmp_path, model=tiny_model(mask_token_id=None))
+
+
+def test_missing_columns_are_refused(tmp_path):
+    def correctness(completions, answer, **kwargs):
+        return [0.0] * len(completions)
+
+    with pytest.raises(ValueError, match="no column 'prompt', which the trainer needs; its columns are question"):
+        make(tmp_path, data={"question": PROMPTS})
+    with pytest.raises(ValueError, match="no column 'answer', which the reward function correctness needs"):
+        make(tmp_path, reward=correctness)
+
+
+def test_other_configs_are_refused(tmp_path):
+    from trl import GRPOConfig
+
+    with pytest.raises(TypeError, match="args must be a AGRPOConfig, got GRPOConfig"):
+        make(tmp_path, args=GRPOConfig(str(tmp_path), use_cpu=True, bf16=False))
+
+
+def test_lora_with_a_synchronised_reference_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="sync_ref_model"):
+        AGRPO.make(tmp_path, peft_config=LoraConfig(), beta=0.1, loss_type="dr_grpo", sync_ref_model=True)
+
+
+def test_paper_defaults():
+    config = AGRPOConfig("unused", use_cpu=True, bf16=False)
+    assert (config.max_completion_length, config.block_length, config.denoising_steps) == (384, 12, 128)
+    assert (config.temperature, config.top_k, config.top_p, config.unmasking) == (0.6, 150, 0.99, "random")
+    assert (config.num_generations, config.num_mc_samples, config.step_draws) == (8, 24, "entropy")
+    assert (config.learning_rate, config.adam_beta2, config.weight_decay, config.max_grad_norm) == (
+        5e-6,
+        0.99,
+        0.01,
+        1.0,
+    )
+    assert (config.epsilon, config.beta, config.scale_rewards, config.num_iterations) == (0.2, 0.0, "none", 1)
+    assert (config.step_scope, config.step_reduction, config.loss_type) == ("paper", "mean", "luspo")
+
+
+def test_trl_hooks_have_the_signatures_that_are_overridden():
+    """Private hooks change between releases; this names the one that did."""
+    import inspect
+
+    from trl import GRPOTrainer
+
+    expected = {
+        "_generate_single_turn": ["prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
+        "_generate_and_score_completions": ["inputs"],
+        "_prepare_inputs": ["generation_batch"],
+        "_compute_loss": ["model", "inputs"],
+        "_get_train_sampler": ["dataset"],
+        "_save_checkpoint": ["model", "trial"],
+        "_load_optimizer_and_scheduler": ["checkpoint"],
+        "training_step": ["model", "inputs", "num_items_in_batch"],
+    }
+    for name, parameters in expected.items():
+        assert list(inspect.signature(getattr(GRPOTrainer, name)).parameters)[1:] == parameters, name
+    scoring = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+    assert scoring[1:5] == ["model", "input_ids", "attention_mask", "logits_to_keep"]
+
+
+def test_scoring_goes_through_the_wrapped_model(tmp_path):
+    """The same numbers as the bare model's, with TRL's patches and PEFT around it."""
+    trainer = AGRPO.make(tmp_path, peft_config=LoraConfig(r=2, target_modules="all-linear"))
+    trainer.model.train()
+    rows = trainer._generate_and_score_completions(batch())
+    views = trainer._view_of(rows, 0, 0)
+    bare = tiny_model(seed=3).eval()
+    expected = score_views(
+        bare, rows["prompt_ids"], rows["prompt_mask"], rows["completion_ids"], views, trainer.temperature
+    )
+    torch.testing.assert_close(trainer._score(trainer.model, rows, views).logps, expected.logps, atol=1e-5, rtol=0)
+    assert family_of(trainer.model) == family_of(bare)
+    assert issubclass(AGRPOTrainer, DiffusionGRPOTrainer) and issubclass(AGRPOConfig, DiffusionGRPOConfig)
