@@ -1,7 +1,7 @@
 """One process of `test_distributed.py`: trains every case on the four-word model and writes down what it saw.
 
     accelerate launch --config_file recipes/accelerate_configs/cpu_zero3.yaml tests/distributed_worker.py \
-        --backend zero3 --model PATH --out FOLDER
+        --backend zero3 --model CHECKPOINT --out FOLDER
 
 It stops if the processes are not those of the backend, so that no case passes on another one.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import gc
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -21,66 +22,79 @@ from unittest.mock import patch
 import torch
 from accelerate.utils import DistributedType, set_seed
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
-from methods import METHODS, Method, text_reward, with_property
+from datasets import Dataset
+from methods import METHODS, PROMPTS, Method, text_reward, with_property
 from peft import LoraConfig
 from transformers import TrainerCallback
 
-# distributed type, processes, ZeRO stage
+import trl_diffusion.trainers.diffusion_grpo as base
+
+# distributed type, number of processes, ZeRO stage
 BACKENDS = {
     "single": (DistributedType.NO, 1, 0),
     "ddp": (DistributedType.MULTI_CPU, 2, 0),
     "zero2": (DistributedType.DEEPSPEED, 2, 2),
     "zero3": (DistributedType.DEEPSPEED, 2, 3),
 }
-RECORDED = ("completion_ids", "unmask_step", "view_steps", "view_weights", "advantages", "old_per_token_logps")
-
-
-def never_ties(completions, **kwargs) -> list[float]:
-    return [float(row) for row in range(len(completions))]
 
 
 @dataclass(frozen=True)
 class Case:
-    """A training run that every backend repeats with the same `rows_per_step` rows in a micro-batch of all processes.
+    """A training run that every backend repeats with the same number of rows in a micro-batch of all processes.
 
-    `fault` breaks the run on purpose: "local rows" keys the noise by the row within the process, "step per view"
-    tells DeepSpeed that every view ends an update.
+    Args:
+        method: the method to train.
+        settings: fields of its config.
+        rows: rows of a micro-batch, over all processes.
+        backends: where it runs.
+        lora: train an adapter.
+        evaluate: run an evaluation after training.
+        resume: start again from the first checkpoint and record that run.
+        fault: breaks the run on purpose. "local rows": noise is keyed by the row within the process. "step per
+            view": DeepSpeed is told that every backward pass ends an update.
     """
 
     method: Method
     settings: dict[str, Any] = field(default_factory=dict)
-    rows_per_step: int = 8
+    rows: int = 8
     backends: tuple[str, ...] = tuple(BACKENDS)
     lora: bool = False
+    evaluate: bool = False
+    resume: bool = False
     fault: str | None = None
 
 
 def cases() -> dict[str, Case]:
     """Every case by name."""
     agrpo = next(method for method in METHODS if method.name == "agrpo")
-    one = {"rows_per_step": 16, "settings": {"gradient_accumulation_steps": 1}}
-    of_steps = {"max_steps": 3, "learning_rate": 1e-2}
+    # One entry per class: the settings that tell others of the same class apart do not touch the optimizer.
+    counted = {method.trainer: method for method in reversed(with_property(5))}.values()
+    three_updates = {"max_steps": 3, "learning_rate": 1e-2}
+    two_updates = {"max_steps": 2, "learning_rate": 0.1}
+    one_batch = {"gradient_accumulation_steps": 1}
     return {
-        **{f"update: {method.name}": Case(method) for method in with_property(4)},
+        **{f"{method.name}, one update": Case(method) for method in with_property(4)},
         **{
-            f"{views} views: {method.name}": Case(method, of_steps | {"num_mc_samples": views})
-            for method in with_property(5)
+            f"{method.name}, three updates, M={views}": Case(method, three_updates | {"num_mc_samples": views})
+            for method in counted
             for views in (1, 8)
         },
-        "one micro-batch": Case(agrpo, **one),
-        "groups over processes": Case(agrpo, {"gradient_accumulation_steps": 4}, rows_per_step=4),
-        # Two updates: at the first, policy and reference are equal and the KL has no gradient.
-        "reference": Case(agrpo, {"beta": 0.5, "max_steps": 2}),
+        "one micro-batch": Case(agrpo, one_batch, rows=16),
+        "groups over micro-batches and processes": Case(agrpo, {"gradient_accumulation_steps": 4}, rows=4),
+        # Two updates: before the first, policy and reference are equal and the KL has no gradient.
+        "reference": Case(agrpo, two_updates | {"beta": 0.5}, evaluate=True),
         "lora": Case(agrpo, lora=True),
-        # Few rows and many blocks, so that a process has no row left while the other still writes.
+        # Few rows and many blocks, so that one process has no row left while the other still writes.
         "sharded sampling": Case(
             agrpo,
-            {"ds3_gather_for_generation": False, "num_generations": 2, "gradient_accumulation_steps": 1}
-            | {"block_length": 1, "denoising_steps": 8, "max_steps": 2, "learning_rate": 0.1},
-            rows_per_step=4,
+            two_updates
+            | one_batch
+            | {"ds3_gather_for_generation": False, "num_generations": 2, "block_length": 1, "denoising_steps": 8},
+            rows=4,
         ),
-        "fault: local rows": Case(agrpo, **one, backends=("single", "ddp"), fault="local rows"),
-        "fault: step per view": Case(agrpo, of_steps, backends=("single", "zero2"), fault="step per view"),
+        "resumed": Case(agrpo, two_updates | {"save_strategy": "steps", "save_steps": 1}, resume=True),
+        "fault: local rows": Case(agrpo, one_batch, rows=16, backends=("single", "ddp"), fault="local rows"),
+        "fault: step per view": Case(agrpo, three_updates, backends=("zero2",), fault="step per view"),
     }
 
 
@@ -89,57 +103,74 @@ def main() -> None:
     parser.add_argument("--backend", choices=BACKENDS, required=True)
     parser.add_argument("--model", required=True, help="checkpoint of the model")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--timeout", type=float, default=280.0, help="seconds after which a stuck process says where")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds after which a stuck process says where")
     arguments = parser.parse_args()
     faulthandler.dump_traceback_later(arguments.timeout, exit=True)
     torch.set_num_threads(1)
     for name, case in cases().items():
         if arguments.backend in case.backends:
-            print(f"case: {name}", flush=True)
+            start = time.perf_counter()
             run(name, case, arguments.backend, arguments.model, arguments.out)
+            print(f"{name}: {time.perf_counter() - start:.1f} s", flush=True)
 
 
 def run(name: str, case: Case, backend: str, model: str, out: Path) -> None:
-    """Trains a case and saves what happened as `NAME-RANK.pt`."""
-    trainer = make_trainer(case, backend, model, out / "trainer")
+    """Train a case and save what happened as `NAME-RANK.pt`."""
+    folder = out / f"{name} trainer"
+    if case.resume:
+        first = make_trainer(case, backend, model, folder)
+        first.train()
+        close(first, backend)
+    trainer = make_trainer(case, backend, model, folder)
     check_processes(trainer, backend)
-    rollouts = record_rollouts(trainer)
     snapshots = record_parameters(trainer)
-    with fault(case.fault, trainer):
-        trainer.train()
-    if backend.startswith("zero"):
+    with recorded_rollouts(trainer) as rollouts, fault(case.fault, trainer):
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1") if case.resume else None)
+        if case.evaluate:
+            trainer.evaluate(Dataset.from_dict({"prompt": PROMPTS}))
+    zero = backend.startswith("zero")
+    if zero:
         check_engine(trainer, backend)
     result = {
         "rollouts": rollouts,
-        "parameters": full_parameters(trainer),
-        "trainable": [key for key, value in named_parameters(trainer) if value.requires_grad],
         "before": snapshots[0],
-        "changes": sum(differ(a, b) for a, b in zip(snapshots, snapshots[1:], strict=False)),
-        "snapshots": len(snapshots),
-        "engine_steps": trainer.model_wrapped.global_steps if backend.startswith("zero") else None,
+        "after": full_parameters(trainer),
+        "backward_passes_and_updates": len(snapshots) - 1,
+        "changes": sum(differ(a, b) for a, b in zip(snapshots[:-1], snapshots[1:], strict=True)),
         "trainer_steps": trainer.state.global_step,
+        "engine_steps": trainer.model_wrapped.global_steps if zero else None,
     }
     torch.save(result, out / f"{name}-{trainer.accelerator.process_index}.pt")
-    if backend.startswith("zero"):
-        trainer.model_wrapped.destroy()
-    del trainer, rollouts, snapshots
-    gc.collect()
+    close(trainer, backend)
 
 
 def make_trainer(case: Case, backend: str, model: str, folder: Path):
-    processes = BACKENDS[backend][1]
+    per_process = case.rows // BACKENDS[backend][1]
     # `use_cpu` would turn DeepSpeed off, and without gloo accelerate would count one process
-    backend_settings = {"use_cpu": False, "ddp_backend": "gloo"} if backend.startswith("zero") else {"use_cpu": True}
-    set_seed(0)  # LoRA matrices
+    device = {"use_cpu": False, "ddp_backend": "gloo"} if backend.startswith("zero") else {"use_cpu": True}
+    batch = {"per_device_train_batch_size": per_process, "per_device_eval_batch_size": per_process}
+    set_seed(0)  # for the matrices of LoRA
     return case.method.make(
         folder,
         model=model,
         reward=never_ties if "max_steps" in case.settings else text_reward,
         peft_config=LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if case.lora else None,
-        **backend_settings
-        | {"per_device_train_batch_size": case.rows_per_step // processes, "ddp_timeout": 120}
-        | case.settings,
+        **device | batch | {"ddp_timeout": 120} | case.settings,
     )
+
+
+def never_ties(completions, **kwargs) -> list[float]:
+    return [float(row) for row in range(len(completions))]
+
+
+def close(trainer, backend: str) -> None:
+    if backend.startswith("zero"):
+        trainer.model_wrapped.destroy()
+    trainer.accelerator.free_memory()
+    gc.collect()
+
+
+# ---------------------------------------------------------------- what must be so
 
 
 def check_processes(trainer, backend: str) -> None:
@@ -153,38 +184,47 @@ def check_processes(trainer, backend: str) -> None:
 
 
 def check_engine(trainer, backend: str) -> None:
-    """DeepSpeed ran in the stage asked for, without clipping, on the optimizer asked for; ZeRO-3 cut every tensor."""
-    engine, stage = trainer.model_wrapped, BACKENDS[backend][2]
-    assert engine.zero_optimization_stage() == stage and engine.world_size == 2
+    """DeepSpeed ran the stage asked for, plain SGD and no clipping; ZeRO-3 keeps no tensor whole."""
+    engine, (_, processes, stage) = trainer.model_wrapped, BACKENDS[backend]
+    assert engine.zero_optimization_stage() == stage and engine.world_size == processes
     assert engine.gradient_clipping() == 0.0
     assert isinstance(engine.basic_optimizer, torch.optim.SGD), type(engine.basic_optimizer)
     if stage == 3:
         assert engine.zero_param_persistence_threshold() == 0
         for name, parameter in engine.module.named_parameters():
-            assert not parameter.ds_persist, name
-            assert parameter.numel() == 0, name  # nothing is whole between two forwards …
-            assert parameter.ds_tensor.numel() == -(-parameter.ds_numel // 2), name  # … and here is half of it
+            assert parameter.numel() == 0 and not parameter.ds_persist, name
+            assert parameter.ds_tensor.numel() == -(-parameter.ds_numel // processes), name
 
 
-def record_rollouts(trainer) -> list[dict[str, torch.Tensor]]:
-    """The rows of this process as every rollout leaves them, before TRL shuffles them."""
+# ---------------------------------------------------------------- what is recorded
+
+
+@contextmanager
+def recorded_rollouts(trainer) -> Iterator[list[dict[str, Any]]]:
+    """The rows of this process as every rollout leaves them, before TRL shuffles them.
+
+    `forwards` and `whole` say how the sampler ran: network evaluations, and whether the weights lay there whole.
+    """
     seen: list[dict[str, Any]] = []
-    generate, plan = trainer._generate_and_score_completions, trainer._plan
-    forwards = []
+    generate, sample, sampler = trainer._generate_and_score_completions, base.sample, {}
 
-    def record_plan(mode, trajectory, learns):
-        forwards.append(trajectory.forwards)
-        return plan(mode, trajectory, learns)
+    def record_sample(model, *args, **kwargs):
+        whole = all(parameter.numel() > 0 for parameter in model.parameters())
+        trajectory = sample(model, *args, **kwargs)
+        sampler.update(forwards=trajectory.forwards, whole=whole)
+        return trajectory
 
-    def record(inputs):
-        rows = generate(inputs)
-        kept = [*RECORDED, *(["ref_per_token_logps"] if trainer.beta else [])]
-        seen.append({key: rows[key].clone() for key in kept} | {"forwards": forwards[-1]})
-        seen[-1]["global_row"] = rows["global_row"].clone()
-        return rows
+    def record_rows(inputs):
+        output = generate(inputs)
+        rows = {key: value.clone() for key, value in output.items() if isinstance(value, torch.Tensor) and value.dim()}
+        seen.append({"rows": rows, **sampler})
+        return output
 
-    trainer._generate_and_score_completions, trainer._plan = record, record_plan
-    return seen
+    with (
+        patch.object(base, "sample", record_sample),
+        patch.object(trainer, "_generate_and_score_completions", record_rows),
+    ):
+        yield seen
 
 
 def record_parameters(trainer) -> list[dict[str, torch.Tensor]]:
@@ -208,42 +248,36 @@ def record_parameters(trainer) -> list[dict[str, torch.Tensor]]:
     return seen
 
 
-def named_parameters(trainer) -> list[tuple[str, torch.nn.Parameter]]:
-    return list(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
-
-
 def full_parameters(trainer) -> dict[str, torch.Tensor]:
     """A copy of every parameter, whole."""
-    named = named_parameters(trainer)
-    with gathered([parameter for _, parameter in named]):
+    named = list(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
+    gathered = nullcontext()
+    if trainer.is_deepspeed_enabled:
+        from deepspeed.zero import GatheredParameters
+
+        gathered = GatheredParameters([parameter for _, parameter in named])
+    with gathered:
         return {name: parameter.detach().clone() for name, parameter in named}
 
 
-def gathered(parameters):
-    from deepspeed import zero
-
-    sharded = [parameter for parameter in parameters if zero.partition_parameters.is_zero_param(parameter)]
-    return zero.GatheredParameters(sharded) if sharded else nullcontext()
-
-
 def differ(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
-    return any(not torch.equal(value, second[key]) for key, value in first.items())
+    return any(not torch.equal(value, second[name]) for name, value in first.items())
 
 
 @contextmanager
 def fault(kind: str | None, trainer) -> Iterator[None]:
-    if kind == "local rows":
-        with patch.object(trainer, "_global_rows", torch.arange):
-            yield
-    elif kind == "step per view":
-        backward = DeepSpeedEngineWrapper.backward
+    """Break the trainer as `Case.fault` says."""
+    backward = DeepSpeedEngineWrapper.backward
 
-        def step_always(self, loss, sync_gradients=True, **kwargs):
-            backward(self, loss, sync_gradients=True, **kwargs)
+    def always_step(self, loss, sync_gradients=True, **kwargs):
+        backward(self, loss, sync_gradients=True, **kwargs)
 
-        with patch.object(DeepSpeedEngineWrapper, "backward", step_always):
-            yield
-    else:
+    patches = {
+        None: nullcontext(),
+        "local rows": patch.object(trainer, "_global_rows", torch.arange),
+        "step per view": patch.object(DeepSpeedEngineWrapper, "backward", always_step),
+    }
+    with patches[kind]:
         yield
 
 

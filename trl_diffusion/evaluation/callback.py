@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from transformers import Trainer, TrainerCallback
 from trl.models import unwrap_model_for_generation
@@ -39,7 +40,7 @@ class AccuracyCallback(TrainerCallback):
         self._measure(state.global_step)
 
     def _measure(self, step: int) -> None:
-        trainer = self.trainer
+        trainer: Any = self.trainer
         with unwrap_model_for_generation(
             trainer.model_wrapped,
             trainer.accelerator,

@@ -158,6 +158,11 @@ class _Drawn(NamedTuple):
     entropies: torch.Tensor
     support: torch.Tensor | None
 
+    def at(self, slots: torch.Tensor) -> _Drawn:
+        """What was drawn at some of the positions, [R, k] slots."""
+        support = None if self.support is None else _take(self.support, slots)
+        return _Drawn(_take(self.tokens, slots), _take(self.logps, slots), _take(self.entropies, slots), support)
+
 
 class _Rollout:
     """The growing canvas of one batch."""
@@ -173,10 +178,11 @@ class _Rollout:
         self.unmask_step = torch.full(shape, -1, dtype=torch.int32, device=device)
         self.logps = torch.zeros(shape, device=device)
         self.entropies = torch.zeros(shape, device=device)
-        self.support = None
+        self.support: torch.Tensor | None = None
         if config.top_k and config.temperature > 0:
             self.support = torch.full((*shape, config.top_k), -1, dtype=torch.int32, device=device)
-        self.step_entropy = self.step_margin = None
+        self.step_entropy: torch.Tensor | None = None
+        self.step_margin: torch.Tensor | None = None
         if config.record_signals:
             self.step_entropy = torch.zeros(batch, config.denoising_steps, device=device)
             self.step_margin = torch.zeros(batch, config.denoising_steps, device=device)
@@ -217,29 +223,19 @@ class _Rollout:
             slots = self.order_noise[rows, block].gather(1, masked).argsort(1)[:, :count]
             if not config.record_signals:  # the LM head is needed only where tokens are committed
                 chosen = masked.gather(1, slots)
-                return (
-                    slots,
-                    self._draw(self._logits(rows, block, chosen), self._noise(rows, block, 0, chosen)),
-                    None,
-                )
+                drawn = self._draw(self._logits(rows, block, chosen), self._noise(rows, block, 0, chosen))
+                return slots, drawn, None
 
         logits = self._logits(rows, block, masked)
         signals = (_entropy(logits).mean(1), _margin(logits).mean(1)) if config.record_signals else None
         if config.unmasking == "low_confidence":
             drawn = self._draw(logits, self._noise(rows, block, step, masked))
             slots = score_targets(logits, drawn.tokens)[0].topk(count, dim=1).indices
-            return (
-                slots,
-                _Drawn(*(None if value is None else _take(value, slots) for value in drawn)),
-                signals,
-            )
+            return slots, drawn.at(slots), signals
         if config.unmasking != "random":
             slots = _certainty(logits, config.unmasking).topk(count, dim=1).indices
-        return (
-            slots,
-            self._draw(_take(logits, slots), self._noise(rows, block, 0, masked.gather(1, slots))),
-            signals,
-        )
+        noise = self._noise(rows, block, 0, masked.gather(1, slots))
+        return slots, self._draw(_take(logits, slots), noise), signals
 
     def _noise(self, rows, block: int, step: int, offsets: torch.Tensor) -> torch.Tensor:
         return self.token_noise[rows, block, step].gather(1, offsets)
@@ -272,9 +268,9 @@ class _Rollout:
         self.unmask_step[where] = step
         self.logps[where] = drawn.logps
         self.entropies[where] = drawn.entropies
-        if drawn.support is not None:
+        if self.support is not None and drawn.support is not None:
             self.support[where] = drawn.support
-        if signals is not None:
+        if self.step_entropy is not None and self.step_margin is not None:
             self.step_entropy[rows, step], self.step_margin[rows, step] = signals
 
     def trajectory(self) -> Trajectory:

@@ -8,6 +8,7 @@ loss        clipped token ratio, summed over the step's tokens
 
 from __future__ import annotations
 
+import logging
 import textwrap
 from dataclasses import dataclass, field
 
@@ -29,7 +30,7 @@ class AGRPOConfig(DiffusionGRPOConfig):
     adam_beta2: float = field(default=0.99, metadata={"help": "Second moment decay of AdamW."})
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay of AdamW."})
     num_generations: int | None = field(default=8, metadata={"help": "Completions per prompt, G."})
-    max_completion_length: int | None = field(default=384, metadata={"help": "Length of the canvas in tokens."})
+    max_completion_length: int = field(default=384, metadata={"help": "Length of the canvas in tokens."})
     block_length: int = field(default=12, metadata={"help": "Positions per block."})
     denoising_steps: int = field(default=128, metadata={"help": "Denoising steps of the canvas."})
     num_mc_samples: int = field(default=24, metadata={"help": "Monte-Carlo draws of a step per completion, M."})
@@ -51,14 +52,28 @@ class AGRPOTrainer(DiffusionGRPOTrainer):
     _tag_names = ["trl", "trl_diffusion", "agrpo"]
     _name = "AGRPO"
     _paper = {
-        "title": "Principled and Tractable RL for Reasoning with Diffusion Language Models",
+        "title": "Simple Policy Gradients for Reasoning with Diffusion Language Models",
         "id": "2510.04019",
         # docstyle-ignore
         "citation": textwrap.dedent("""\
-            @article{zhan2025principled,
-                title        = {{Principled and Tractable RL for Reasoning with Diffusion Language Models}},
+            @article{zhan2025simple,
+                title        = {{Simple Policy Gradients for Reasoning with Diffusion Language Models}},
                 author       = {Anthony Zhan},
                 year         = 2025,
                 eprint       = {arXiv:2510.04019},
             }"""),
     }
+
+    def __init__(self, *args, **kwargs):
+        # TRL advises sequence ratios with "luspo" to whoever wants LUSPO; AGRPO only shares its normalisation.
+        logger, hint = logging.getLogger("trl.trainer.grpo_trainer"), _LuspoHint()
+        logger.addFilter(hint)
+        try:
+            super().__init__(*args, **kwargs)
+        finally:
+            logger.removeFilter(hint)
+
+
+class _LuspoHint(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "When using `'luspo'` loss" not in record.getMessage()

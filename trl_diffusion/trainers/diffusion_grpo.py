@@ -12,7 +12,7 @@ import copy
 import inspect
 import os
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,7 +97,7 @@ class DiffusionGRPOConfig(GRPOConfig):
     step_reduction: str = field(
         default="sum", metadata={"help": "Reduction over the denoising steps of a completion: sum or mean."}
     )
-    max_completion_length: int | None = field(default=256, metadata={"help": "Length of the canvas in tokens."})
+    max_completion_length: int = field(default=256, metadata={"help": "Length of the canvas in tokens."})
     disable_dropout: bool = field(
         default=True,
         metadata={"help": "Turn dropout off, so that ratios start at 1; with dropout they measure its noise."},
@@ -198,7 +198,7 @@ class _EpochRepeatSampler(RepeatSampler):
     """`RepeatSampler` whose order is a function of (seed, epoch), so that a resumed run sees the order it left."""
 
     def set_epoch(self, epoch: int) -> None:
-        if self.shuffle:
+        if self.shuffle and self.seed is not None:
             self.generator.manual_seed(self.seed + epoch)
 
 
@@ -209,6 +209,7 @@ class _MonteCarloViews(Trainer):
     one step time whatever the number of views. Only the last view synchronises gradients.
     """
 
+    args: DiffusionGRPOConfig
     _view = 0
 
     def training_step(self, model, inputs, num_items_in_batch=None):
@@ -216,7 +217,7 @@ class _MonteCarloViews(Trainer):
         sync = self.accelerator.sync_gradients
         # DeepSpeed takes its accumulation boundary from `sync_gradients`; `no_sync` is for the others
         hold = sync and self.accelerator.distributed_type != DistributedType.DEEPSPEED
-        loss = 0.0
+        loss = torch.zeros((), device=self.args.device)
         try:
             for self._view in range(last + 1):
                 state._set_sync_gradients(sync and self._view == last)
@@ -228,7 +229,7 @@ class _MonteCarloViews(Trainer):
         return loss
 
 
-class DiffusionGRPOTrainer(GRPOTrainer, _MonteCarloViews):
+class DiffusionGRPOTrainer(GRPOTrainer, _MonteCarloViews):  # type: ignore[misc]
     """GRPO for diffusion language models, over the likelihood of their own denoising steps.
 
     Args:
@@ -249,6 +250,9 @@ class DiffusionGRPOTrainer(GRPOTrainer, _MonteCarloViews):
     _tag_names = ["trl", "trl_diffusion", "diffusion-grpo"]
     _name = "DiffusionGRPO"
     config_class: type[DiffusionGRPOConfig] = DiffusionGRPOConfig
+    args: DiffusionGRPOConfig
+    model: Any  # transformers types it as optional
+    ref_model: Any
 
     def __init__(
         self,
@@ -298,6 +302,7 @@ class DiffusionGRPOTrainer(GRPOTrainer, _MonteCarloViews):
 
         self.family = family_of(self.model)
         self.eos_token_ids = sorted({*self.family.end_token_ids, self._tokenizer.eos_token_id})
+        self._checkpointing_kwargs: Any = args.gradient_checkpointing_kwargs
         self._rollouts = {"train": 0, "eval": 0}
         self._trajectory: Trajectory | None = None
         self._scored: tuple[dict[str, torch.Tensor], Views] | None = None
@@ -333,7 +338,7 @@ class DiffusionGRPOTrainer(GRPOTrainer, _MonteCarloViews):
                 self.model_wrapped,
                 self.accelerator,
                 gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+                gradient_checkpointing_kwargs=self._checkpointing_kwargs,
             ) as model,
             torch.no_grad(),
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
@@ -349,7 +354,7 @@ class DiffusionGRPOTrainer(GRPOTrainer, _MonteCarloViews):
 
     def _pad_prompts(self, prompt_ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         rows = [torch.tensor(ids) for ids in prompt_ids]
-        padding = {"padding_side": "left", "pad_to_multiple_of": self.pad_to_multiple_of}
+        padding: dict[str, Any] = {"padding_side": "left", "pad_to_multiple_of": self.pad_to_multiple_of}
         ids = pad(rows, padding_value=self._tokenizer.pad_token_id, **padding)
         mask = pad([torch.ones_like(row) for row in rows], padding_value=0, **padding)
         return ids.to(self.accelerator.device), mask.to(self.accelerator.device)
@@ -469,6 +474,7 @@ class DiffusionGRPOTrainer(GRPOTrainer, _MonteCarloViews):
     @torch.no_grad()
     def _reference_logps(self, rows: dict[str, torch.Tensor]) -> torch.Tensor:
         """Log-probabilities [B, L] under the reference model of every token that some view asks for."""
+        adapter: AbstractContextManager
         if self.ref_model is not None:
             model, adapter = self.ref_model, nullcontext()
         else:
@@ -479,7 +485,7 @@ class DiffusionGRPOTrainer(GRPOTrainer, _MonteCarloViews):
         was_training = model.training
         model.eval()
         try:
-            with adapter, disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            with adapter, disable_gradient_checkpointing(self.model, self._checkpointing_kwargs):
                 # Always every view: where weights are sharded, all processes must run the same number of forwards.
                 for update in range(rows["view_steps"].size(1)):
                     for view in range(rows["view_steps"].size(2)):
@@ -499,13 +505,15 @@ class DiffusionGRPOTrainer(GRPOTrainer, _MonteCarloViews):
             return None, None, None
         rows, views = self._scored
         scores = self._score(model, rows, views)
-        if self.model.training and self._on_policy():
+        inner_update, micro_batch = self._place_in_buffer()
+        if self.model.training and inner_update == 0 and micro_batch < self.current_gradient_accumulation_steps:
             self._log_log_ratio(scores.logps.detach() - rows["old_per_token_logps"] * views.targets)
         return scores.logps, scores.entropies, None
 
-    def _on_policy(self) -> bool:
-        since_rollout = self._step % (self.args.steps_per_generation * self.num_iterations)
-        return since_rollout < self.current_gradient_accumulation_steps
+    def _place_in_buffer(self) -> tuple[int, int]:
+        """How often the rollout batch was gone through before, and the micro-batch within it."""
+        passes, micro_batch = divmod(self._step, int(self.args.steps_per_generation or 1))
+        return passes % self.num_iterations, micro_batch
 
     def _log_log_ratio(self, log_ratio: torch.Tensor) -> None:
         largest = self.accelerator.gather(log_ratio.abs().max()).max().item()
@@ -523,9 +531,9 @@ class DiffusionGRPOTrainer(GRPOTrainer, _MonteCarloViews):
 
     def _compute_loss(self, model, inputs):
         if self.model.training:
-            update = self._step // self.args.steps_per_generation % self.num_iterations
-            return self._view_loss(model, inputs, update, self._view)
-        return sum(self._view_loss(model, inputs, 0, view) for view in range(self.args.num_mc_samples))
+            return self._view_loss(model, inputs, self._place_in_buffer()[0], self._view)
+        losses = [self._view_loss(model, inputs, 0, view) for view in range(self.args.num_mc_samples)]
+        return torch.stack(losses).sum()
 
     def _view_loss(self, model, rows: dict[str, torch.Tensor], update: int, view: int) -> torch.Tensor:
         """TRL's loss of one view, divided by the number of views."""
@@ -557,7 +565,7 @@ class DiffusionGRPOTrainer(GRPOTrainer, _MonteCarloViews):
     # ---------------------------------------------------------------- data and checkpoints
 
     def _get_train_sampler(self, dataset=None):
-        of_trl = super()._get_train_sampler(dataset)
+        of_trl: Any = super()._get_train_sampler(dataset)
         return _EpochRepeatSampler(
             data_source=of_trl.data_source,
             mini_repeat_count=of_trl.mini_repeat_count,
