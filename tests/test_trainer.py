@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 from pathlib import Path
@@ -356,6 +357,14 @@ def test_a_model_that_is_no_diffusion_model_is_refused(tmp_path):
     stock.save_pretrained(tmp_path / "stock")
     with pytest.raises(TypeError, match="model_type 'llama', which is not a diffusion language model"):
         make(tmp_path, model=str(tmp_path / "stock"))
+
+
+def test_a_checkpoint_that_names_a_stock_class_is_refused_before_it_is_built(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(TypeError, match="names the stock class LlamaForCausalLM"):
+        make(tmp_path, model=str(tmp_path))
 
 
 def test_a_missing_mask_token_is_refused(tmp_path):

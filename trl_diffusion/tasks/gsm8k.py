@@ -106,8 +106,9 @@ def extract_answer(text: str) -> str | None:
 def same_answer(given: str | None, gold: str) -> bool:
     """Whether two answers are the same number.
 
-    Plain numbers are compared exactly, with or without a unit (`12 apples`). Everything else goes to math-verify without its timeouts, which are signal
-    alarms and fail outside of the main thread: only short expressions without powers get there instead.
+    Plain numbers are compared exactly, with or without a unit (`12 apples`). Everything else goes to math-verify
+    without its timeouts, which are signal alarms and fail outside of the main thread: only short expressions without
+    powers get there instead.
 
     Args:
         given: the extracted answer, or `None`.

@@ -9,7 +9,6 @@ step. All the rest (losses, clipping, KL, metrics, evaluation, logging) is TRL's
 from __future__ import annotations
 
 import copy
-import inspect
 import os
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -17,9 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, is_peft_model
+from accelerate.utils import is_peft_model
 from rich.console import Console
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 from trl.extras.profiling import profiling_context
@@ -31,10 +30,12 @@ from trl.trainer.utils import RepeatSampler, disable_dropout_in_model, get_confi
 from trl_diffusion.credit import StepDraws, draw_steps, eligible_steps, step_probabilities
 from trl_diffusion.credit.step_draws import STEP_DRAWS, STEP_REDUCTIONS, STEP_SCOPES
 from trl_diffusion.likelihood import Scores, Views, score_views, trajectory_views
-from trl_diffusion.models import DreamConfig, LLaDAConfig, family_of
+from trl_diffusion.models import family_of
 from trl_diffusion.models.lora import coverage_table, lora_coverage
 from trl_diffusion.sampling import SamplingConfig, Trajectory, row_generators, sample
 from trl_diffusion.sampling.noise import uniforms
+from trl_diffusion.trainers.checks import check_arguments, check_columns
+from trl_diffusion.trainers.monte_carlo_views import MonteCarloViews
 
 # First element of the key of every private random stream, so that no two purposes share noise.
 TRAIN_ROLLOUT, EVAL_ROLLOUT, TRAIN_VIEWS, EVAL_VIEWS = range(4)
@@ -202,34 +203,7 @@ class _EpochRepeatSampler(RepeatSampler):
             self.generator.manual_seed(self.seed + epoch)
 
 
-class _MonteCarloViews(Trainer):
-    """Runs `Trainer.training_step` once per Monte-Carlo view of the same rows, as one step of the optimizer's window.
-
-    It stands between TRL's trainer and transformers' in the method resolution order, so that TRL counts one step and
-    one step time whatever the number of views. Only the last view synchronises gradients.
-    """
-
-    args: DiffusionGRPOConfig
-    _view = 0
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        state, last = self.accelerator.gradient_state, self.args.num_mc_samples - 1
-        sync = self.accelerator.sync_gradients
-        # DeepSpeed takes its accumulation boundary from `sync_gradients`; `no_sync` is for the others
-        hold = sync and self.accelerator.distributed_type != DistributedType.DEEPSPEED
-        loss = torch.zeros((), device=self.args.device)
-        try:
-            for self._view in range(last + 1):
-                state._set_sync_gradients(sync and self._view == last)
-                with self.accelerator.no_sync(model) if hold and self._view < last else nullcontext():
-                    loss = loss + super().training_step(model, inputs, num_items_in_batch)
-        finally:
-            state._set_sync_gradients(sync)
-            self._view = 0
-        return loss
-
-
-class DiffusionGRPOTrainer(GRPOTrainer, _MonteCarloViews):  # type: ignore[misc]
+class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
     """GRPO for diffusion language models, over the likelihood of their own denoising steps.
 
     Args:
@@ -269,8 +243,8 @@ class DiffusionGRPOTrainer(GRPOTrainer, _MonteCarloViews):  # type: ignore[misc]
             args = self.config_class(f"{name.split('/')[-1]}-{self._name}")
         if not isinstance(args, DiffusionGRPOConfig):
             raise TypeError(f"args must be a {self.config_class.__name__}, got {type(args).__name__}.")
-        _check_arguments(model, processing_class, kwargs)
-        _check_columns(train_dataset, reward_funcs)
+        check_arguments(model, processing_class, kwargs)
+        check_columns(train_dataset, reward_funcs)
         if args.sync_ref_model and (is_peft_model(model) or kwargs.get("peft_config") is not None):
             raise ValueError("sync_ref_model=True needs a separate reference model; a LoRA run has none. Turn it off.")
 
@@ -602,51 +576,3 @@ class DiffusionGRPOTrainer(GRPOTrainer, _MonteCarloViews):  # type: ignore[misc]
 
     def _rollout_state_name(self) -> str:
         return f"rollout_state_{self.accelerator.process_index}.pt"
-
-
-def _check_arguments(model, processing_class, kwargs: dict[str, Any]) -> None:
-    reasons = {
-        "tools": "tool calls need several turns; a rollout here is one canvas",
-        "environment_factory": "environments need several turns; a rollout here is one canvas",
-        "rollout_func": "it replaces the sampler whose trajectory is scored",
-    }
-    for name, reason in reasons.items():
-        if kwargs.get(name):
-            raise ValueError(f"`{name}` is not supported: {reason}. Leave it out.")
-    if processing_class is not None and not isinstance(processing_class, PreTrainedTokenizerBase):
-        raise ValueError(
-            f"processing_class must be a tokenizer, got {type(processing_class).__name__}: images are not supported."
-        )
-    if isinstance(model, str):
-        config = AutoConfig.from_pretrained(model)
-        if not isinstance(config, (LLaDAConfig, DreamConfig)):
-            raise TypeError(
-                f"{model} has model_type {config.model_type!r}, which is not a diffusion language model. Supported: "
-                f"{LLaDAConfig.model_type}, {DreamConfig.model_type}."
-            )
-    else:
-        family_of(model)
-
-
-def _check_columns(dataset, reward_funcs) -> None:
-    """Refuse a dataset without `prompt`, or without a column that a reward function cannot do without."""
-    columns = getattr(dataset, "column_names", None)
-    if columns is None:  # a stream may not know its columns
-        return
-    needed = {"prompt": "the trainer"}
-    given_by_trl = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
-    for function in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
-        if inspect.isfunction(function):
-            for parameter in inspect.signature(function).parameters.values():
-                required = parameter.default is parameter.empty and parameter.kind in (
-                    parameter.POSITIONAL_OR_KEYWORD,
-                    parameter.KEYWORD_ONLY,
-                )
-                if required and parameter.name not in given_by_trl:
-                    needed[parameter.name] = f"the reward function {function.__name__}"
-    for column, user in needed.items():
-        if column not in columns:
-            raise ValueError(
-                f"The dataset has no column {column!r}, which {user} needs; its columns are {', '.join(columns)}. "
-                "Rename or add the column."
-            )
