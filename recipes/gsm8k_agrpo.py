@@ -81,10 +81,8 @@ def main() -> None:
         peft_config=get_peft_config(model_args),
         quantization_config=quantization_config,
     )
-    measure = partial(
-        evaluate_accuracy, tokenizer=tokenizer, dataset=held_out, correct=is_correct, **args.decoding(training_args)
-    )
-    accuracy = AccuracyCallback(trainer, measure, every=args.eval_every)
+    measure = partial(evaluate_accuracy, tokenizer=tokenizer, correct=is_correct, **args.decoding(training_args))
+    accuracy = AccuracyCallback(trainer, held_out, measure, every=args.eval_every)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(ShortProgress)
     trainer.add_callback(accuracy)

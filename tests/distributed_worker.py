@@ -253,9 +253,9 @@ def full_parameters(trainer) -> dict[str, torch.Tensor]:
     named = list(trainer.accelerator.unwrap_model(trainer.model).named_parameters())
     gathered = nullcontext()
     if trainer.is_deepspeed_enabled:
-        from deepspeed.zero import GatheredParameters
+        import deepspeed
 
-        gathered = GatheredParameters([parameter for _, parameter in named])
+        gathered = deepspeed.zero.GatheredParameters([parameter for _, parameter in named])
     with gathered:
         return {name: parameter.detach().clone() for name, parameter in named}
 

@@ -308,6 +308,24 @@ def test_logps_entropies_and_support_of_every_token(family, temperature, top_k, 
     assert trajectory.support is None or (trajectory.support[filled] == -1).all()
 
 
+@pytest.mark.parametrize("unmasking", CERTAINTY)
+def test_the_most_certain_positions_at_temperature_one_are_committed(unmasking):
+    model = network()
+    trajectory = rollout(model, SamplingConfig(8, 4, 4, 1.8, 3, 0.9, unmasking), rows=32)
+    tempered_rule_differs = 0
+    for step in range(4):
+        probabilities, block = distributions(model, trajectory, step)[..., :4], range(step // 2 * 4, step // 2 * 4 + 4)
+        for row in range(32):
+            steps = trajectory.unmask_step[row].tolist()
+            chosen, rest = ([i for i in block if later(steps[i])] for later in (step.__eq__, step.__lt__))
+            if chosen and rest:
+                score = {i: CERTAINTY[unmasking](probabilities[row, i]) for i in block}
+                assert min(score[i] for i in chosen) > max(score[i] for i in rest) - 1e-5
+                tempered_score = {i: CERTAINTY[unmasking](tempered(probabilities[row, i], 1.8, 3, 0.9)) for i in block}
+                tempered_rule_differs += min(tempered_score[i] for i in chosen) < max(tempered_score[i] for i in rest)
+    assert tempered_rule_differs > 3
+
+
 @pytest.mark.parametrize("unmasking", UNMASKING)
 def test_step_signals_equal_brute_force_and_change_nothing(unmasking):
     model = network()

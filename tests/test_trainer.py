@@ -306,7 +306,7 @@ def test_model_card_cites_the_paper(tmp_path):
         ({"repetition_penalty": 1.1}, "repetition_penalty"),
         ({"use_liger_kernel": True}, "use_liger_kernel"),
         ({"temperature": 0.0}, "greedy completions"),
-        ({"num_generations": 3}, "divisible by num_generations"),
+        ({"num_generations": 3}, r"num_generations \(3\) must divide the rollout batch of 16"),
         ({"block_length": 3}, "must divide the canvas"),
         ({"denoising_steps": 5}, "multiple of the number of blocks"),
         ({"top_p": 0.9}, "needs top_k"),

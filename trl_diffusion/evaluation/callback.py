@@ -5,28 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 from trl.models import unwrap_model_for_generation
 
-from trl_diffusion.evaluation.accuracy import Accuracy
+from trl_diffusion.evaluation.accuracy import Accuracy, wilson_interval
 
 
 class AccuracyCallback(TrainerCallback):
     """Measures accuracy when training begins and ends, and every few updates between; logs it as `eval_accuracy`.
 
-    Every process decodes the same prompts: with sharded weights all must run the same forwards.
+    Processes share the rows, except under FSDP, where all must run the same forwards and so decode the same rows.
 
     Args:
         trainer: the trainer it is added to.
-        measure: accuracy of a model, for example `evaluate_accuracy` with its other arguments bound.
+        dataset: the held-out rows.
+        measure: `(model, dataset=rows) -> Accuracy`, for example `evaluate_accuracy` with its other arguments bound.
         every: updates between measurements; 0 for none in between.
 
     Attributes:
         history: (update, accuracy), in the order measured.
     """
 
-    def __init__(self, trainer: Trainer, measure: Callable[..., Accuracy], every: int = 0):
-        self.trainer, self.measure, self.every = trainer, measure, every
+    def __init__(self, trainer: Trainer, dataset: Dataset, measure: Callable[..., Accuracy], every: int = 0):
+        self.trainer, self.dataset, self.measure, self.every = trainer, dataset, measure, every
         self.history: list[tuple[int, Accuracy]] = []
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -41,12 +44,22 @@ class AccuracyCallback(TrainerCallback):
 
     def _measure(self, step: int) -> None:
         trainer: Any = self.trainer
+        accelerator = trainer.accelerator
         with unwrap_model_for_generation(
             trainer.model_wrapped,
-            trainer.accelerator,
+            accelerator,
             gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
         ) as model:
-            accuracy = self.measure(model)
+            if accelerator.num_processes == 1 or trainer.is_fsdp_enabled:
+                accuracy = self.measure(model, dataset=self.dataset)
+            else:
+                mine = range(accelerator.process_index, len(self.dataset), accelerator.num_processes)
+                counts = torch.zeros(2, dtype=torch.long, device=accelerator.device)
+                if mine:
+                    own = self.measure(model, dataset=self.dataset.select(mine))
+                    counts += torch.tensor([own.correct, own.total], device=counts.device)
+                correct, total = accelerator.reduce(counts, reduction="sum").tolist()
+                accuracy = Accuracy(correct, total, *wilson_interval(correct, total))
         self.history.append((step, accuracy))
         # TRL files what is logged under "train" or "eval" by the mode of the model.
         training = trainer.model.training

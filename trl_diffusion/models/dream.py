@@ -1,6 +1,6 @@
 """Dream (2508.15487) as a native transformers class: `Qwen2ForCausalLM` with full attention and shifted logits.
 
-Weight names are those of the hub (`Dream-org/Dream-v0-Instruct-7B`, DiffuCoder …), so nothing is renamed.
+Weight names are those of the hub (`Dream-org/Dream-v0-Instruct-7B`), so nothing is renamed.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import is_peft_model, send_to_device
 from rich.console import Console
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -105,6 +105,15 @@ class DiffusionGRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self):
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        micro_batches = self.steps_per_generation or self.gradient_accumulation_steps
+        completions = self.generation_batch_size or self.per_device_train_batch_size * micro_batches * processes
+        if self.num_generations and completions % self.num_generations:
+            raise ValueError(
+                f"num_generations ({self.num_generations}) must divide the rollout batch of {completions} completions "
+                f"(per_device_train_batch_size {self.per_device_train_batch_size} × {micro_batches} micro-batches × "
+                f"{processes} processes): change one of these."
+            )
         super().__post_init__()
         self.sampling_config()
         for name, choices in (
@@ -274,6 +283,12 @@ class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
             args.beta, args.sync_ref_model = beta, sync_ref_model
             self._adopt_reference(reference)
 
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched != self.accelerator.num_processes:
+            raise RuntimeError(
+                f"{launched} processes were launched, but each believes to be one of {self.accelerator.num_processes} "
+                "and would train alone. On a CPU pass --use_cpu true for DDP, or --ddp_backend gloo for DeepSpeed."
+            )
         self.family = family_of(self.model)
         self.eos_token_ids = sorted({*self.family.end_token_ids, self._tokenizer.eos_token_id})
         self._checkpointing_kwargs: Any = args.gradient_checkpointing_kwargs
@@ -571,8 +586,10 @@ class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
                 f"{checkpoint} has no {self._rollout_state_name()}, so the run cannot go on where it left off. Resume "
                 "with the number of processes that wrote it, from a checkpoint written by this trainer."
             )
-        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-        self._step, self._rollouts, self._buffered_inputs = state["step"], state["rollouts"], state["buffer"]
+        # by way of the CPU: torch.load does not know accelerate's device `cpu:0`
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        self._step, self._rollouts = state["step"], state["rollouts"]
+        self._buffered_inputs = send_to_device(state["buffer"], self.accelerator.device)
 
     def _rollout_state_name(self) -> str:
         return f"rollout_state_{self.accelerator.process_index}.pt"
