@@ -125,7 +125,9 @@ def test_step_probabilities_by_hand():
     assert probabilities.dtype == torch.float64
     expected = [[0.25, 0.25, 0.5, 0, 0], [0.25] * 4 + [0], [0.1 / 0.9, 0.8 / 0.9, 0, 0, 0]]
     assert torch.allclose(probabilities, torch.tensor(expected, dtype=torch.float64), atol=1e-7)
+    rounded = step_probabilities(torch.full_like(ENTROPIES, -1e-6), UNMASK_STEP, ELIGIBLE, 5, "entropy")
     uniform = step_probabilities(ENTROPIES, UNMASK_STEP, ELIGIBLE, 5, "uniform")
+    assert torch.equal(rounded, uniform)  # entropies that rounding left below zero count as zero
     assert torch.allclose(uniform[:, :4] * ELIGIBLE[:, None], (torch.arange(4) < ELIGIBLE[:, None]).double())
     assert not uniform[:, 4].any()
 
@@ -182,6 +184,14 @@ def test_steps_are_drawn_from_q(num_draws):
         assert p_value(steps[:, m], inside) > KEPT
     uniform = step_probabilities(torch.zeros(1, 1), torch.full((1, 1), -1), N, 8, "uniform")[0]
     assert p_value(steps[:, 0], uniform) < REJECTED
+
+
+@pytest.mark.parametrize("v", [0.0, 0.5, 1 - 2.0**-20])
+def test_as_many_uniform_draws_as_steps_take_each_step_once(v):
+    q = step_probabilities(torch.zeros(1, 1), torch.full((1, 1), -1), torch.tensor([4]), 8, "uniform")
+    drawn = draw_steps(q, torch.tensor([4]), torch.full((1, 4), v, dtype=torch.float64), "mean")
+    assert drawn.steps.tolist() == [[0, 1, 2, 3]]
+    assert drawn.weights.tolist() == [[1.0] * 4]
 
 
 def moments(num_draws: int, reduction: str, weigh: bool = True) -> tuple[torch.Tensor, torch.Tensor]:

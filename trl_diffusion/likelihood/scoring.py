@@ -41,7 +41,7 @@ def score_views(
     Returns:
         The scores, with gradient if grad mode is on.
     """
-    most = max(int(views.targets.sum(1).max()), 1)
+    most = int(views.targets.sum(1).max())
     slots = views.targets.int().argsort(dim=1, descending=True, stable=True)[:, :most]
     positions = (prompt_ids.size(1) + slots).masked_fill(~views.targets.gather(1, slots), -1)
     if support is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-# A draw of exactly 1 would fall behind the last token; float64 products may round up to it.
+# A draw of exactly 1 would fall behind the last token.
 _LARGEST_UNIFORM = 1.0 - 2.0**-50
 
 
@@ -26,7 +26,6 @@ def truncate(logits: torch.Tensor, temperature: float, top_k: int, top_p: float)
     scores, ids = (logits / temperature).topk(min(top_k, logits.size(-1)), dim=-1)
     probabilities = scores.softmax(-1)
     cut = (probabilities.cumsum(-1) - probabilities >= top_p) | (scores == -torch.inf)
-    cut[..., 0] = False
     scores = scores.masked_fill(cut, -torch.inf)
     return scores.log_softmax(-1), ids.int().masked_fill(cut, -1)
 

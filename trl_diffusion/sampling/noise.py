@@ -8,20 +8,22 @@ import numpy as np
 import torch
 
 
-def row_generators(*key: int, rows: Iterable[int]) -> list[np.random.Generator]:
-    """One random stream per row, keyed by `(*key, row)`.
+def row_generators(seed: int, *key: int, rows: Iterable[int]) -> list[np.random.Generator]:
+    """One random stream per row, keyed by `(seed, *key, row)`.
 
     The same key gives the same stream on every device, in every batch and on every process. NumPy's generators are
     used because they take the whole key; PyTorch's CPU generator keeps 32 bits of its seed.
 
     Args:
-        *key: non-negative integers, for example (seed, purpose, rollout, update).
+        seed: any non-negative integer.
+        *key: integers in 0..2³²-1, for example (purpose, rollout, update).
         rows: global row of each completion (prompt · G + g).
 
     Returns:
         A list of generators, in the order of `rows`.
     """
-    return [np.random.default_rng([*key, row]) for row in rows]
+    # A spawn key, because NumPy pads a plain list of integers with zeros: (1,) and (1, 0) would be one stream.
+    return [np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(*key, row))) for row in rows]
 
 
 def uniforms(generators: Sequence[np.random.Generator], *shape: int) -> torch.Tensor:

@@ -41,27 +41,17 @@ class Kind:
     slip_rate: float
 
 
-DIGIT, FEW, MANY = range(2, 10), range(2, 6), range(5, 13)
-RARE, OFTEN = 0.38, 0.56
-NO_ANSWER_RATE = 0.06
+FEW, DIGIT, MANY = range(2, 6), range(2, 10), range(5, 13)
+RARE, OFTEN = 0.35, 0.58
 
 KINDS = (
     Kind("{name} has {a} {things} and gets {b} more. How many {things} now?", "+", (DIGIT, DIGIT), "next", OFTEN),
-    Kind("{name} has {a} {things}. {other} has {b}. How many in all?", "+", (DIGIT, DIGIT), "operation", OFTEN),
+    Kind("{name} has {a} {things}. {other} has {b}. How many in all?", "+", (DIGIT, DIGIT), "mark", OFTEN),
     Kind("{name} has {a} {things} and loses {b}. How many are left?", "-", (MANY, DIGIT), "next", RARE),
-    Kind(
-        "{name} has {a} {things}. {other} has {b} less. How many has {other}?", "-", (MANY, DIGIT), "operation", OFTEN
-    ),
-    Kind("{name} has {a} boxes of {b} {things}. How many in all?", "*", (FEW, DIGIT), "operation", RARE),
-    Kind(
-        "{name} has {a} {things}, gets {b} and loses {c}. How many are left?",
-        "+-",
-        (DIGIT, DIGIT, FEW),
-        "operation",
-        OFTEN,
-    ),
+    Kind("{name} has {a} {things}. {other} has {b} less. How many has {other}?", "-", (MANY, DIGIT), "mark", OFTEN),
+    Kind("{name} has {a} boxes of {b} {things}. How many in all?", "*", (FEW, DIGIT), "next", OFTEN),
+    Kind("{name} has {a} {things}, gets {b} and loses {c}. How many are left?", "+-", (FEW, FEW, FEW), "mark", RARE),
 )
-WRONG_OPERATION = {"+": "-", "-": "+", "*": "+"}
 APPLY: dict[str, Callable[[int, int], int]] = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
@@ -70,7 +60,10 @@ APPLY: dict[str, Callable[[int, int], int]] = {
 
 
 def load_word_problems(split: str = "train", size: int = 1000, seed: int = 0, slips: bool = False) -> Dataset:
-    """Seeded word problems; no problem (kind and numbers) is in both splits, whatever the seed.
+    """Seeded word problems; no question is in both splits, whatever the seed.
+
+    The same numbers may occur in both, with other names or things: a network this small learns its sums by heart, so a
+    test on numbers it never saw would measure what it cannot do.
 
     Args:
         split: `"train"` or `"test"` (held out).
@@ -86,22 +79,21 @@ def load_word_problems(split: str = "train", size: int = 1000, seed: int = 0, sl
     """
     if split not in ("train", "test"):
         raise ValueError(f"Word problems have the splits 'train' and 'test', got {split!r}.")
-    pools = [
-        [numbers for numbers in _numbers(kind) if held_out(kind.text, numbers) == (split == "test")] for kind in KINDS
-    ]
+    pools = [list(_numbers(kind)) for kind in KINDS]
     rng = np.random.default_rng([seed, split == "test"])
-    rows = []
-    for _ in range(size):
+    rows: list[dict] = []
+    while len(rows) < size:
         index = int(rng.integers(len(KINDS)))
-        numbers = pools[index][rng.integers(len(pools[index]))]
-        rows.append({**_row(KINDS[index], numbers, rng, slips), "kind": index})
+        row = _row(KINDS[index], pools[index][rng.integers(len(pools[index]))], rng, slips)
+        if held_out(row["prompt"][0]["content"]) == (split == "test"):
+            rows.append({**row, "kind": index})
     return Dataset.from_list(rows)
 
 
 def _numbers(kind: Kind) -> Iterator[tuple[int, ...]]:
-    """All numbers of a kind whose results, also the wrong ones, are positive."""
+    """All numbers of a kind whose results are positive."""
     for numbers in product(*kind.numbers):
-        if all(result > 0 for slip in (None, kind.slip) for *_, result in _steps(kind, numbers, slip)):
+        if min(result for *_, result in _steps(kind, numbers)) > 0:
             yield numbers
 
 
@@ -110,11 +102,9 @@ def _row(kind: Kind, numbers: tuple[int, ...], rng: np.random.Generator, slips: 
     question = kind.text.format(
         name=name, other=other, things=rng.choice(THINGS), **dict(zip("abc", numbers, strict=False))
     )
-    fate = rng.random()
-    slip = kind.slip if slips and fate < kind.slip_rate else None
-    solution = write_solution(kind, numbers, slip)
-    if slips and fate > 1 - NO_ANSWER_RATE:
-        solution = solution[: solution.rindex("\n")]
+    # Drawn even if there is nothing to decide, so that slips leave the questions as they are.
+    slip = rng.random() < kind.slip_rate and slips
+    solution = write_solution(kind, numbers, kind.slip if slip else None)
     return {
         "prompt": [{"role": "user", "content": question}],
         "answer": str(_steps(kind, numbers)[-1][-1]),
@@ -122,17 +112,14 @@ def _row(kind: Kind, numbers: tuple[int, ...], rng: np.random.Generator, slips: 
     }
 
 
-def _steps(kind: Kind, numbers: tuple[int, ...], slip: str | None = None) -> list[tuple[int, str, int, int]]:
-    """(left, operator, right, result) of every step; a slip changes the last one."""
+def _steps(kind: Kind, numbers: tuple[int, ...], error: int = 0) -> list[tuple[int, str, int, int]]:
+    """(left, operator, right, result) of every step; the last result is off by `error`."""
     steps, value = [], numbers[0]
-    for index, (operation, right) in enumerate(zip(kind.operations, numbers[1:], strict=True)):
-        last = index == len(kind.operations) - 1
-        if slip == "operation" and last:
-            operation = WRONG_OPERATION[operation]
-        result = APPLY[operation](value, right) + (slip == "next" and last)
+    for operation, right in zip(kind.operations, numbers[1:], strict=True):
+        result = APPLY[operation](value, right)
         steps.append((value, operation, right, result))
         value = result
-    return steps
+    return [*steps[:-1], (*steps[-1][:-1], value + error)]
 
 
 def write_solution(kind: Kind, numbers: tuple[int, ...], slip: str | None = None) -> str:
@@ -141,9 +128,11 @@ def write_solution(kind: Kind, numbers: tuple[int, ...], slip: str | None = None
     Args:
         kind: the kind of problem.
         numbers: a, b and, with two steps, c.
-        slip: `None` for the right solution; `"operation"` takes the wrong operator in the last step, `"next"` is off
-            by one there.
+        slip: `None` for the right solution; `"next"` is one too large in the last step, `"mark"` writes `##`
+            where `####` belongs. A slip changes no other token: sampling several tokens at once would mix up solutions
+            that differ in many.
     """
-    steps = _steps(kind, numbers, slip)
+    steps = _steps(kind, numbers, error=int(slip == "next"))
     lines = [f"{left} {operation} {right} = {result}" for left, operation, right, result in steps]
-    return "\n".join([*lines, f"#### {steps[-1][-1]}"])
+    mark = "##" if slip == "mark" else "####"
+    return "\n".join([*lines, f"{mark} {steps[-1][-1]}"])
