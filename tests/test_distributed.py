@@ -105,7 +105,7 @@ def all_rows(ranks: list[dict[str, Any]], rollout: int) -> dict[str, torch.Tenso
 
 
 def update_error(ranks: list[dict[str, Any]], single: dict[str, Any]) -> float:
-    """Largest error of a tensor's change, less the tensor's float32 rounding, relative to the change in one process."""
+    """Largest error of a tensor's change, less its float32 rounding, relative to the change in one process."""
     errors = []
     for name, before in single["before"].items():
         change, expected = ranks[0]["after"][name] - ranks[0]["before"][name], single["after"][name] - before
