@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from methods import METHODS, PROMPTS, text_reward
 from peft import LoraConfig, PeftModel
-from tiny import tiny_model, tiny_tokenizer
+from tiny import MASK, A, B, tiny_model, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from trl_diffusion.likelihood import score_views
@@ -75,19 +75,24 @@ def test_trl_settings_keep_working(settings, tmp_path):
 
 
 def test_an_entropy_bonus_raises_entropy(tmp_path):
-    def last_entropy(coefficient: float) -> float:
-        trainer = BASE.make(
-            tmp_path,
-            entropy_coef=coefficient,
-            learning_rate=0.05,
-            max_steps=6,
-            logging_steps=1,
-            reward=lambda completions, **_: [0.0] * len(completions),
-        )
-        trainer.train()
-        return [entry["entropy"] for entry in trainer.state.log_history if "entropy" in entry][-1]
+    trainer = BASE.make(
+        tmp_path,
+        entropy_coef=1.0,
+        learning_rate=0.003,
+        max_steps=6,
+        reward=lambda completions, **_: [0.0] * len(completions),
+    )
+    ids = torch.tensor([[A, B, *[MASK] * 8]])
+    positions = torch.arange(2, 10).unsqueeze(0)
 
-    assert last_entropy(1.0) > last_entropy(0.0) + 0.01
+    def entropy() -> float:
+        with torch.no_grad():
+            probabilities = trainer.model(input_ids=ids, positions=positions).logits.softmax(-1)
+        return float(torch.special.entr(probabilities).sum(-1).mean())
+
+    before = entropy()
+    trainer.train()
+    assert entropy() > before + 0.3
 
 
 def test_metrics(tmp_path):
