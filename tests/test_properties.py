@@ -91,16 +91,17 @@ def test_2_views_cover_every_eligible_token_as_often_as_they_claim(method, tmp_p
     rows = trainer._generate_and_score_completions(batch)
     eligible = rows["completion_mask"].bool()
     steps, weights = rows["view_steps"][:, 0], rows["view_weights"][:, 0]
-    covered = torch.zeros_like(rows["old_per_token_logps"])
+    covered, own_weight = torch.zeros_like(rows["old_per_token_logps"]), torch.zeros_like(rows["old_per_token_logps"])
     for row in range(len(eligible)):
-        hits = steps[row].unsqueeze(1) == rows["unmask_step"][row]
-        covered[row] = (hits * weights[row].unsqueeze(1)).mean(0)
+        hits = (steps[row].unsqueeze(1) == rows["unmask_step"][row]) * weights[row].unsqueeze(1)
+        covered[row], own_weight[row] = hits.mean(0), hits.max(0).values
     num_eligible = (rows["unmask_step"].masked_fill(~eligible, -1).max(1).values + 1).unsqueeze(1)
     claim = torch.ones_like(covered) if trainer.args.step_reduction == "sum" else 1 / num_eligible.expand_as(covered)
-    # Stratified points put each step within one draw of its share of the draws.
-    slack = (weights.max(1, keepdim=True).values / draws).expand_as(covered)
     assert eligible.any() and not eligible.all()
-    assert ((covered - claim).abs() <= 1.01 * slack)[eligible].all()
+    # A step's share of the unit interval has two ends, each within one stratum: it is off by less than two draws.
+    drawn = eligible & (own_weight > 0)
+    assert drawn.sum() >= 0.8 * eligible.sum()
+    assert ((covered - claim).abs() < 2 * own_weight / draws)[drawn].all()
     views = trainer._view_of(rows, 0, 0)
     assert not (views.targets & ~eligible).any()
 
