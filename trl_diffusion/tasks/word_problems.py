@@ -42,7 +42,7 @@ class Kind:
 
 
 FEW, DIGIT, MANY = range(2, 6), range(2, 10), range(5, 13)
-RARE, OFTEN = 0.35, 0.58
+RARE, OFTEN = 0.42, 0.64
 
 KINDS = (
     Kind("{name} has {a} {things} and gets {b} more. How many {things} now?", "+", (DIGIT, DIGIT), "next", OFTEN),
