@@ -4,7 +4,8 @@
 
 Every number of views runs in a process of its own, on a LLaDA-architecture network with random weights. Peak memory is
 the resident set on a CPU and the allocator's peak on CUDA. Views are scored one after the other and their gradients
-added, so memory should not grow with them.
+added, so memory should not grow with them. With `--full` all weights are trained instead of LoRA's: then the gradient
+of the largest weight exists twice while it is added, from the second view on.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -64,6 +66,7 @@ def peak_memory(views: int, args: argparse.Namespace) -> float:
             ),
             Dataset.from_dict({"prompt": ["How many apples are left? " * 4] * 8}),
             processing_class=tokenizer,
+            peft_config=None if args.full else LoraConfig(r=64, lora_alpha=64, target_modules="all-linear"),
         )
         trainer.train()
     if torch.cuda.is_available():
@@ -76,7 +79,15 @@ def measure(views: int, args: argparse.Namespace) -> float:
     settings = [
         f"--{name}={getattr(args, name)}" for name in ("updates", "vocabulary", "hidden", "layers", "canvas", "seed")
     ]
-    command = [sys.executable, __file__, "--child", "--views", str(views), *settings]
+    command = [
+        sys.executable,
+        __file__,
+        "--child",
+        "--views",
+        str(views),
+        *settings,
+        *(["--full"] if args.full else []),
+    ]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return float(output.strip().splitlines()[-1])
 
@@ -90,6 +101,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--canvas", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--full", action="store_true", help="train all weights instead of LoRA's")
     parser.add_argument("--output", type=Path, help="write the numbers as JSON")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
