@@ -12,7 +12,19 @@ from typing import Any
 from datasets import Dataset
 from tiny import tiny_model, tiny_tokenizer
 
-from trl_diffusion.trainers import AGRPOConfig, AGRPOTrainer, DiffusionGRPOConfig, DiffusionGRPOTrainer
+from trl_diffusion.credit import StepAwareReward
+from trl_diffusion.trainers import (
+    AGRPOConfig,
+    AGRPOTrainer,
+    ATPOConfig,
+    ATPOTrainer,
+    DiffuGRPOConfig,
+    DiffuGRPOTrainer,
+    DiffusionGRPOConfig,
+    DiffusionGRPOTrainer,
+    TrajectoryGRPOConfig,
+    TrajectoryGRPOTrainer,
+)
 
 ALL_PROPERTIES = frozenset(range(1, 9))
 PROMPTS = ["a b", "b a a", "a", "b b a b", "a a", "b", "b a", "a b b"]
@@ -20,12 +32,16 @@ PROMPTS = ["a b", "b a a", "a", "b b a b", "a a", "b", "b a", "a b b"]
 
 @dataclass(frozen=True)
 class Method:
-    """A trainer, the settings that make it small, and what it claims."""
+    """A trainer, the settings that make it small, and what it claims.
+
+    `wrap` turns the reward function into another one, as a `StepAwareReward` does.
+    """
 
     name: str
     trainer: type[DiffusionGRPOTrainer]
     config: type[DiffusionGRPOConfig]
     settings: dict[str, Any] = field(default_factory=dict)
+    wrap: Callable[[Callable], Callable] = lambda reward: reward
     applies: frozenset[int] = ALL_PROPERTIES
 
     def make(
@@ -60,7 +76,7 @@ class Method:
         )
         return self.trainer(
             model if model is not None else tiny_model(seed=3),  # ends half of its texts in the first block
-            reward or text_reward,
+            self.wrap(reward or text_reward),
             self.config(**defaults | self.settings | settings),
             Dataset.from_dict({"prompt": PROMPTS}),
             None,
@@ -74,11 +90,19 @@ def text_reward(completions, completion_ids, **kwargs) -> list[float]:
     return [sum((token == 2) + 0.01 * token * (i + 1) for i, token in enumerate(ids)) for ids in completion_ids]
 
 
+def step_aware(reward: Callable) -> StepAwareReward:
+    return StepAwareReward(reward, success_threshold=2.0, num_rollouts=2)
+
+
 METHODS = [
-    Method("diffusion_grpo", DiffusionGRPOTrainer, DiffusionGRPOConfig),
+    Method("trajectory_grpo", TrajectoryGRPOTrainer, TrajectoryGRPOConfig),
     Method("agrpo", AGRPOTrainer, AGRPOConfig),
     Method("agrpo, truncated support", AGRPOTrainer, AGRPOConfig, {"top_k": 3, "top_p": 0.95}),
     Method("agrpo, max_prob", AGRPOTrainer, AGRPOConfig, {"unmasking": "max_prob", "step_scope": "exact"}),
+    Method("atpo", ATPOTrainer, ATPOConfig),
+    Method("atpo, sampled by group", ATPOTrainer, ATPOConfig, {"step_selector": "sampled", "signal_average": "group"}),
+    Method("diffu_grpo", DiffuGRPOTrainer, DiffuGRPOConfig, {"num_iterations": 1}),
+    Method("sapo", DiffuGRPOTrainer, DiffuGRPOConfig, {"num_iterations": 1}, wrap=step_aware),
 ]
 
 

@@ -66,9 +66,12 @@ def as_rows(trainer: AGRPOTrainer, paths) -> tuple[dict[str, torch.Tensor], torc
         temperature=trainer.args.temperature,
         step_entropy=None,
         step_margin=None,
+        row_forwards=torch.zeros(len(paths), dtype=torch.long),
         forwards=0,
+        sync_forwards=0,
     )
-    rows = trainer._plan("train", trajectory, torch.ones(len(paths), dtype=torch.bool))
+    rows = {"completion_ids": trajectory.completion_ids, "global_row": torch.arange(len(paths))}
+    rows |= trainer._plan_views("train", trajectory, rows, torch.ones(len(paths), dtype=torch.bool))
     rows["prompt_ids"] = torch.tensor([PROMPT] * len(paths))
     rows["prompt_mask"] = torch.ones_like(rows["prompt_ids"])
     rows["num_items_in_batch"] = rows["completion_mask"].sum()

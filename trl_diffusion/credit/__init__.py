@@ -1,10 +1,28 @@
-"""Which denoising steps learn, and how much."""
+"""Which advantages completions get, which denoising steps learn, and how much."""
 
-from trl_diffusion.credit.step_draws import (
-    StepDraws,
-    draw_steps,
-    eligible_steps,
-    step_probabilities,
+from trl_diffusion.credit.step_aware import StepAwareReward
+from trl_diffusion.credit.step_draws import StepDraws, draw_steps, eligible_steps, step_probabilities
+from trl_diffusion.credit.step_selection import (
+    SELECTORS,
+    StepSelection,
+    StepSelector,
+    StepSignals,
+    Threshold,
+    selected_draws,
+    step_signals,
 )
 
-__all__ = ["StepDraws", "draw_steps", "eligible_steps", "step_probabilities"]
+__all__ = [
+    "SELECTORS",
+    "StepAwareReward",
+    "StepDraws",
+    "StepSelection",
+    "StepSelector",
+    "StepSignals",
+    "Threshold",
+    "draw_steps",
+    "eligible_steps",
+    "selected_draws",
+    "step_probabilities",
+    "step_signals",
+]

@@ -31,7 +31,7 @@ def score_views(
 
     Args:
         model: a native diffusion language model, possibly wrapped (DDP, DeepSpeed, FSDP2, PEFT).
-        prompt_ids: long [R, P], left-padded.
+        prompt_ids: long [R, P], left-padded; shown unless the views bring a noised prompt.
         prompt_mask: [R, P], 0 on padding.
         completion_ids: long [R, L], the tokens to score.
         views: what to show and what to score.
@@ -47,7 +47,7 @@ def score_views(
     if support is not None:
         support = support.gather(1, slots.unsqueeze(-1).expand(-1, -1, support.size(-1)))
     output = model(
-        input_ids=torch.cat([prompt_ids, views.canvas], dim=1),
+        input_ids=torch.cat([prompt_ids if views.prompt_ids is None else views.prompt_ids, views.canvas], dim=1),
         attention_mask=torch.cat([prompt_mask, torch.ones_like(views.canvas)], dim=1),
         positions=positions,
         targets=completion_ids.gather(1, slots),

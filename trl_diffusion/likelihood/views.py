@@ -14,10 +14,12 @@ class Views:
     Args:
         canvas: long [R, L], the completion with mask tokens where it is hidden.
         targets: bool [R, L], the hidden positions to score.
+        prompt_ids: long [R, P], the prompt if it is noised too; else `None`.
     """
 
     canvas: torch.Tensor
     targets: torch.Tensor
+    prompt_ids: torch.Tensor | None = None
 
 
 def trajectory_views(
@@ -30,7 +32,7 @@ def trajectory_views(
     Args:
         completion_ids: long [R, L].
         unmask_step: int [R, L], the step that committed each position; -1 for none.
-        steps: long [R], one step per completion.
+        steps: long [R], one step per completion; -1 for an empty view.
         mask_token_id: the mask token.
 
     Returns:
@@ -38,4 +40,29 @@ def trajectory_views(
     """
     steps = steps.unsqueeze(1)
     hidden = (unmask_step >= steps) | (unmask_step < 0)
-    return Views(canvas=completion_ids.masked_fill(hidden, mask_token_id), targets=unmask_step == steps)
+    return Views(
+        canvas=completion_ids.masked_fill(hidden, mask_token_id), targets=(unmask_step == steps) & (steps >= 0)
+    )
+
+
+def prompt_masked_views(
+    completion_ids: torch.Tensor,
+    targets: torch.Tensor,
+    prompt_ids: torch.Tensor,
+    prompt_hidden: torch.Tensor,
+    mask_token_id: int,
+) -> Views:
+    """d1's one-step view (2504.12216): the whole canvas masked, and some tokens of the prompt.
+
+    Args:
+        completion_ids: long [R, L].
+        targets: bool [R, L], the tokens to score.
+        prompt_ids: long [R, P].
+        prompt_hidden: bool [R, P], prompt tokens to mask.
+        mask_token_id: the mask token.
+    """
+    return Views(
+        canvas=torch.full_like(completion_ids, mask_token_id),
+        targets=targets,
+        prompt_ids=prompt_ids.masked_fill(prompt_hidden, mask_token_id),
+    )

@@ -2,6 +2,7 @@
 
 from trl_diffusion.sampling.noise import row_generators
 from trl_diffusion.sampling.sampler import SamplingConfig, sample
+from trl_diffusion.sampling.state import CanvasState
 from trl_diffusion.sampling.trajectory import Trajectory
 
-__all__ = ["SamplingConfig", "Trajectory", "row_generators", "sample"]
+__all__ = ["CanvasState", "SamplingConfig", "Trajectory", "row_generators", "sample"]

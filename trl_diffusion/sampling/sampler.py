@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from trl_diffusion.models import DiffusionFamily, family_of, score_targets
 from trl_diffusion.sampling.distribution import draw, truncate
 from trl_diffusion.sampling.noise import uniforms
+from trl_diffusion.sampling.state import CanvasState
 from trl_diffusion.sampling.trajectory import Trajectory
 
 UNMASKING = ("random", "max_prob", "entropy", "margin", "low_confidence")
@@ -105,6 +106,7 @@ def sample(
     config: SamplingConfig,
     generators: Sequence[np.random.Generator],
     any_process: Callable[[bool], bool] | None = None,
+    state: CanvasState | None = None,
 ) -> Trajectory:
     """Draw one completion per prompt, block by block, and record its trajectory.
 
@@ -119,12 +121,15 @@ def sample(
         generators: B random streams, see `row_generators`.
         any_process: where weights stay sharded over processes (ZeRO-3, FSDP2), tells whether any process still has
             rows to write, so that all run the same number of forwards.
+        state: partly denoised canvases to continue, at the same blocks and tokens per step; all masked if `None`. Of
+            what was written before, the trajectory records nothing but the tokens. A row whose text has ended costs
+            no forward.
 
     Returns:
         The trajectory, on the device of `input_ids`.
 
     Raises:
-        ValueError: if there is not one generator per prompt, or a prompt is empty.
+        ValueError: if there is not one generator per prompt, a prompt is empty, or the state is of another shape.
     """
     family = family_of(model)
     batch, prompt_length = input_ids.shape
@@ -136,15 +141,20 @@ def sample(
         raise ValueError(
             "sample() needs left-padded, non-empty prompts: the last column of attention_mask must be 1 in every row."
         )
-    rollout = _Rollout(model, family, input_ids, attention_mask, config, generators)
+    if state is not None and state.canvas.shape != (batch, config.canvas_length):
+        raise ValueError(
+            f"sample() needs a state of shape {(batch, config.canvas_length)} (prompts, canvas length); got "
+            f"{tuple(state.canvas.shape)}."
+        )
+    rollout = _Rollout(model, family, input_ids, attention_mask, config, generators, state)
     was_training = model.training
     model.eval()
     try:
-        for block in range(config.num_blocks):
+        while True:
             alive = rollout.alive.numel() > 0
             if not (alive if any_process is None else any_process(alive)):
                 break
-            rollout.write_block(block)
+            rollout.write_block(lockstep=any_process is not None)
     finally:
         model.train(was_training)
     return rollout.trajectory()
@@ -158,6 +168,11 @@ class _Drawn(NamedTuple):
     entropies: torch.Tensor
     support: torch.Tensor | None
 
+    def pick(self, rows: torch.Tensor, slots: torch.Tensor) -> _Drawn:
+        """What was drawn at [N] (row, slot) pairs."""
+        support = None if self.support is None else self.support[rows, slots]
+        return _Drawn(self.tokens[rows, slots], self.logps[rows, slots], self.entropies[rows, slots], support)
+
     def at(self, slots: torch.Tensor) -> _Drawn:
         """What was drawn at some of the positions, [R, k] slots."""
         support = None if self.support is None else _take(self.support, slots)
@@ -165,16 +180,20 @@ class _Drawn(NamedTuple):
 
 
 class _Rollout:
-    """The growing canvas of one batch."""
+    """The growing canvas of one batch; rows may be at different blocks."""
 
-    def __init__(self, model, family: DiffusionFamily, input_ids, attention_mask, config: SamplingConfig, generators):
+    def __init__(self, model, family: DiffusionFamily, input_ids, attention_mask, config, generators, state):
         device, batch = input_ids.device, input_ids.size(0)
         shape = (batch, config.canvas_length)
         self.model, self.family, self.config = model, family, config
         self.input_ids, self.attention_mask = input_ids, attention_mask
-        self.alive = torch.arange(batch, device=device)
-        self.forwards = 0
-        self.canvas = torch.full(shape, family.mask_token_id, device=device)
+        if state is None:
+            state = CanvasState.empty(batch, config.canvas_length, family.mask_token_id, device)
+        self.canvas, self.length = state.canvas.clone(), state.length
+        self.block, unfinished = state.next_block(family, config.block_length)
+        self.alive = unfinished.nonzero().squeeze(1)
+        self.forwards = self.sync_forwards = 0
+        self.row_forwards = torch.zeros(batch, dtype=torch.long, device=device)
         self.unmask_step = torch.full(shape, -1, dtype=torch.int32, device=device)
         self.logps = torch.zeros(shape, device=device)
         self.entropies = torch.zeros(shape, device=device)
@@ -191,62 +210,101 @@ class _Rollout:
         noise = uniforms(generators, config.num_blocks, steps + 1, config.block_length).to(device)
         self.token_noise, self.order_noise = noise[:, :, :-1], noise[:, :, -1]
 
-    def write_block(self, block: int) -> None:
-        """Commit every position of a block in every live row, then let rows leave whose text has ended."""
-        config = self.config
-        start = block * config.block_length
-        live = self.alive.numel() > 0
-        # Without a live row this process still runs its forwards, on the first row, and keeps nothing.
-        rows = self.alive if live else self.alive.new_zeros(1)
-        masked = torch.arange(config.block_length, device=rows.device).expand(rows.numel(), -1)
-        for step, count in enumerate(config.commits()):
-            slots, drawn, signals = self._denoise(rows, block, step, masked, count)
-            if live:
-                self._commit(
-                    rows,
-                    start + masked.gather(1, slots),
-                    block * config.steps_per_block + step,
-                    drawn,
-                    signals,
-                )
-            masked = masked[torch.ones_like(masked, dtype=torch.bool).scatter(1, slots, False)].view(rows.numel(), -1)
-        if live:
-            self.alive = rows[~self.family.is_end(self.canvas[rows, start : start + config.block_length]).any(1)]
+    def write_block(self, lockstep: bool) -> None:
+        """Commit what is left of the current block of every live row, then let rows leave whose text has ended.
 
-    def _denoise(self, rows, block: int, step: int, masked: torch.Tensor, count: int):
+        With `lockstep` this process runs a forward at every step, whether or not one of its rows needs it.
+        """
+        commits = self.config.commits()
+        for step in range(len(commits)):
+            masked, open_ = self._masked(self.alive)
+            # A row that starts inside a block, or on a shorter canvas, joins when its turn comes.
+            counts = (open_.sum(1) - sum(commits[step + 1 :])).clamp(min=0)
+            rows = self.alive[counts > 0]
+            if rows.numel() > 0:
+                self._write_step(rows, step, masked[counts > 0], open_[counts > 0], counts[counts > 0])
+            elif lockstep:
+                self.sync_forwards += 1
+                first = self.alive.new_zeros(1)
+                self._logits(first, first.unsqueeze(1))
+        rows = self.alive
+        ended = self.family.is_end(self.canvas[rows.unsqueeze(1), self._positions(rows)]).any(1)
+        self.block[rows] += 1
+        self.alive = rows[~ended & (self.block[rows] * self.config.block_length < self.length[rows])]
+
+    def _positions(self, rows) -> torch.Tensor:
+        """Canvas positions [R, block] of the current blocks."""
+        offsets = torch.arange(self.config.block_length, device=rows.device)
+        return self.block[rows].unsqueeze(1) * self.config.block_length + offsets
+
+    def _masked(self, rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Offsets [R, m] of the masked positions of the current blocks, and bool [R, m] where there is one."""
+        positions = self._positions(rows)
+        masked = self.canvas[rows.unsqueeze(1), positions] == self.family.mask_token_id
+        masked &= positions < self.length[rows].unsqueeze(1)
+        order = masked.int().argsort(dim=1, descending=True, stable=True)
+        most = int(masked.sum(1).max()) if rows.numel() else 0
+        return order[:, :most], masked.gather(1, order)[:, :most]
+
+    def _write_step(self, rows, step: int, masked: torch.Tensor, open_: torch.Tensor, counts: torch.Tensor) -> None:
+        """Commit `counts` [R] of the open positions among `masked` (offsets in the block, [R, m])."""
+        self.row_forwards[rows] += 1
+        slots, drawn, signals = self._denoise(rows, step, masked, open_, int(counts.max()))
+        kept, slot = (torch.arange(slots.size(1), device=rows.device) < counts.unsqueeze(1)).nonzero(as_tuple=True)
+        offsets = masked.gather(1, slots)[kept, slot]
+        own, block = rows[kept], self.block[rows]
+        self._commit(
+            (own, block[kept] * self.config.block_length + offsets),
+            (block * self.config.steps_per_block + step)[kept],
+            drawn.pick(kept, slot),
+        )
+        if self.step_entropy is not None and self.step_margin is not None:
+            at = (rows, block * self.config.steps_per_block + step)
+            self.step_entropy[at], self.step_margin[at] = signals
+
+    def _denoise(self, rows, step: int, masked: torch.Tensor, open_: torch.Tensor, count: int):
         """Choose `count` of the positions `masked` [R, m] (offsets in the block) and draw their tokens.
 
         Returns (the chosen, as indices into `masked` [R, count]; what was drawn there; signals [R] or None).
         """
-        config = self.config
+        config, block = self.config, self.block[rows]
         if config.unmasking == "random":
-            slots = self.order_noise[rows, block].gather(1, masked).argsort(1)[:, :count]
+            order = self.order_noise[rows, block].gather(1, masked).masked_fill(~open_, torch.inf)
+            slots = order.argsort(1)[:, :count]
             if not config.record_signals:  # the LM head is needed only where tokens are committed
                 chosen = masked.gather(1, slots)
-                drawn = self._draw(self._logits(rows, block, chosen), self._noise(rows, block, 0, chosen))
+                drawn = self._draw(self._logits(rows, chosen), self._noise(rows, 0, chosen))
                 return slots, drawn, None
 
-        logits = self._logits(rows, block, masked)
-        signals = (_entropy(logits).mean(1), _margin(logits).mean(1)) if config.record_signals else None
+        logits = self._logits(rows, masked)
+        signals = None
+        if config.record_signals:
+            signals = _open_mean(_entropy(logits), open_), _open_mean(_margin(logits), open_)
         if config.unmasking == "low_confidence":
-            drawn = self._draw(logits, self._noise(rows, block, step, masked))
-            slots = score_targets(logits, drawn.tokens)[0].topk(count, dim=1).indices
+            drawn = self._draw(logits, self._noise(rows, step, masked))
+            confidence = score_targets(logits, drawn.tokens)[0].masked_fill(~open_, -torch.inf)
+            slots = confidence.topk(count, dim=1).indices
             return slots, drawn.at(slots), signals
         if config.unmasking != "random":
-            slots = _certainty(logits, config.unmasking).topk(count, dim=1).indices
-        noise = self._noise(rows, block, 0, masked.gather(1, slots))
+            certainty = _certainty(logits, config.unmasking).masked_fill(~open_, -torch.inf)
+            slots = certainty.topk(count, dim=1).indices
+        noise = self._noise(rows, 0, masked.gather(1, slots))
         return slots, self._draw(_take(logits, slots), noise), signals
 
-    def _noise(self, rows, block: int, step: int, offsets: torch.Tensor) -> torch.Tensor:
-        return self.token_noise[rows, block, step].gather(1, offsets)
+    def _noise(self, rows, step: int, offsets: torch.Tensor) -> torch.Tensor:
+        return self.token_noise[rows, self.block[rows], step].gather(1, offsets)
 
-    def _logits(self, rows, block: int, offsets: torch.Tensor) -> torch.Tensor:
+    def _logits(self, rows, offsets: torch.Tensor) -> torch.Tensor:
         self.forwards += 1
         prompt_length = self.input_ids.size(1)
-        ids = torch.cat([self.input_ids[rows], self.canvas[rows]], dim=1)
-        mask = torch.cat([self.attention_mask[rows], torch.ones_like(self.canvas[rows])], dim=1)
-        positions = prompt_length + block * self.config.block_length + offsets
-        return self.model(input_ids=ids, attention_mask=mask, positions=positions).logits
+        canvas = self.canvas[rows, : int(self.length[rows].max())]
+        visible = torch.arange(canvas.size(1), device=rows.device) < self.length[rows].unsqueeze(1)
+        block = self.block[rows].clamp(max=self.config.num_blocks - 1).unsqueeze(1)
+        return self.model(
+            input_ids=torch.cat([self.input_ids[rows], canvas], dim=1),
+            attention_mask=torch.cat([self.attention_mask[rows], visible.to(self.attention_mask)], dim=1),
+            positions=prompt_length + block * self.config.block_length + offsets,
+        ).logits
 
     def _draw(self, logits: torch.Tensor, noise: torch.Tensor) -> _Drawn:
         """Draw a token from each distribution: logits [R, n, V], noise [R, n]."""
@@ -262,20 +320,19 @@ class _Rollout:
         support = torch.nn.functional.pad(ids, (0, config.top_k - ids.size(-1)), value=-1)
         return _Drawn(tokens, *score_targets(logits, tokens, config.temperature, support), support)
 
-    def _commit(self, rows, positions: torch.Tensor, step: int, drawn: _Drawn, signals) -> None:
-        where = (rows.unsqueeze(1), positions)
+    def _commit(self, where: tuple[torch.Tensor, torch.Tensor], steps: torch.Tensor, drawn: _Drawn) -> None:
         self.canvas[where] = drawn.tokens
-        self.unmask_step[where] = step
+        self.unmask_step[where] = steps.int()
         self.logps[where] = drawn.logps
         self.entropies[where] = drawn.entropies
         if self.support is not None and drawn.support is not None:
             self.support[where] = drawn.support
-        if self.step_entropy is not None and self.step_margin is not None:
-            self.step_entropy[rows, step], self.step_margin[rows, step] = signals
 
     def trajectory(self) -> Trajectory:
         return Trajectory(
-            completion_ids=self.canvas.masked_fill(self.unmask_step < 0, self.family.tail_token_id),
+            completion_ids=self.canvas.masked_fill(
+                self.canvas == self.family.mask_token_id, self.family.tail_token_id
+            ),
             unmask_step=self.unmask_step,
             logps=self.logps,
             entropies=self.entropies,
@@ -283,13 +340,20 @@ class _Rollout:
             temperature=self.config.temperature,
             step_entropy=self.step_entropy,
             step_margin=self.step_margin,
+            row_forwards=self.row_forwards,
             forwards=self.forwards,
+            sync_forwards=self.sync_forwards,
         )
 
 
 def _take(values: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """values[r, slots[r, j]] for values [R, m, …] and slots [R, n]."""
     return values[torch.arange(values.size(0), device=values.device).unsqueeze(1), slots]
+
+
+def _open_mean(values: torch.Tensor, open_: torch.Tensor) -> torch.Tensor:
+    """Mean over the positions that are open, [R] from [R, m]; one sum, so that no padding changes the last bit."""
+    return values.masked_fill(~open_, 0.0).sum(1) / open_.sum(1)
 
 
 def _certainty(logits: torch.Tensor, unmasking: str) -> torch.Tensor:

@@ -24,7 +24,9 @@ class Trajectory:
         step_entropy: float32 [B, S], mean entropy in nats over the positions the sampler could commit at a step, at
             temperature 1 on the full vocabulary; 0 behind a row's end; `None` unless asked for.
         step_margin: float32 [B, S], mean of p1 - p2 (the two largest probabilities) over the same positions.
+        row_forwards: long [B], network evaluations that each completion took part in.
         forwards: network evaluations run for this batch, the same for every process where weights stay sharded.
+        sync_forwards: those among them that only kept step with the other processes.
     """
 
     completion_ids: torch.Tensor
@@ -35,7 +37,9 @@ class Trajectory:
     temperature: float
     step_entropy: torch.Tensor | None
     step_margin: torch.Tensor | None
+    row_forwards: torch.Tensor
     forwards: int
+    sync_forwards: int
 
     @property
     def steps_taken(self) -> torch.Tensor:

@@ -12,12 +12,12 @@ import logging
 import textwrap
 from dataclasses import dataclass, field
 
-from trl_diffusion.trainers.diffusion_grpo import DiffusionGRPOConfig, DiffusionGRPOTrainer
+from trl_diffusion.trainers.trajectory_grpo import TrajectoryGRPOConfig, TrajectoryGRPOTrainer
 
 
 @dataclass
-class AGRPOConfig(DiffusionGRPOConfig):
-    """`DiffusionGRPOConfig` with the defaults of the AGRPO paper (2510.04019).
+class AGRPOConfig(TrajectoryGRPOConfig):
+    """`TrajectoryGRPOConfig` with the defaults of the AGRPO paper (2510.04019).
 
     The paper's LoRA (r 64, alpha 64, all linear layers but the head, no dropout) is passed as `peft_config`.
     `loss_type="luspo"` with token ratios is the paper's objective in TRL's terms: the sum over the tokens of a step,
@@ -45,8 +45,8 @@ class AGRPOConfig(DiffusionGRPOConfig):
     beta: float = field(default=0.0, metadata={"help": "KL coefficient; with the ratio's gradient when not 0."})
 
 
-class AGRPOTrainer(DiffusionGRPOTrainer):
-    """AGRPO, see the arguments of `DiffusionGRPOTrainer`."""
+class AGRPOTrainer(TrajectoryGRPOTrainer):
+    """AGRPO, see the arguments of `TrajectoryGRPOTrainer`."""
 
     config_class = AGRPOConfig
     _tag_names = ["trl", "trl_diffusion", "agrpo"]

@@ -49,6 +49,7 @@ def check_columns(dataset, reward_funcs) -> None:
     needed = {"prompt": "the trainer"}
     given_by_trl = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
     for function in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
+        function = inspect.unwrap(function)  # a StepAwareReward needs what the function in it needs
         if inspect.isfunction(function):
             for parameter in inspect.signature(function).parameters.values():
                 required = parameter.default is parameter.empty and parameter.kind in (

@@ -1,9 +1,10 @@
-"""GRPO over denoising trajectories: the base of every trainer here.
+"""GRPO for diffusion language models: the base of every trainer here.
 
 `DiffusionGRPOTrainer` is TRL's `GRPOTrainer` with two things replaced. Generation becomes diffusion sampling, which
-records the whole trajectory. The autoregressive log-probability of a token becomes its log-probability at the
-denoising step that wrote it; a completion is scored in `num_mc_samples` Monte-Carlo views, each the canvas before one
-step. All the rest (losses, clipping, KL, metrics, evaluation, logging) is TRL's.
+records the whole trajectory. The autoregressive log-probability of a token becomes its log-probability in a noised
+view of the completion; a completion is scored in `num_mc_samples` Monte-Carlo views per update. Which views is what a
+method decides: it overrides `_plan_views` and `_view_of`. All the rest (losses, clipping, KL, metrics, evaluation,
+logging) is TRL's.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import copy
 import os
 import time
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,41 +27,30 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import RepeatSampler, disable_dropout_in_model, get_config_model_id, pad, use_adapter
 
-from trl_diffusion.credit import StepDraws, draw_steps, eligible_steps, step_probabilities
-from trl_diffusion.credit.step_draws import STEP_DRAWS, STEP_REDUCTIONS, STEP_SCOPES
-from trl_diffusion.likelihood import Scores, Views, score_views, trajectory_views
+from trl_diffusion.likelihood import Scores, Views, score_views
 from trl_diffusion.models import family_of
 from trl_diffusion.models.lora import coverage_table, lora_coverage
 from trl_diffusion.sampling import SamplingConfig, Trajectory, row_generators, sample
-from trl_diffusion.sampling.noise import uniforms
 from trl_diffusion.trainers.checks import check_arguments, check_columns
 from trl_diffusion.trainers.monte_carlo_views import MonteCarloViews
-
-# First element of the key of every private random stream, so that no two purposes share noise.
-TRAIN_ROLLOUT, EVAL_ROLLOUT, TRAIN_VIEWS, EVAL_VIEWS = range(4)
-
-# Loss types whose per-token terms are summed and divided by something the view does not change.
-_KEEP_FLOAT_MASK = ("dr_grpo", "dapo", "cispo", "luspo")
+from trl_diffusion.trainers.random_streams import EVAL_ROLLOUT, TRAIN_ROLLOUT
+from trl_diffusion.trainers.step_aware_probe import FinishedBatch, StepAwareProbe
 
 
 @dataclass
 class DiffusionGRPOConfig(GRPOConfig):
-    """Configuration of `DiffusionGRPOTrainer`: TRL's `GRPOConfig` and how the canvas is written and scored.
+    """What every method's config has: TRL's `GRPOConfig` and how the canvas is written.
 
     TRL's `max_completion_length` is the canvas length L, `temperature`, `top_k` and `top_p` are those of the sampler.
-    The defaults give GRPO as TRL defines it (`dapo` token mean, group-scaled rewards) over all denoising steps.
 
     Args:
         denoising_steps: S, steps in which the canvas is written.
         block_length: positions per block; blocks are written from left to right.
         unmasking: how positions are chosen, see `trl_diffusion.sampling.SamplingConfig`.
-        num_mc_samples: M, Monte-Carlo views (drawn denoising steps) per completion and update. Memory does not grow
-            with M.
-        step_draws: `uniform`, or `entropy`: steps that committed uncertain tokens are drawn more often and weighted
-            back (2510.04019).
-        step_scope: which steps may learn, `exact` or `paper`, see `trl_diffusion.credit.eligible_steps`.
-        step_reduction: `sum` or `mean` over the steps of a completion. `sum` makes a loss what TRL computes over all
-            tokens of the completion.
+        record_signals: record entropy and confidence margin of every denoising step of the training rollouts. It
+            costs no forward pass, but with `unmasking="random"` the LM head runs at every masked position of the
+            active block.
+        num_mc_samples: Monte-Carlo views per completion and update. Memory does not grow with it.
 
     Raises:
         ValueError: if settings do not fit together, or one cannot work with diffusion sampling.
@@ -81,22 +70,11 @@ class DiffusionGRPOConfig(GRPOConfig):
             "low_confidence."
         },
     )
+    record_signals: bool = field(
+        default=False, metadata={"help": "Record entropy and confidence margin of every denoising step."}
+    )
     num_mc_samples: int = field(
-        default=8, metadata={"help": "Monte-Carlo views (drawn denoising steps) per completion and update."}
-    )
-    step_draws: str = field(
-        default="uniform",
-        metadata={"help": "Distribution of the drawn denoising steps: uniform or entropy (weighted back)."},
-    )
-    step_scope: str = field(
-        default="exact",
-        metadata={
-            "help": "Denoising steps that may learn: exact (every step of every block that was written up to "
-            "the first end token) or paper (up to the last step that wrote text)."
-        },
-    )
-    step_reduction: str = field(
-        default="sum", metadata={"help": "Reduction over the denoising steps of a completion: sum or mean."}
+        default=8, metadata={"help": "Monte-Carlo views (noised canvases) per completion and update."}
     )
     max_completion_length: int = field(default=256, metadata={"help": "Length of the canvas in tokens."})
     disable_dropout: bool = field(
@@ -116,17 +94,9 @@ class DiffusionGRPOConfig(GRPOConfig):
             )
         super().__post_init__()
         self.sampling_config()
-        for name, choices in (
-            ("step_draws", STEP_DRAWS),
-            ("step_scope", STEP_SCOPES),
-            ("step_reduction", STEP_REDUCTIONS),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {getattr(self, name)!r}.")
         if self.num_mc_samples < 1:
             raise ValueError(f"num_mc_samples must be at least 1, got {self.num_mc_samples}.")
         self._refuse_what_cannot_work()
-        self._refuse_biased_weights()
 
     def sampling_config(self) -> SamplingConfig:
         """How completions are drawn."""
@@ -138,12 +108,13 @@ class DiffusionGRPOConfig(GRPOConfig):
             top_k=self.top_k,
             top_p=self.top_p,
             unmasking=self.unmasking,
+            record_signals=self.record_signals,
         )
 
     @property
     def weighted_views(self) -> bool:
         """Whether views carry weights other than 1."""
-        return self.step_draws == "entropy" or self.step_reduction == "sum"
+        return False
 
     def _refuse_what_cannot_work(self) -> None:
         autoregressive = "it generates one token after the other; completions here are drawn by diffusion"
@@ -173,36 +144,6 @@ class DiffusionGRPOConfig(GRPOConfig):
                     f"{type(self).__name__} does not support `{name}`: {reason}. Leave it at its default."
                 )
 
-    def _refuse_biased_weights(self) -> None:
-        if self.step_draws == "entropy":
-            biased = {
-                "loss_type='bnpo'": self.loss_type == "bnpo",
-                "top_entropy_quantile < 1": self.top_entropy_quantile < 1.0,
-                "entropy_coef": self.entropy_coef != 0.0 or self.use_adaptive_entropy,
-            }
-            for name, is_set in biased.items():
-                if is_set:
-                    raise ValueError(
-                        f"{name} takes a statistic over the tokens that happened to be drawn, which "
-                        "step_draws='entropy' skews. Set step_draws='uniform'."
-                    )
-        if (
-            self.beta != 0.0
-            and self.weighted_views
-            and (
-                self.loss_type not in _KEEP_FLOAT_MASK
-                or self.importance_sampling_level != "token"
-                or self.top_entropy_quantile < 1.0
-            )
-        ):
-            raise ValueError(
-                f"With beta={self.beta}, the KL term must carry the weights of step_draws={self.step_draws!r} and "
-                f"step_reduction={self.step_reduction!r}. That is exact only for loss_type in "
-                f"{', '.join(_KEEP_FLOAT_MASK)} with importance_sampling_level='token' and top_entropy_quantile=1; "
-                f"got loss_type={self.loss_type!r}, importance_sampling_level={self.importance_sampling_level!r}. "
-                "Change these, set step_draws='uniform' with step_reduction='mean', or set beta=0."
-            )
-
 
 class _EpochRepeatSampler(RepeatSampler):
     """`RepeatSampler` whose order is a function of (seed, epoch), so that a resumed run sees the order it left."""
@@ -213,11 +154,14 @@ class _EpochRepeatSampler(RepeatSampler):
 
 
 class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
-    """GRPO for diffusion language models, over the likelihood of their own denoising steps.
+    """GRPO for diffusion language models; a method says in which noised views its completions are scored.
+
+    A subclass overrides `_plan_views` and `_view_of`. A `StepAwareReward` (SAPO, 2510.01544) among the reward
+    functions adds its process reward to the advantages of any method.
 
     Args:
         model: a path or hub id, a native diffusion language model, or a `PeftModel` around one.
-        reward_funcs: as in TRL.
+        reward_funcs: as in TRL; at most one may be a `StepAwareReward`.
         args: a `DiffusionGRPOConfig`.
         train_dataset: as in TRL; a column `prompt` and whatever the reward functions need.
         eval_dataset: as in TRL.
@@ -293,6 +237,10 @@ class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
         self.eos_token_ids = sorted({*self.family.end_token_ids, self._tokenizer.eos_token_id})
         self._checkpointing_kwargs: Any = args.gradient_checkpointing_kwargs
         self._rollouts = {"train": 0, "eval": 0}
+        self.forward_units = 0.0
+        self.last_rollout: tuple[Trajectory, FinishedBatch] | None = None
+        self._finished: FinishedBatch | None = None
+        self._probe = StepAwareProbe.of(self)
         self._trajectory: Trajectory | None = None
         self._scored: tuple[dict[str, torch.Tensor], Views] | None = None
         self._window_rows: dict[str, torch.Tensor] | None = None
@@ -352,6 +300,12 @@ class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
         """Index (prompt · G + g) of this process's rows in the batch of all processes."""
         return torch.arange(count, device=self.accelerator.device) + self.accelerator.process_index * count
 
+    def group_size(self, mode: str) -> int:
+        """Completions per prompt, G."""
+        size = self.num_generations if mode == "train" else self.num_generations_eval
+        assert size is not None
+        return size
+
     def _any_process(self):
         plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
         sharded = plugin is not None and plugin.zero_stage == 3 and not self.args.ds3_gather_for_generation
@@ -363,7 +317,7 @@ class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
         sampled = trajectory.unmask_step >= 0
         statistics = torch.stack(
             [
-                trajectory.steps_taken.sum().float(),
+                trajectory.row_forwards.sum().float(),
                 sampled.sum().float(),
                 (self.family.is_end(trajectory.completion_ids) & sampled).sum().float(),
                 torch.tensor(float(len(sampled)), device=sampled.device),
@@ -375,78 +329,60 @@ class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
         metrics["rollout/tokens_per_forward"].append(tokens / steps)
         metrics["rollout/eos_share"].append(ends / tokens)
         metrics["rollout/seconds"].append(seconds)
+        if mode == "train":
+            self.count_forwards(steps)
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        self._finished = FinishedBatch(inputs, prompts, completions, completion_ids_list, rewards)
+        return rewards
 
     def _generate_and_score_completions(self, inputs):
         mode = "train" if self.model.training else "eval"
-        output = super()._generate_and_score_completions(inputs)
+        rows = super()._generate_and_score_completions(inputs)
         trajectory, self._trajectory = self._trajectory, None
-        assert trajectory is not None
+        finished, self._finished = self._finished, None
+        assert trajectory is not None and finished is not None
+        rows["global_row"] = self._global_rows(len(finished.prompts))
+        if mode == "train":
+            self.last_rollout = trajectory, finished
+            if self._probe is not None:
+                rows["advantages"] = self._probe.advantages(rows, trajectory, finished, self._rollouts[mode])
         # TRL empties the mask of a completion that `mask_truncated_completions` drops
-        learns = output["completion_mask"].any(1)
-        output |= self._plan(mode, trajectory, learns)
-        output["num_items_in_batch"] = self.accelerator.gather(output["completion_mask"].sum()).sum()
+        learns = rows["completion_mask"].any(1)
+        rows["completion_ids"] = trajectory.completion_ids
+        rows |= self._plan_views(mode, trajectory, rows, learns)
+        rows["num_items_in_batch"] = self.accelerator.gather(rows["completion_mask"].sum()).sum()
         self._rollouts[mode] += 1
+        if "old_per_token_logps" not in rows:
+            rows["old_per_token_logps"] = self._logps_of_views(mode, self.model, rows)
         if self.beta != 0.0:
-            output["ref_per_token_logps"] = self._reference_logps(output)
-        return output
+            rows["ref_per_token_logps"] = self._reference_logps(mode, rows)
+        return rows
 
-    def _plan(self, mode: str, trajectory: Trajectory, learns: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Per-row tensors that hold the trajectory, once, and the views of every inner update.
+    def _plan_views(
+        self, mode: str, trajectory: Trajectory, rows: dict[str, torch.Tensor], learns: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """What the views of every inner update are made from.
+
+        Args:
+            mode: `"train"` (`num_iterations` inner updates) or `"eval"` (one).
+            trajectory: of the B completions.
+            rows: `prompt_ids` and `prompt_mask` [B, P], `completion_ids` [B, L], `global_row` and `advantages` [B].
+            learns: bool [B], whether a completion may learn at all.
 
         Returns:
-            `view_steps` long and `view_weights` float32, [B, μ, M], and the trajectory's own tensors.
+            Tensors with a row per completion, because TRL shuffles and splits rows: `completion_mask` long [B, L], the
+            tokens that may learn, and whatever `_view_of` needs; `view_weights` float32 [B, μ, M] if views count
+            differently; `old_per_token_logps` [B, L] if the rollout knows them. Without, they are scored on the views.
         """
-        args, config = self.args, self.args.sampling_config()
-        num_eligible = eligible_steps(
-            trajectory.completion_ids,
-            trajectory.unmask_step,
-            self.family,
-            args.step_scope,
-            config.block_length,
-            config.steps_per_block,
-        )
-        rows = self._global_rows(len(learns))
-        updates = [
-            self._draw_steps(trajectory, num_eligible, mode, update, rows)
-            for update in range(self.num_iterations if mode == "train" else 1)
-        ]
-        eligible = (trajectory.unmask_step >= 0) & (trajectory.unmask_step < num_eligible.unsqueeze(1))
-        plan = {
-            "completion_ids": trajectory.completion_ids,
-            "completion_mask": (eligible & learns.unsqueeze(1)).long(),
-            "unmask_step": trajectory.unmask_step,
-            "old_per_token_logps": trajectory.logps,
-            "view_steps": torch.stack([draws.steps for draws in updates], dim=1),
-            "view_weights": torch.stack([draws.weights for draws in updates], dim=1),
-            "global_row": rows,
-        }
-        if trajectory.support is not None:
-            plan["support"] = trajectory.support
-        return plan
-
-    def _draw_steps(
-        self, trajectory: Trajectory, num_eligible: torch.Tensor, mode: str, update: int, rows: torch.Tensor
-    ) -> StepDraws:
-        """The denoising steps that learn in one inner update, [B, M]."""
-        purpose = TRAIN_VIEWS if mode == "train" else EVAL_VIEWS
-        generators = row_generators(self.args.seed, purpose, self._rollouts[mode], update, rows=rows.tolist())
-        probabilities = step_probabilities(
-            trajectory.entropies,
-            trajectory.unmask_step,
-            num_eligible,
-            self.args.denoising_steps,
-            self.args.step_draws,
-        )
-        noise = uniforms(generators, self.args.num_mc_samples).to(probabilities.device)
-        return draw_steps(probabilities, num_eligible, noise, self.args.step_reduction)
-
-    # ---------------------------------------------------------------- likelihood
+        raise NotImplementedError(f"{type(self).__name__} does not say in which views completions are scored.")
 
     def _view_of(self, rows: dict[str, torch.Tensor], update: int, view: int) -> Views:
-        steps = rows["view_steps"][:, update, view]
-        views = trajectory_views(rows["completion_ids"], rows["unmask_step"], steps, self.family.mask_token_id)
-        views.targets &= rows["completion_mask"].bool()
-        return views
+        """One view of every row. Always the same for the same arguments."""
+        raise NotImplementedError(f"{type(self).__name__} does not say in which views completions are scored.")
+
+    # ---------------------------------------------------------------- likelihood
 
     def _score(self, model, rows: dict[str, torch.Tensor], views: Views) -> Scores:
         with self.accelerator.autocast():
@@ -456,38 +392,57 @@ class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
                 rows["prompt_mask"],
                 rows["completion_ids"],
                 views,
-                self.temperature,
+                self._scoring_temperature(),
                 rows.get("support"),
             )
 
-    @torch.no_grad()
-    def _reference_logps(self, rows: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Log-probabilities [B, L] under the reference model of every token that some view asks for."""
-        adapter: AbstractContextManager
+    def _scoring_temperature(self) -> float:
+        """Temperature of the distribution that is scored: 1 but for trajectory methods."""
+        return 1.0
+
+    def _reference_logps(self, mode: str, rows: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Log-probabilities [B, μ, M, L] of every view under the reference model, or without the adapter."""
         if self.ref_model is not None:
-            model, adapter = self.ref_model, nullcontext()
-        else:
-            peft_model = self.accelerator.unwrap_model(self.model)
-            model, adapter = self.model, use_adapter(peft_model, "ref" if "ref" in peft_model.peft_config else None)
+            return self._logps_of_views(mode, self.ref_model, rows)
+        peft_model = self.accelerator.unwrap_model(self.model)
+        with use_adapter(peft_model, "ref" if "ref" in peft_model.peft_config else None):
+            return self._logps_of_views(mode, self.model, rows)
+
+    @torch.no_grad()
+    def _logps_of_views(self, mode: str, model, rows: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Log-probabilities [B, μ, M, L] of the targets of every view, 0 elsewhere; no dropout, no autograd."""
+        updates, views = self._inner_updates(mode), self.args.num_mc_samples
+        batch, length = rows["completion_ids"].shape
+        logps = torch.zeros(batch, updates, views, length, device=rows["completion_ids"].device)
         size = self.args.per_device_train_batch_size
-        logps = torch.zeros_like(rows["old_per_token_logps"])
         was_training = model.training
         model.eval()
         try:
-            with adapter, disable_gradient_checkpointing(self.model, self._checkpointing_kwargs):
+            with disable_gradient_checkpointing(self.model, self._checkpointing_kwargs):
                 # Always every view: where weights are sharded, all processes must run the same number of forwards.
-                for update in range(rows["view_steps"].size(1)):
-                    for view in range(rows["view_steps"].size(2)):
-                        for start in range(0, len(logps), size):
+                for update in range(updates):
+                    for view in range(views):
+                        for start in range(0, batch, size):
                             part = {k: v[start : start + size] for k, v in rows.items() if v.dim() > 0}
-                            views = self._view_of(part, update, view)
-                            scored = self._score(model, part, views).logps
-                            logps[start : start + size] = torch.where(
-                                views.targets, scored, logps[start : start + size]
-                            )
+                            scores = self._score(model, part, self._view_of(part, update, view))
+                            logps[start : start + size, update, view] = scores.logps
         finally:
             model.train(was_training)
+        if mode == "train":
+            self.count_forwards(updates * views * batch * self.accelerator.num_processes)
         return logps
+
+    def _inner_updates(self, mode: str) -> int:
+        return self.num_iterations if mode == "train" else 1
+
+    def count_forwards(self, rows: float) -> None:
+        """Add to `forward_units`, the compute spent on training by all processes.
+
+        One unit is one forward pass of one row (prompt and whole canvas); a pass with gradient counts three, rows on a
+        shorter canvas in proportion to their length.
+        """
+        self.forward_units += rows
+        self._metrics["train"]["forward_units"] = [self.forward_units]
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         if self._scored is None:  # TRL asks while it makes a rollout; `_plan` attaches what it would have computed
@@ -496,8 +451,13 @@ class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
         scores = self._score(model, rows, views)
         inner_update, micro_batch = self._place_in_buffer()
         if self.model.training and inner_update == 0 and micro_batch < self.current_gradient_accumulation_steps:
-            self._log_log_ratio(scores.logps.detach() - rows["old_per_token_logps"] * views.targets)
+            self._log_log_ratio(scores.logps.detach() - self._old_logps(rows, inner_update, self._view, views))
         return scores.logps, scores.entropies, None
+
+    def _old_logps(self, rows: dict[str, torch.Tensor], update: int, view: int, views: Views) -> torch.Tensor:
+        """Log-probabilities [B, L] of a view's targets before the first update, 0 elsewhere."""
+        old = rows["old_per_token_logps"]
+        return (old if old.dim() == 2 else old[:, update, view]) * views.targets
 
     def _place_in_buffer(self) -> tuple[int, int]:
         """How often the rollout batch was gone through before, and the micro-batch within it."""
@@ -527,24 +487,27 @@ class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
     def _view_loss(self, model, rows: dict[str, torch.Tensor], update: int, view: int) -> torch.Tensor:
         """TRL's loss of one view, divided by the number of views."""
         views = self._view_of(rows, update, view)
-        weights = rows["view_weights"][:, update, view].unsqueeze(1)
         targets = views.targets.long()
-        advantages = rows["advantages"].unsqueeze(1).expand_as(targets)
         inputs = {
             "prompt_ids": rows["prompt_ids"],
             "prompt_mask": rows["prompt_mask"],
             "completion_ids": rows["completion_ids"],
             "completion_mask": targets,
             "num_items_in_batch": rows["num_items_in_batch"],
-            "old_per_token_logps": rows["old_per_token_logps"] * targets,
+            "old_per_token_logps": self._old_logps(rows, update, view, views),
+            "advantages": rows["advantages"].unsqueeze(1).expand_as(targets),
         }
         if self.beta != 0.0:
-            inputs["ref_per_token_logps"] = rows["ref_per_token_logps"] * targets
-        if self.beta != 0.0 and self.args.weighted_views:
-            # The KL must be weighted too: a float mask does it for the loss types that the config lets through.
-            inputs |= {"advantages": advantages, "tool_mask": weights.expand_as(targets)}
-        else:
-            inputs["advantages"] = advantages * weights
+            inputs["ref_per_token_logps"] = rows["ref_per_token_logps"][:, update, view]
+        if "view_weights" in rows:
+            weights = rows["view_weights"][:, update, view].unsqueeze(1).expand_as(targets)
+            if self.beta != 0.0 and self.args.weighted_views:
+                # The KL must be weighted too: a float mask does it for the loss types that the config lets through.
+                inputs["tool_mask"] = weights
+            else:
+                inputs["advantages"] = inputs["advantages"] * weights
+        if model.training:
+            self.count_forwards(3 * len(targets) * self.accelerator.num_processes)
         self._scored = rows, views
         try:
             return super()._compute_loss(model, inputs) / self.args.num_mc_samples
@@ -572,7 +535,12 @@ class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
         # TRL forgets where it is inside a rollout batch. Written first: a checkpoint with a trainer state has it.
         folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         os.makedirs(folder, exist_ok=True)
-        state = {"step": self._step, "rollouts": self._rollouts, "buffer": self._buffered_inputs}
+        state = {
+            "step": self._step,
+            "rollouts": self._rollouts,
+            "forward_units": self.forward_units,
+            "buffer": self._buffered_inputs,
+        } | self._extra_state()
         torch.save(state, os.path.join(folder, self._rollout_state_name()))
         super()._save_checkpoint(model, trial)
 
@@ -589,7 +557,16 @@ class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
         # by way of the CPU: torch.load does not know accelerate's device `cpu:0`
         state = torch.load(path, map_location="cpu", weights_only=True)
         self._step, self._rollouts = state["step"], state["rollouts"]
+        self.forward_units = state["forward_units"]
+        self._load_extra_state(state)
         self._buffered_inputs = send_to_device(state["buffer"], self.accelerator.device)
+
+    def _extra_state(self) -> dict[str, Any]:
+        """What a method must remember in a checkpoint."""
+        return {}
+
+    def _load_extra_state(self, state: dict[str, Any]) -> None:
+        """Take back what `_extra_state` gave."""
 
     def _rollout_state_name(self) -> str:
         return f"rollout_state_{self.accelerator.process_index}.pt"
