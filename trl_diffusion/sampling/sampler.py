@@ -141,10 +141,10 @@ def sample(
         raise ValueError(
             "sample() needs left-padded, non-empty prompts: the last column of attention_mask must be 1 in every row."
         )
-    if state is not None and state.canvas.shape != (batch, config.canvas_length):
+    if state is not None and (state.canvas.shape != (batch, config.canvas_length) or state.length.shape != (batch,)):
         raise ValueError(
-            f"sample() needs a state of shape {(batch, config.canvas_length)} (prompts, canvas length); got "
-            f"{tuple(state.canvas.shape)}."
+            f"sample() needs a state of shape {(batch, config.canvas_length)} (prompts, canvas length) with as many "
+            f"lengths as prompts; got {tuple(state.canvas.shape)} with lengths {tuple(state.length.shape)}."
         )
     rollout = _Rollout(model, family, input_ids, attention_mask, config, generators, state)
     was_training = model.training
@@ -299,11 +299,13 @@ class _Rollout:
         prompt_length = self.input_ids.size(1)
         canvas = self.canvas[rows, : int(self.length[rows].max())]
         visible = torch.arange(canvas.size(1), device=rows.device) < self.length[rows].unsqueeze(1)
-        block = self.block[rows].clamp(max=self.config.num_blocks - 1).unsqueeze(1)
+        # An offset that only fills up a row with less to write, or keeps step, may lie behind the canvas; nothing of
+        # what the network says there is read.
+        positions = (self.block[rows].unsqueeze(1) * self.config.block_length + offsets).clamp(max=canvas.size(1) - 1)
         return self.model(
             input_ids=torch.cat([self.input_ids[rows], canvas], dim=1),
             attention_mask=torch.cat([self.attention_mask[rows], visible.to(self.attention_mask)], dim=1),
-            positions=prompt_length + block * self.config.block_length + offsets,
+            positions=prompt_length + positions,
         ).logits
 
     def _draw(self, logits: torch.Tensor, noise: torch.Tensor) -> _Drawn:
