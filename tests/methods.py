@@ -34,7 +34,17 @@ PROMPTS = ["a b", "b a a", "a", "b b a b", "a a", "b", "b a", "a b b"]
 class Method:
     """A trainer, the settings that make it small, and what it claims.
 
-    `wrap` turns the reward function into another one, as a `StepAwareReward` does.
+    Args:
+        name: of the method.
+        trainer: its trainer.
+        config: its config.
+        settings: fields of the config.
+        wrap: turns the reward function into another one, as a `StepAwareReward` does.
+        views: what its views show, and so what they must cover: `drawn` denoising steps, steps `chosen` or `sampled`
+            by a selector, or the `masked` canvas.
+        fresh_views: every inner update has views of its own.
+        credit: what its advantages are made of: the `outcome`, or the outcome and a `process_reward`.
+        applies: the properties that it claims.
     """
 
     name: str
@@ -42,6 +52,9 @@ class Method:
     config: type[DiffusionGRPOConfig]
     settings: dict[str, Any] = field(default_factory=dict)
     wrap: Callable[[Callable], Callable] = lambda reward: reward
+    views: str = "drawn"
+    fresh_views: bool = True
+    credit: str = "outcome"
     applies: frozenset[int] = ALL_PROPERTIES
 
     def make(
@@ -94,16 +107,30 @@ def step_aware(reward: Callable) -> StepAwareReward:
     return StepAwareReward(reward, success_threshold=2.0, num_rollouts=2)
 
 
+ONE_UPDATE = {"num_iterations": 1}
+
 METHODS = [
     Method("trajectory_grpo", TrajectoryGRPOTrainer, TrajectoryGRPOConfig),
     Method("agrpo", AGRPOTrainer, AGRPOConfig),
     Method("agrpo, truncated support", AGRPOTrainer, AGRPOConfig, {"top_k": 3, "top_p": 0.95}),
     Method("agrpo, max_prob", AGRPOTrainer, AGRPOConfig, {"unmasking": "max_prob", "step_scope": "exact"}),
-    Method("atpo", ATPOTrainer, ATPOConfig),
-    Method("atpo, sampled by group", ATPOTrainer, ATPOConfig, {"step_selector": "sampled", "signal_average": "group"}),
-    Method("diffu_grpo", DiffuGRPOTrainer, DiffuGRPOConfig, {"num_iterations": 1}),
-    Method("sapo", DiffuGRPOTrainer, DiffuGRPOConfig, {"num_iterations": 1}, wrap=step_aware),
+    Method("atpo", ATPOTrainer, ATPOConfig, views="chosen", fresh_views=False),
+    Method(
+        "atpo, sampled by group",
+        ATPOTrainer,
+        ATPOConfig,
+        {"step_selector": "sampled", "signal_average": "group"},
+        views="sampled",
+    ),
+    Method("diffu_grpo", DiffuGRPOTrainer, DiffuGRPOConfig, ONE_UPDATE, views="masked"),
+    Method(
+        "sapo", DiffuGRPOTrainer, DiffuGRPOConfig, ONE_UPDATE, wrap=step_aware, views="masked", credit="process_reward"
+    ),
 ]
+
+
+def method_named(name: str) -> Method:
+    return next(method for method in METHODS if method.name == name)
 
 
 def with_property(number: int) -> list[Method]:

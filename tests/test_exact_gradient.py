@@ -231,7 +231,7 @@ def average_over_draws(model, tmp_path, draws: str, loss_type: str, level: str, 
         [[0.3, -0.4, 0.1, 0.2], [-0.1, 0.5, -0.3, 0.2]]
     )
     if beta:
-        rows["ref_per_token_logps"] = rows["old_per_token_logps"] - 0.25
+        rows["ref_per_token_logps"] = (rows["old_per_token_logps"] - 0.25).view(2, 1, 1, LENGTH)
     entropy_mass = torch.zeros(2, 4, dtype=torch.float64)
     for row in range(2):
         for position, step in enumerate(rows["unmask_step"][row].tolist()):

@@ -1,16 +1,25 @@
-"""The eight properties that hold for every method that declares them (tests/methods.py)."""
+"""The properties that hold for every method that declares them (tests/methods.py).
+
+Property 3, enumeration, has other formulas for every method: test_exact_gradient.py, test_step_selection.py and
+test_diffu_grpo.py.
+"""
 
 from __future__ import annotations
+
+from dataclasses import fields, replace
+from itertools import combinations, product
 
 import numpy as np
 import pytest
 import torch
-from methods import Method, text_reward, with_property
+from methods import METHODS, Method, text_reward, with_property
 from peft import LoraConfig
+from tiny import END, MASK, TAIL
 from transformers import TrainerCallback
+from trl import GRPOTrainer
 
 import trl_diffusion.trainers.diffusion_grpo as base
-from trl_diffusion.sampling import row_generators
+from trl_diffusion.sampling import Trajectory, row_generators
 
 
 def methods(number: int):
@@ -29,48 +38,84 @@ def one_step(method: Method, output_dir, **settings) -> torch.Tensor:
     return parameters_of(trainer) - before
 
 
-def recorded_scores(trainer, monkeypatch) -> list[dict[str, torch.Tensor]]:
-    """What every loss evaluation sees, in order."""
-    seen = []
-    score = trainer._score
+def rollout_of(trainer, *prompts: str, copies: int = 4) -> dict[str, torch.Tensor]:
+    """A rollout batch of completions of each prompt, in the order of their global rows."""
+    trainer.model.train()
+    return trainer._generate_and_score_completions([{"prompt": prompt} for prompt in prompts for _ in range(copies)])
 
-    def spy(model, rows, views):
+
+def losses_seen(trainer, monkeypatch) -> list[dict[str, torch.Tensor]]:
+    """What every evaluation of the training loss is given, in order: compared log-probabilities as TRL's loss gets
+    them, those of the policy, and which tokens of prompt and canvas are hidden (from the right, so that rollouts with
+    other prompts compare)."""
+    seen = []
+    score, loss = trainer._score, GRPOTrainer._compute_loss
+
+    def record_loss(self, model, inputs):
+        seen.append({"old": inputs["old_per_token_logps"], "reference": inputs.get("ref_per_token_logps")})
+        return loss(self, model, inputs)
+
+    def record_scores(model, rows, views):
         scores = score(model, rows, views)
         if model.training:
-            seen.append({**rows, "logps": scores.logps.detach(), "targets": views.targets, "canvas": views.canvas})
+            prompt = rows["prompt_ids"] if views.prompt_ids is None else views.prompt_ids
+            hidden = (torch.cat([prompt, views.canvas], dim=1) == MASK).flip(1)
+            seen[-1] |= {
+                "logps": scores.logps.detach(),
+                "targets": views.targets,
+                "hidden": torch.nn.functional.pad(hidden, (0, 16 - hidden.size(1))),
+                "global_row": rows["global_row"],
+            }
         return scores
 
-    monkeypatch.setattr(trainer, "_score", spy)
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", record_loss)
+    monkeypatch.setattr(trainer, "_score", record_scores)
     return seen
+
+
+def largest_log_ratio(seen: list[dict[str, torch.Tensor]], to: str = "old") -> float:
+    return max(float((x["logps"] - x[to])[x["targets"]].abs().max()) for x in seen if x["targets"].any())
+
+
+def hidden_by_row(seen: list[dict[str, torch.Tensor]], updates: int, views: int) -> torch.Tensor:
+    """Which tokens every view hides, bool [updates, M, rows, tokens], from two micro-batches per update."""
+    hidden, rows = (torch.stack([x[name] for x in seen]) for name in ("hidden", "global_row"))
+    hidden, rows = (x.unflatten(0, (updates, 2, views)).transpose(1, 2).flatten(2, 3) for x in (hidden, rows))
+    return hidden.gather(2, rows.argsort(2).unsqueeze(-1).expand_as(hidden))
 
 
 @methods(1)
 def test_1_ratios_are_one_on_policy(method, tmp_path, monkeypatch):
     trainer = method.make(tmp_path, learning_rate=0.0, num_iterations=3, max_steps=6)
-    seen = recorded_scores(trainer, monkeypatch)
+    seen = losses_seen(trainer, monkeypatch)
     trainer.train()
-    assert len(seen) == 6 * 2 * trainer.args.num_mc_samples  # updates × micro-batches × views
-    log_ratios = torch.cat([(x["logps"] - x["old_per_token_logps"])[x["targets"]] for x in seen])
-    assert log_ratios.numel() > 100
-    assert log_ratios.abs().max() <= 1e-4
-    rows = torch.cat([x["global_row"] for x in seen[:2]])
-    assert rows.tolist() != sorted(rows.tolist())  # TRL shuffled them
-    steps = torch.cat([x["view_steps"] for x in seen])
-    assert not torch.equal(steps[:, 0], steps[:, 1])  # masks differ between updates …
-    assert not (steps == steps[0]).all()  # … and between rows
-    # negative control: the network that scores is not the one that wrote
-    other = method.make(tmp_path, learning_rate=0.0, max_steps=1)
-    late = recorded_scores(other, monkeypatch)
-    compute = other._compute_loss
+    views = trainer.args.num_mc_samples
+    assert len(seen) == 6 * 2 * views  # updates × micro-batches × views
+    assert sum(x["targets"].sum() for x in seen) > 100
+    assert largest_log_ratio(seen) <= 1e-4
+    if trainer.beta:
+        assert largest_log_ratio(seen, to="reference") <= 1e-4
+    rows = torch.cat([seen[0]["global_row"], seen[views]["global_row"]]).tolist()
+    assert rows != sorted(rows)  # TRL shuffled them
+    hidden = hidden_by_row(seen, 6, views)
+    assert not (hidden == hidden[:, :, :1]).all()  # masks differ between rows …
+    for first, second in combinations(hidden[:3], 2):  # … and between the updates of a rollout
+        assert torch.equal(first, second) != method.fresh_views
+
+
+@methods(1)
+def test_1_negative_control_a_network_that_is_not_the_one_that_wrote(method, tmp_path, monkeypatch):
+    trainer = method.make(tmp_path, learning_rate=0.0)
+    seen, compute = losses_seen(trainer, monkeypatch), trainer._compute_loss
 
     def drifted(model, inputs):
         with torch.no_grad():
             model.lm_head.weight.mul_(1.01)
         return compute(model, inputs)
 
-    monkeypatch.setattr(other, "_compute_loss", drifted)
-    other.train()
-    assert max((x["logps"] - x["old_per_token_logps"])[x["targets"]].abs().max() for x in late) > 1e-4
+    monkeypatch.setattr(trainer, "_compute_loss", drifted)
+    trainer.train()
+    assert largest_log_ratio(seen) > 1e-4
 
 
 @methods(1)
@@ -81,29 +126,91 @@ def test_1_the_metric_reports_the_largest_log_ratio(method, tmp_path):
     assert len(logged) == 1 and 0 <= logged[0] <= 1e-4
 
 
-@methods(2)
-def test_2_views_cover_every_eligible_token_as_often_as_they_claim(method, tmp_path, monkeypatch):
-    draws = 8000
-    trainer = method.make(tmp_path, num_mc_samples=draws)
-    # One training row batch, without the loss: only the plan is looked at.
-    trainer.model.train()
-    batch = [{"prompt": "a b"}] * 4 + [{"prompt": "b a a"}] * 4
-    rows = trainer._generate_and_score_completions(batch)
+def committed_steps(rows: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The eligible steps N of each completion, long [B, 1]."""
     eligible = rows["completion_mask"].bool()
-    steps, weights = rows["view_steps"][:, 0], rows["view_weights"][:, 0]
-    covered, own_weight = torch.zeros_like(rows["old_per_token_logps"]), torch.zeros_like(rows["old_per_token_logps"])
-    for row in range(len(eligible)):
-        hits = (steps[row].unsqueeze(1) == rows["unmask_step"][row]) * weights[row].unsqueeze(1)
-        covered[row], own_weight[row] = hits.mean(0), hits.max(0).values
-    num_eligible = (rows["unmask_step"].masked_fill(~eligible, -1).max(1).values + 1).unsqueeze(1)
-    claim = torch.ones_like(covered) if trainer.args.step_reduction == "sum" else 1 / num_eligible.expand_as(covered)
     assert eligible.any() and not eligible.all()
+    return (rows["unmask_step"].masked_fill(~eligible, -1).max(1).values + 1).unsqueeze(1).long()
+
+
+def coverage(rows: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """How often all draws of steps cover each token, weighted and per draw, and the weight of a hit; [B, L] each."""
+    covered, weight = torch.zeros(rows["unmask_step"].shape), torch.zeros(rows["unmask_step"].shape)
+    steps, weights = rows["view_steps"].flatten(1), rows["view_weights"].flatten(1)
+    for row, unmask_step in enumerate(rows["unmask_step"]):
+        hits = (steps[row].unsqueeze(1) == unmask_step) * weights[row].unsqueeze(1)
+        covered[row], weight[row] = hits.mean(0), hits.max(0).values
+    return covered, weight
+
+
+def drawn_steps_cover(method: Method, folder) -> None:
+    draws = 8000
+    trainer = method.make(folder, num_mc_samples=draws)
+    rows = rollout_of(trainer, "a b", "b a a")
+    eligible, steps = rows["completion_mask"].bool(), committed_steps(rows)
+    covered, weight = coverage(rows)
+    claim = torch.ones_like(covered) if trainer.args.step_reduction == "sum" else 1 / steps.expand_as(covered)
     # A step's share of the unit interval has two ends, each within one stratum: it is off by less than two draws.
-    drawn = eligible & (own_weight > 0)
+    drawn = eligible & (weight > 0)
     assert drawn.sum() >= 0.8 * eligible.sum()
-    assert ((covered - claim).abs() < 2 * own_weight / draws)[drawn].all()
-    views = trainer._view_of(rows, 0, 0)
-    assert not (views.targets & ~eligible).any()
+    assert ((covered - claim).abs() < 2 * weight / draws)[drawn].all()
+    assert not (trainer._view_of(rows, 0, 0).targets & ~eligible).any()
+
+
+def sampled_steps_cover(method: Method, folder) -> None:
+    """A selector draws at most S steps at once, so many inner updates make many draws."""
+    trainer = method.make(folder, num_iterations=1500)
+    rows = rollout_of(trainer, "a b", "b a a")
+    eligible, claim = rows["completion_mask"].bool(), 1 / committed_steps(rows)
+    covered, weight = coverage(rows)
+    draws = 1500 * trainer.args.num_mc_samples
+    # independent draws: five standard deviations of a frequency, at most ½/√draws each
+    assert ((covered - claim).abs() < 2.5 * weight / draws**0.5)[eligible].all()
+    assert (weight[eligible] > 0).all() and not covered[~eligible].any()
+    unweighted = coverage(rows | {"view_weights": torch.ones_like(rows["view_weights"])})[0]
+    assert not ((unweighted - claim).abs() < 2.5 * weight / draws**0.5)[eligible].all()
+
+
+def chosen_steps_cover(method: Method, folder) -> None:
+    trainer = method.make(folder)
+    rows = rollout_of(trainer, "a b", "b a a")
+    ((*chosen,),) = trainer.last_selection.tolist()
+    assert len(set(chosen)) == trainer.args.num_mc_samples and min(chosen) >= 0
+    taken = committed_steps(rows).squeeze(1)
+    assert taken.min() <= max(chosen)  # some completion ended before
+    for view, step in enumerate(chosen):
+        targets = trainer._view_of(rows, 0, view).targets
+        assert torch.equal(targets, (rows["unmask_step"] == step) & rows["completion_mask"].bool())
+        assert torch.equal(targets.any(1), step < taken)
+        assert torch.equal(rows["view_weights"][:, 0, view], (step < taken).float())
+
+
+def masked_canvas_covers(method: Method, folder) -> None:
+    trainer = method.make(folder, num_iterations=2)
+    rows = rollout_of(trainer, "a b", "b a a")
+    text = torch.zeros_like(rows["completion_ids"], dtype=torch.bool)
+    for row, ids in enumerate(rows["completion_ids"].tolist()):
+        ends = [position for position, token in enumerate(ids) if token in (TAIL, END)]
+        text[row, : ends[0] + 1 if ends else None] = True
+    assert torch.equal(rows["completion_mask"].bool(), text) and not text.all()
+    for update in range(2):
+        for view in range(trainer.args.num_mc_samples):
+            views = trainer._view_of(rows, update, view)
+            assert (views.canvas == MASK).all()
+            assert torch.equal(views.targets, text)
+
+
+COVERAGE = {
+    "drawn": drawn_steps_cover,
+    "sampled": sampled_steps_cover,
+    "chosen": chosen_steps_cover,
+    "masked": masked_canvas_covers,
+}
+
+
+@methods(2)
+def test_2_views_cover_every_eligible_token_as_often_as_they_claim(method, tmp_path):
+    COVERAGE[method.views](method, tmp_path)
 
 
 @methods(4)
@@ -133,6 +240,13 @@ def test_4_negative_control_other_completions_give_another_update(method, tmp_pa
     assert (one_step(method, tmp_path / "b", seed=43) - reference).norm() > 1e-2 * reference.norm()
 
 
+def test_4_no_two_methods_make_the_same_update(tmp_path):
+    """So that no entry of the list tests another one's code."""
+    updates = [one_step(method, tmp_path / str(index)) for index, method in enumerate(METHODS)]
+    for first, second in combinations(updates, 2):
+        assert (first - second).norm() > 1e-2 * first.norm()
+
+
 def never_ties(completions, **kwargs) -> list[float]:
     return [float(row) for row in range(len(completions))]
 
@@ -140,7 +254,8 @@ def never_ties(completions, **kwargs) -> list[float]:
 @methods(5)
 @pytest.mark.parametrize("num_mc_samples", [1, 8])
 def test_5_one_optimizer_step_per_update(method, num_mc_samples, tmp_path, monkeypatch):
-    trainer = method.make(tmp_path, num_mc_samples=num_mc_samples, max_steps=3, learning_rate=1e-2, reward=never_ties)
+    settings = {"num_mc_samples": num_mc_samples, "denoising_steps": 8}  # a selector takes no more views than steps
+    trainer = method.make(tmp_path, max_steps=3, learning_rate=1e-2, reward=never_ties, **settings)
     changes = []
 
     class Count(TrainerCallback):
@@ -156,34 +271,52 @@ def test_5_one_optimizer_step_per_update(method, num_mc_samples, tmp_path, monke
     assert trainer._step == 3 * trainer.args.gradient_accumulation_steps
 
 
+def outcome_alone(trainer, extra: torch.Tensor, advantages: torch.Tensor, rewards: torch.Tensor) -> None:
+    assert extra.abs().max() < 1e-5
+
+
+def outcome_and_process_reward(trainer, extra: torch.Tensor, advantages: torch.Tensor, rewards: torch.Tensor) -> None:
+    """Success rate of two continuations, so 0, ½ or 1, minus that of the group of four, for successes alone."""
+    probe = trainer._probe.settings
+    success = (rewards >= probe.success_threshold).float()
+    probed = (advantages > 0) & (success == 1)
+    assert extra[~probed].abs().max() < 1e-5
+    rate = extra + success.mean(1, keepdim=True)
+    differs = probed & (extra.abs() > 1e-5)  # completions of one block have no state in between
+    assert differs.any()
+    assert ((rate * probe.num_rollouts).round() / probe.num_rollouts - rate)[differs].abs().max() < 1e-5
+    halves = success.unflatten(1, (2, 2)).mean(2).repeat_interleave(2, dim=1)
+    assert (halves != success.mean(1, keepdim=True))[differs].any()  # the rate of half a group would show
+
+
+CREDIT = {"outcome": outcome_alone, "process_reward": outcome_and_process_reward}
+
+
 @methods(6)
 def test_6_groups_are_normalised_over_the_whole_group(method, tmp_path):
     trainer = method.make(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=8)  # B = 2, G = 4
-    trainer.model.train()
-    batch = [{"prompt": prompt} for prompt in ("a b", "b", "a", "b a") for _ in range(4)]
-    rows = trainer._generate_and_score_completions(batch)
+    rows = rollout_of(trainer, "a b", "b", "a", "b a")
     length = trainer.family.effective_length(rows["completion_ids"]).tolist()
     ids = [x[:n] for x, n in zip(rows["completion_ids"].tolist(), length, strict=True)]
-    groups = torch.tensor(text_reward(None, ids)).view(-1, 4)
-    centred = groups - groups.mean(1, keepdim=True)
+    rewards = torch.tensor(text_reward(None, ids)).view(-1, 4)
+    centred = rewards - rewards.mean(1, keepdim=True)
     if trainer.args.scale_rewards == "group":
-        centred = centred / (groups.std(1, keepdim=True) + 1e-4)
-    torch.testing.assert_close(rows["advantages"].view(-1, 4), centred, rtol=1e-4, atol=1e-5)
+        centred = centred / (rewards.std(1, keepdim=True) + 1e-4)
     assert centred.abs().max() > 0.1
+    CREDIT[method.credit](trainer, rows["advantages"].view(-1, 4) - centred, centred, rewards)
 
 
 @methods(7)
 def test_7_noise_is_private_and_keyed_by_the_global_row(method, tmp_path):
     trainer = method.make(tmp_path, num_iterations=2)
-    trainer.model.train()
-    batch = [{"prompt": "a b"}] * 8
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    rows = trainer._generate_and_score_completions(batch)
+    rows = rollout_of(trainer, "a b", copies=8)
+    trajectory, _ = trainer.last_rollout
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert np.array_equal(np.random.get_state()[1], numpy_state)
     assert rows["global_row"].tolist() == list(range(8))
     # one prompt, eight streams
-    assert len({tuple(x) for x in torch.cat([rows["completion_ids"], rows["unmask_step"]], 1).tolist()}) > 4
+    assert len({tuple(x) for x in torch.cat([trajectory.completion_ids, trajectory.unmask_step], 1).tolist()}) > 4
 
     # The stream of a row is a function of (seed, rollout, row): replaying it alone gives the same completion.
     model, config = trainer.model, trainer.args.sampling_config()
@@ -191,9 +324,51 @@ def test_7_noise_is_private_and_keyed_by_the_global_row(method, tmp_path):
         stream = row_generators(trainer.args.seed, base.TRAIN_ROLLOUT, 0, rows=[row])
         alone = base.sample(model, rows["prompt_ids"][:1], None, config, stream)
         assert torch.equal(alone.completion_ids[0], rows["completion_ids"][row])
+        assert torch.equal(alone.unmask_step[0], trajectory.unmask_step[row])
     # The next rollout of the same prompts differs.
-    again = trainer._generate_and_score_completions(batch)
+    again = rollout_of(trainer, "a b", copies=8)
     assert not torch.equal(again["completion_ids"], rows["completion_ids"])
+
+
+def part_of(trajectory: Trajectory, rows: list[int]) -> Trajectory:
+    tensors = {field.name: getattr(trajectory, field.name) for field in fields(trajectory)}
+    return replace(
+        trajectory, **{name: value[rows] for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+    )
+
+
+def shown(trainer, rows: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Prompt, canvas and targets of every view of two inner updates, [views, B, tokens]."""
+    places = product(range(2), range(trainer.args.num_mc_samples))
+    views = [trainer._view_of(rows, update, view) for update, view in places]
+    prompts = [rows["prompt_ids"] if x.prompt_ids is None else x.prompt_ids for x in views]
+    return torch.stack([torch.cat([p, x.canvas, x.targets], 1) for p, x in zip(prompts, views, strict=True)])
+
+
+@pytest.mark.parametrize(
+    "method",
+    # what a selector draws is shared by completions: test_step_selection.py
+    [method for method in with_property(7) if method.views in ("drawn", "masked")],
+    ids=lambda method: method.name,
+)
+def test_7_views_of_a_completion_are_drawn_from_its_own_stream(method, tmp_path):
+    trainer = method.make(tmp_path, num_iterations=2)
+    rows = rollout_of(trainer, "b b a b", copies=8)
+    trajectory, _ = trainer.last_rollout
+    apart = [7, 2, 5, 0, 4, 1]
+
+    def planned(own: list[int], rollout: int = 0, **changes: torch.Tensor) -> torch.Tensor:
+        """What the views show if the trainer plans them for some of the rows alone."""
+        trainer._rollouts["train"] = rollout
+        part = {name: rows[name][own] for name in ("prompt_ids", "prompt_mask", "completion_ids", "global_row")}
+        part |= changes
+        learns = torch.ones(len(own), dtype=torch.bool)
+        return shown(trainer, part | trainer._plan_views("train", part_of(trajectory, own), part, learns))
+
+    expected = shown(trainer, rows)[:, apart]
+    assert torch.equal(planned(apart), expected)
+    assert not torch.equal(planned(apart, rollout=1), expected)
+    assert not torch.equal(planned(apart, global_row=torch.tensor(apart[::-1])), expected)
 
 
 @methods(8)
@@ -204,8 +379,7 @@ def test_8_rollouts_and_scoring_run_without_dropout_and_without_autograd(method,
     modes = []
     head = trainer.model.get_base_model().lm_head
     head.register_forward_hook(lambda module, args, output: modes.append((module.training, output.requires_grad)))
-    trainer.model.train()
-    rows = trainer._generate_and_score_completions([{"prompt": "a b"}] * 8)
+    rows = rollout_of(trainer, "a b", copies=8)
     assert modes and all(mode == (False, False) for mode in modes)
     assert trainer.model.training
     assert not rows["old_per_token_logps"].requires_grad and not rows["ref_per_token_logps"].requires_grad

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
@@ -227,14 +228,19 @@ def test_reference_of_an_unsaved_model_is_a_copy_of_it(tmp_path):
 
 
 def test_reference_logps_are_those_of_the_views(tmp_path):
-    trainer = AGRPO.make(tmp_path, beta=0.1, loss_type="dr_grpo", num_mc_samples=64)
+    trainer = AGRPO.make(tmp_path, beta=0.1, loss_type="dr_grpo", num_mc_samples=16, num_iterations=2)
     trainer.model.train()
     rows = trainer._generate_and_score_completions(batch())
-    # the reference is the policy, and 64 draws ask for every eligible token
-    wanted = rows["completion_mask"].bool()
-    torch.testing.assert_close(
-        rows["ref_per_token_logps"][wanted], rows["old_per_token_logps"][wanted], atol=1e-5, rtol=0
-    )
+    assert rows["ref_per_token_logps"].shape == (8, 2, 16, 8)
+    covered = torch.zeros_like(rows["completion_mask"], dtype=torch.bool)
+    for update, view in product(range(2), range(16)):
+        targets = trainer._view_of(rows, update, view).targets
+        reference = rows["ref_per_token_logps"][:, update, view]
+        # the reference is the policy
+        torch.testing.assert_close(reference[targets], rows["old_per_token_logps"][targets], atol=1e-5, rtol=0)
+        assert not reference[~targets].any()
+        covered |= targets
+    assert torch.equal(covered, rows["completion_mask"].bool())
 
 
 def test_lora_trains_the_adapter_and_takes_the_base_as_reference(tmp_path):
@@ -430,6 +436,7 @@ def test_trl_hooks_have_the_signatures_that_are_overridden():
     expected = {
         "_generate_single_turn": ["prompt_ids", "images", "multimodal_fields", "num_generations", "has_tool_images"],
         "_generate_and_score_completions": ["inputs"],
+        "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
         "_prepare_inputs": ["generation_batch"],
         "_compute_loss": ["model", "inputs"],
         "_get_train_sampler": ["dataset"],
