@@ -1,0 +1,438 @@
+"""Compare methods at equal compute: the embedded model, its tasks, several seeds.
+
+    python recipes/benchmarks/compare_methods.py
+    python recipes/benchmarks/compare_methods.py --tasks countdown --arms diffu_grpo sapo_3 --seeds 0 1 --budget 5000
+
+One forward unit is one forward pass of one row, prompt and whole canvas; a row on a shorter canvas counts in
+proportion to its length. A pass with gradient counts 3, old and reference log-probabilities 1 each, SAPO's
+continuations by their own length. Every arm trains until it has spent the budget; the last update may exceed it.
+
+Arms with the same seed see the same prompts in the same order and are compared in pairs. Each run is written to
+`OUTPUT/runs/TASK/ARM/SEED.json` when it ends; started again, the script goes on with the runs that are missing. It
+ends with `summary.json`, `results.md` (the tables) and a learning-curve plot per task.
+
+A new method joins by an entry in `ARMS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent))
+from statistics_of_runs import sign_flip_p_value, standard_error
+
+CANVAS_LENGTH, BLOCK_LENGTH, DENOISING_STEPS = 32, 8, 16
+# The accuracy after training is measured at S, S/2 and S/4 denoising steps.
+EVALUATED_STEPS = (DENOISING_STEPS, DENOISING_STEPS // 2, DENOISING_STEPS // 4)
+COMMON = dict(
+    per_device_train_batch_size=32,
+    num_generations=8,
+    max_completion_length=CANVAS_LENGTH,
+    block_length=BLOCK_LENGTH,
+    denoising_steps=DENOISING_STEPS,
+    temperature=1.0,
+    learning_rate=3e-4,
+    lr_scheduler_type="constant",
+    warmup_steps=0,
+    weight_decay=0.0,
+    max_grad_norm=1.0,
+    scale_rewards="none",
+    epsilon=0.2,
+    logging_steps=1,
+)
+LOGGED = (
+    "forward_units",
+    "reward",
+    "frac_reward_zero_std",
+    "step_aware/probed_share",
+    "step_aware/process_reward_mean",
+    "step_aware/process_reward_std",
+    "step_aware/forward_units",
+    "clip_ratio/region_mean",
+)
+# All trajectory arms share reduction, learning rate, clipping and K = M.
+TRAJECTORY = dict(
+    num_iterations=2,
+    num_mc_samples=4,
+    step_scope="exact",
+    step_reduction="mean",
+    loss_type="grpo",
+    top_k=0,
+    top_p=1.0,
+    beta=0.0,
+)
+DIFFU = dict(num_iterations=4, epsilon=0.5, beta=0.04)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A method and its settings.
+
+    Args:
+        method: a name in `METHODS`.
+        baseline: the arm it is compared with.
+        settings: fields of its config besides `COMMON`.
+        step_aware: arguments of `StepAwareReward`; `None` without.
+    """
+
+    method: str
+    baseline: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    step_aware: dict[str, Any] | None = None
+
+
+def _sapo(**settings: Any) -> Arm:
+    return Arm("diffu_grpo", "diffu_grpo", DIFFU, settings)
+
+
+def _selected(selector: str, **settings: Any) -> Arm:
+    return Arm("atpo", "uniform", TRAJECTORY | {"step_selector": selector} | settings)
+
+
+def _drawn(draws: str) -> Arm:
+    return Arm("agrpo", "uniform", TRAJECTORY | {"step_draws": draws})
+
+
+ARMS: dict[str, Arm] = {
+    "diffu_grpo": Arm("diffu_grpo", "diffu_grpo", DIFFU),
+    "sapo_1": _sapo(num_rollouts=1),
+    "sapo_3": _sapo(num_rollouts=3),
+    "sapo_6": _sapo(num_rollouts=6),
+    "sapo_3_mean": _sapo(num_rollouts=3, form="mean_normalised"),
+    # The canvas has 32 positions, so 32 and 64 masks are the same run: `sapo_3`. In proportion to the paper's canvas
+    # of 256, its 32 and 64 masks are 4 and 8 here.
+    "sapo_3_masks4": _sapo(num_rollouts=3, num_mask_tokens=4),
+    "sapo_3_masks8": _sapo(num_rollouts=3, num_mask_tokens=8),
+    "uniform": _selected("uniform"),
+    "random": _selected("random"),
+    "entropy": _selected("entropy"),
+    "confidence_margin": _selected("confidence_margin"),
+    "roec": _selected("roec"),
+    "roec_cm": _selected("roec_cm"),
+    "roec_cm_k2": _selected("roec_cm", num_mc_samples=2),
+    "roec_cm_k8": _selected("roec_cm", num_mc_samples=8),
+    "agrpo_uniform": _drawn("uniform"),
+    "agrpo_entropy": _drawn("entropy"),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows, and what a completion is worth.
+
+    Args:
+        load: (split, size, seed) -> data set.
+        reward: (completion, row) -> reward in [0, 1]; 1 if and only if the completion is right.
+    """
+
+    load: Callable[..., Any]
+    reward: Callable[[str, dict[str, Any]], float]
+
+    def correct(self, text: str, row: dict[str, Any]) -> bool:
+        return self.reward(text, row) == 1.0
+
+
+def tasks() -> dict[str, Task]:
+    from trl_diffusion.tasks.countdown import check_countdown, load_countdown
+    from trl_diffusion.tasks.gsm8k import correctness_reward
+    from trl_diffusion.tasks.sudoku import load_sudoku
+    from trl_diffusion.tasks.word_problems import load_word_problems
+
+    return {
+        "word_problems": Task(
+            load_word_problems, lambda text, row: correctness_reward([text], answer=[row["answer"]])[0] or 0.0
+        ),
+        "countdown": Task(
+            load_countdown, lambda text, row: float(check_countdown(text, row["numbers"], row["target"]))
+        ),
+        "sudoku": Task(load_sudoku, blank_cells_right),
+    }
+
+
+def blank_cells_right(text: str, row: dict[str, Any]) -> float:
+    """Share of the blank cells of a Sudoku that are right; 0 without a grid."""
+    from trl_diffusion.tasks.sudoku import extract_grid
+
+    grid = extract_grid(text)
+    blanks = [cell for cell, digit in enumerate(row["puzzle"]) if digit == "0"]
+    return 0.0 if grid is None else sum(grid[cell] == row["solution"][cell] for cell in blanks) / len(blanks)
+
+
+def train_and_evaluate(task_name: str, arm_name: str, seed: int, budget: float, eval_size: int) -> dict[str, Any]:
+    """One run: training until the budget is spent, then accuracy. An arm named `base` is not trained."""
+    import torch
+    from datasets.utils.logging import disable_progress_bar
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+
+    from trl_diffusion.credit import StepAwareReward
+    from trl_diffusion.evaluation import evaluate_accuracy
+    from trl_diffusion.models.embedded import EMBEDDED_MODEL
+
+    torch.set_num_threads(1)
+    disable_progress_bar()
+    task = tasks()[task_name]
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL, padding_side="left")
+    curve: list[dict[str, float]] = []
+    start = time.perf_counter()
+    if arm_name == "base":
+        model, units = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL), 0.0
+    else:
+        arm = ARMS[arm_name]
+        trainer_class, config = methods()[arm.method]
+
+        def reward(completions, **columns):
+            columns = {name: values for name, values in columns.items() if isinstance(values, list)}
+            rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+            return [task.reward(c[0]["content"], row) for c, row in zip(completions, rows, strict=True)]
+
+        class Budget(TrainerCallback):
+            def on_log(self, args, state, control, logs=None, **kwargs):
+                if logs and "reward" in logs:
+                    curve.append({name: logs[name] for name in LOGGED if logs.get(name) is not None})
+
+            def on_step_end(self, args, state, control, **kwargs):
+                control.should_training_stop = trainer.forward_units >= budget
+
+        with tempfile.TemporaryDirectory() as folder:
+            quiet = dict(use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True)
+            step_aware = arm.step_aware is not None
+            trainer = trainer_class(
+                model=EMBEDDED_MODEL,
+                reward_funcs=StepAwareReward(reward, success_threshold=1.0, **arm.step_aware)
+                if step_aware
+                else reward,
+                args=config(
+                    folder,
+                    seed=seed,
+                    max_steps=100_000,
+                    gradient_checkpointing=False,
+                    model_init_kwargs={"dtype": "float32"},
+                    **quiet,
+                    **COMMON | arm.settings,
+                ),
+                train_dataset=task.load("train", 2000, seed),
+                processing_class=tokenizer,
+                callbacks=[Budget()],
+            )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+        model, units = trainer.model, trainer.forward_units
+    seconds = time.perf_counter() - start
+    held_out = task.load("test", eval_size, 0)
+
+    def accuracy(steps: int, temperature: float = 0.0) -> float:
+        decoding = dict(canvas_length=CANVAS_LENGTH, block_length=BLOCK_LENGTH, denoising_steps=steps, batch_size=128)
+        measured = evaluate_accuracy(
+            model, tokenizer, held_out, task.correct, temperature=temperature, progress=False, **decoding
+        )
+        return measured.value
+
+    return {
+        "task": task_name,
+        "arm": arm_name,
+        "seed": seed,
+        "forward_units": units,
+        "updates": len(curve),
+        "seconds": seconds,
+        "accuracy": {str(steps): accuracy(steps) for steps in EVALUATED_STEPS},
+        "sampled_accuracy": accuracy(DENOISING_STEPS, temperature=1.0),
+        "curve": curve,
+    }
+
+
+def methods() -> dict[str, tuple[type, type]]:
+    """Trainer and config by name."""
+    from trl_diffusion import trainers
+
+    return {
+        "diffu_grpo": (trainers.DiffuGRPOTrainer, trainers.DiffuGRPOConfig),
+        "agrpo": (trainers.AGRPOTrainer, trainers.AGRPOConfig),
+        "atpo": (trainers.ATPOTrainer, trainers.ATPOConfig),
+    }
+
+
+# ---------------------------------------------------------------- all runs
+
+
+def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every run that is not on disk yet; then all of them."""
+    jobs = [(task, "base", 0) for task in args.tasks]
+    jobs += [(task, arm, seed) for seed, task, arm in product(args.seeds, args.tasks, args.arms)]
+    paths = {job: args.output_dir / "runs" / job[0] / job[1] / f"{job[2]}.json" for job in jobs}
+    setting = {"budget": args.budget, "eval_size": args.eval_size}
+    missing = [job for job in jobs if not _finished(paths[job], setting)]
+    with (
+        ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool,
+        tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc="runs") as progress,
+    ):
+        started = {pool.submit(train_and_evaluate, *job, args.budget, args.eval_size): job for job in missing}
+        for future in as_completed(started):
+            result = future.result()
+            _write(paths[started[future]], {**result, **setting})
+            progress.set_postfix_str(
+                f"{result['task']} {result['arm']} {result['accuracy'][str(DENOISING_STEPS)]:.3f}"
+            )
+            progress.update()
+    return [json.loads(paths[job].read_text()) for job in jobs]
+
+
+def _finished(path: Path, setting: dict[str, Any]) -> bool:
+    if not path.exists():
+        return False
+    found = {name: json.loads(path.read_text())[name] for name in setting}
+    if found != setting:
+        raise SystemExit(f"{path} was made with {found}, not {setting}. Choose another --output_dir or delete it.")
+    return True
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    """Whole or not at all, so that a killed script leaves no torn file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".tmp").write_text(json.dumps(result))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+# ---------------------------------------------------------------- report
+
+
+def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per task and arm: accuracies, spread over seeds, and the paired difference to the arm's baseline."""
+    by_arm: dict[tuple[str, str], dict[int, dict]] = {}
+    for run in runs:
+        by_arm.setdefault((run["task"], run["arm"]), {})[run["seed"]] = run
+    rows = []
+    for (task, arm), of_seed in by_arm.items():
+        values = {seed: 100 * run["accuracy"][str(DENOISING_STEPS)] for seed, run in of_seed.items()}
+        row: dict[str, Any] = {"task": task, "arm": arm, "seeds": len(of_seed)}
+        row["accuracy"], row["accuracy_se"] = float(np.mean(list(values.values()))), standard_error([*values.values()])
+        row["accuracy_std"] = float(np.std(list(values.values()), ddof=1)) if len(values) > 1 else None
+        row["sampled"] = 100 * float(np.mean([run["sampled_accuracy"] for run in of_seed.values()]))
+        for steps in EVALUATED_STEPS:
+            row[f"accuracy_at_{steps}"] = 100 * float(
+                np.mean([run["accuracy"][str(steps)] for run in of_seed.values()])
+            )
+        row["forward_units"] = float(np.mean([run["forward_units"] for run in of_seed.values()]))
+        row["rollouts"] = float(np.mean([run["updates"] for run in of_seed.values()]))
+        baseline = by_arm.get((task, ARMS[arm].baseline), {}) if arm in ARMS else {}
+        shared = sorted(values.keys() & baseline.keys())
+        if arm in ARMS and arm != ARMS[arm].baseline and shared:
+            differences = [values[s] - 100 * baseline[s]["accuracy"][str(DENOISING_STEPS)] for s in shared]
+            row |= {
+                "baseline": ARMS[arm].baseline,
+                "difference": float(np.mean(differences)),
+                "difference_se": standard_error(differences),
+                "p_value": sign_flip_p_value(differences),
+            }
+        rows.append(row)
+    return rows
+
+
+COLUMNS = ("task", "arm", "accuracy", "std over seeds", "sampled", "S/2", "S/4", "paired difference", "p", "rollouts")
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """The row of a table."""
+    half, quarter = EVALUATED_STEPS[1:]
+    spread = row["accuracy_std"]
+    difference = "" if "difference" not in row else f"{row['difference']:+.1f} ± {row['difference_se']:.1f}"
+    return [
+        row["task"],
+        row["arm"],
+        f"{row['accuracy']:.1f}" + ("" if spread is None else f" ± {row['accuracy_se']:.1f}"),
+        "" if spread is None else f"{spread:.1f}",
+        f"{row['sampled']:.1f}",
+        f"{row[f'accuracy_at_{half}']:.1f}",
+        f"{row[f'accuracy_at_{quarter}']:.1f}",
+        difference,
+        "" if "p_value" not in row else f"{row['p_value']:.3f}",
+        f"{row['rollouts']:.0f}",
+    ]
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    return "\n".join([*lines, *("| " + " | ".join(cells(row)) + " |" for row in rows)]) + "\n"
+
+
+def plot(runs: list[dict[str, Any]], task: str, path: Path) -> None:
+    """Mean reward of the rollouts against the compute spent; one panel per family of arms."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    families = sorted({ARMS[run["arm"]].baseline for run in runs if run["arm"] in ARMS})
+    figure, axes = plt.subplots(
+        1, len(families), figsize=(6.5 * len(families), 4), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axis, family in zip(axes[0], families, strict=True):
+        for arm in (name for name in ARMS if ARMS[name].baseline == family):
+            curves = [run["curve"] for run in runs if run["task"] == task and run["arm"] == arm]
+            if curves:
+                grid = np.linspace(0, max(curve[-1]["forward_units"] for curve in curves), 60)
+                values = np.array([_smooth(curve, grid) for curve in curves])
+                error = values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.zeros_like(grid)
+                (line,) = axis.plot(grid, values.mean(0), label=arm, lw=2.5 if arm == family else 1.3)
+                axis.fill_between(
+                    grid, values.mean(0) - error, values.mean(0) + error, color=line.get_color(), alpha=0.12
+                )
+        axis.set(xlabel="forward units", title=f"{task}: {family} and what is compared with it")
+        axis.legend(fontsize=8)
+    axes[0][0].set_ylabel("mean reward of the rollouts (± standard error)")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _smooth(curve: list[dict[str, float]], grid: np.ndarray) -> np.ndarray:
+    """Rewards over the grid, averaged with a Gaussian of a tenth of the budget."""
+    units = np.array([point["forward_units"] for point in curve])
+    rewards = np.array([point["reward"] for point in curve])
+    weights = np.exp(-0.5 * ((grid[:, None] - units) / (grid[-1] / 10)) ** 2)
+    return (weights * rewards).sum(1) / weights.sum(1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=["word_problems", "countdown"], choices=sorted(tasks()))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--budget", type=float, default=16_000, help="forward units per run")
+    parser.add_argument("--eval_size", type=int, default=256, help="held-out problems")
+    parser.add_argument("--workers", type=int, default=2, help="runs at the same time, one thread each")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare_methods"))
+    args = parser.parse_args()
+
+    os.environ["OMP_NUM_THREADS"] = "1"  # read by the worker processes when they import torch
+    start = time.perf_counter()
+    runs = run_all(args)
+    rows = summarise(runs)
+    table = Table(*COLUMNS, title=f"{args.budget:.0f} forward units per run, seeds {args.seeds}")
+    for row in rows:
+        table.add_row(*cells(row))
+    Console(width=150).print(table)
+    (args.output_dir / "summary.json").write_text(json.dumps(rows, indent=1))
+    (args.output_dir / "results.md").write_text(markdown(rows))
+    for task in args.tasks:
+        plot(runs, task, args.output_dir / f"{task}.png")
+    print(f"{time.perf_counter() - start:.0f} s; tables, plots and runs: {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()
