@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -12,11 +16,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from rich.console import Console
 from rich.table import Table
-from transformers import ProgressCallback, Trainer
-from trl import ModelConfig, TrlParser, get_quantization_config
+from transformers import AutoTokenizer, ProgressCallback, Trainer
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
-from trl_diffusion.evaluation import AccuracyCallback
+from trl_diffusion.evaluation import AccuracyCallback, ConfusionZoneCallback, evaluate_accuracy
 from trl_diffusion.models.embedded import EMBEDDED_MODEL
+from trl_diffusion.trainers import DiffusionGRPOTrainer
 
 CONFIGS = Path(__file__).parent / "configs"
 # Metrics worth a line while training; the rest is in the logs.
@@ -24,8 +29,10 @@ SHOWN = ("reward", "eval_accuracy", "completions/mean_length", "rollout/tokens_p
 
 
 @dataclass
-class EvaluationArguments:
-    """How held-out accuracy is measured: greedy decoding, by default on the canvas of training."""
+class RecipeArguments:
+    """How held-out accuracy is measured (greedy, by default on the canvas of training), and what is plotted."""
+
+    dataset_path: str = field(default="", metadata={"help": "The data."})
 
     eval_size: int = field(default=256, metadata={"help": "Held-out problems."})
     eval_every: int = field(default=0, metadata={"help": "Updates between measurements; 0 measures before and after."})
@@ -33,6 +40,13 @@ class EvaluationArguments:
     eval_canvas_length: int | None = field(default=None, metadata={"help": "Canvas length; training's if not given."})
     eval_block_length: int | None = field(default=None, metadata={"help": "Block length; training's if not given."})
     eval_denoising_steps: int | None = field(default=None, metadata={"help": "Steps; training's if not given."})
+
+    plot_every: int = field(
+        default=0,
+        metadata={
+            "help": "Updates between plots of the rollouts' confusion zones; 0 for none. Records their signals."
+        },
+    )
 
     def decoding(self, training) -> dict[str, int]:
         """Keyword arguments of `evaluate_accuracy`."""
@@ -74,6 +88,59 @@ def parse(script_arguments: type, config: type, embedded: str):
         **(training_args.model_init_kwargs or {}),
     }
     return script_args, training_args, model_args, get_quantization_config(model_args)
+
+
+def run(
+    trainer_class: type[DiffusionGRPOTrainer],
+    arguments: tuple,
+    *,
+    train_dataset,
+    held_out,
+    reward_funcs: list[Callable],
+    is_correct: Callable[[str, dict[str, Any]], bool],
+) -> None:
+    """Train, with held-out accuracy before and after; save, report and push.
+
+    Args:
+        trainer_class: the method's trainer.
+        arguments: what `parse` returned.
+        train_dataset: rows to train on.
+        held_out: rows to measure accuracy on.
+        reward_funcs: as in TRL.
+        is_correct: whether a completion is right, given its row.
+    """
+    start = time.perf_counter()
+    script_args, training_args, model_args, quantization_config = arguments
+    training_args.record_signals |= script_args.plot_every > 0
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, padding_side="left")
+    trainer = trainer_class(
+        model=model_args.model_name_or_path,
+        reward_funcs=reward_funcs,
+        args=training_args,
+        train_dataset=train_dataset,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(model_args),
+        quantization_config=quantization_config,
+    )
+    measure = partial(
+        evaluate_accuracy, tokenizer=tokenizer, correct=is_correct, **script_args.decoding(training_args)
+    )
+    accuracy = AccuracyCallback(trainer, held_out, measure, every=script_args.eval_every)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(ShortProgress)
+    trainer.add_callback(accuracy)
+    if script_args.plot_every:
+        trainer.add_callback(ConfusionZoneCallback(trainer, every=script_args.plot_every, success_threshold=1.0))
+
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.create_model_card(dataset_name=script_args.dataset_path)
+    if trainer.accelerator.is_main_process:
+        report(trainer, accuracy, time.perf_counter() - start)
+        print(f"{'Adapter' if model_args.use_peft else 'Model'} and model card: {Path(training_args.output_dir)}")
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script_args.dataset_path)
+    trainer.end()
 
 
 class ShortProgress(ProgressCallback):

@@ -72,7 +72,7 @@ def test_the_llada_config_parses_to_the_papers_settings():
     path = ROOT / "recipes" / "configs" / "llada_8b" / "gsm8k_agrpo.yaml"
     sys.path.insert(0, str(ROOT / "recipes"))
     try:
-        from gsm8k_agrpo import GSM8KArguments
+        from gsm8k import GSM8KArguments
     finally:
         sys.path.pop(0)
     from trl import ModelConfig

@@ -13,13 +13,25 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import textwrap
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
+from trl.trainer.utils import get_callable_name
 
 from trl_diffusion.credit.probe_states import STATES
+
+CITATION = textwrap.dedent("""\
+    @article{xie2025step,
+        title        = {{Step-Aware Policy Optimization for Reasoning in Diffusion Large Language Models}},
+        author       = {Shaoan Xie and Lingjing Kong and Xiangchen Song and Xinshuai Dong and Guangyi Chen and
+                        Eric P. Xing and Kun Zhang},
+        year         = 2025,
+        eprint       = {arXiv:2510.01544},
+    }""")
 
 FORMS = ("additive", "mean_normalised")
 GATES = ("success", "advantage")
@@ -107,7 +119,8 @@ class StepAwareReward:
             raise ValueError(
                 "state='keep' continues the canvas as it was, so `num_mask_tokens` has no effect. Leave it out."
             )
-        functools.update_wrapper(self, reward)
+        functools.update_wrapper(self, reward, updated=())
+        self.__name__ = get_callable_name(reward)  # which TRL logs the reward under
         self.reward, self.success, self.success_threshold = reward, success, success_threshold
         self.num_rollouts, self.num_mask_tokens = num_rollouts, num_mask_tokens
         self.state, self.state_shared_by, self.baseline = state, state_shared_by, baseline
@@ -130,12 +143,14 @@ class StepAwareReward:
             **columns: the other arguments of a reward function.
 
         Returns:
-            Float64 [B]: 1, 0, or NaN for a completion whose reward or success is `None`.
+            Float64 [B]: 1, 0, or NaN for a completion whose reward (or NaN) or success is `None`.
         """
         if rewards is None:
             rewards = self(prompts=prompts, completions=completions, **columns)
         if self.success_threshold is not None:
-            values: list = [None if reward is None else reward >= self.success_threshold for reward in rewards]
+            # In float32, in which TRL keeps rewards: a reward of 0.9 from there would miss a threshold of 0.9.
+            threshold = np.float32(self.success_threshold)
+            values: list = [None if reward is None else np.float32(reward) >= threshold for reward in rewards]
         else:
             assert self.success is not None
             values = _result(self.success(prompts=prompts, completions=completions, **columns))
@@ -144,7 +159,8 @@ class StepAwareReward:
                 f"{len(completions)} completions got {len(rewards)} rewards and {len(values)} successes; the reward "
                 "and success functions must return one value per completion."
             )
-        none = [reward is None or value is None for reward, value in zip(rewards, values, strict=True)]
+        # TRL takes NaN for None.
+        none = [r is None or r != r or value is None for r, value in zip(rewards, values, strict=True)]
         success = [float("nan") if missing else float(bool(v)) for missing, v in zip(none, values, strict=True)]
         return torch.tensor(success, dtype=torch.float64)
 

@@ -8,6 +8,7 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from trl_diffusion.credit import StepAwareReward
 from trl_diffusion.models import DreamConfig, LLaDAConfig, family_of
 
 
@@ -48,7 +49,9 @@ def check_columns(dataset, reward_funcs) -> None:
         return
     needed = {"prompt": "the trainer"}
     given_by_trl = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
-    for function in reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]:
+    functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+    functions = functions + [f.success for f in functions if isinstance(f, StepAwareReward)]
+    for function in functions:
         function = inspect.unwrap(function)  # a StepAwareReward needs what the function in it needs
         if inspect.isfunction(function):
             for parameter in inspect.signature(function).parameters.values():

@@ -27,6 +27,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.callbacks import SyncRefModelCallback
 from trl.trainer.utils import RepeatSampler, disable_dropout_in_model, get_config_model_id, pad, use_adapter
 
+from trl_diffusion.credit.step_aware import CITATION
 from trl_diffusion.likelihood import Scores, Views, score_views
 from trl_diffusion.models import family_of
 from trl_diffusion.models.lora import coverage_table, lora_coverage
@@ -348,6 +349,8 @@ class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
             self.last_rollout = trajectory, finished
             if self._probe is not None:
                 rows["advantages"] = self._probe.advantages(rows, trajectory, finished, self._rollouts[mode])
+        elif self._probe is not None:
+            self._probe.not_probed(finished)
         # TRL empties the mask of a completion that `mask_truncated_completions` drops
         learns = rows["completion_mask"].any(1)
         rows["completion_ids"] = trajectory.completion_ids
@@ -514,7 +517,13 @@ class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
         finally:
             self._scored = None
 
-    # ---------------------------------------------------------------- data and checkpoints
+    # ---------------------------------------------------------------- model card, data and checkpoints
+
+    def create_model_card(self, *args, **kwargs):
+        super().create_model_card(*args, **kwargs)
+        if self._probe is not None and self.is_world_process_zero():
+            with open(os.path.join(str(self.args.output_dir), "README.md"), "a") as card:
+                card.write(f"\nThe reward is step-aware (SAPO). Cite it as:\n\n```bibtex\n{CITATION}\n```\n")
 
     def _get_train_sampler(self, dataset=None):
         of_trl: Any = super()._get_train_sampler(dataset)

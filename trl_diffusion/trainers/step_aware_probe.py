@@ -105,12 +105,20 @@ class StepAwareProbe:
         all_success, all_advantages = accelerator.gather((success, rows["advantages"]))
         baseline = group_success_rate(all_success, group, settings.leave_one_out)[mine]
 
-        probed = settings.probed(rows["advantages"], success)
+        # The mean of equal rewards can be off in its last bit; that is no advantage.
+        groups = finished.rewards.nan_to_num().view(-1, group, finished.rewards.size(1))
+        tied = (groups == groups[:, :1]).all(2).all(1).repeat_interleave(group)[mine]
+        probed = settings.probed(rows["advantages"].masked_fill(tied, 0.0), success)
         continuations = _Continuations(self, rows, trajectory, finished, rollout)
         process_reward = continuations.process_reward(probed, success, baseline)
         all_rewards = accelerator.gather(process_reward)
         self._log(all_rewards, all_success, continuations, time.perf_counter() - start)
         return settings.advantages(all_advantages, all_rewards, group)[mine]
+
+    def not_probed(self, finished: FinishedBatch) -> None:
+        """Keep the column of process rewards in line with the others when completions of an evaluation are logged."""
+        logs: Any = self.trainer._logs
+        logs["extra"]["process_reward"].extend([None] * len(finished.rewards))
 
     def _finished_success(self, finished: FinishedBatch, rewards: torch.Tensor) -> torch.Tensor:
         """Success of the finished texts, float64 [B], from rewards that TRL has computed."""

@@ -127,6 +127,14 @@ class TrajectoryGRPOConfig(DiffusionGRPOConfig):
                 f"step_selector='all' needs num_mc_samples = denoising_steps ({self.denoising_steps}), got "
                 f"{self.num_mc_samples}."
             )
+        self.check_selected_steps()
+
+    def check_selected_steps(self) -> None:
+        """Refuse what does not fit steps that a selector chooses, be it one of the names or a function.
+
+        Raises:
+            ValueError: if it chooses more steps than there are, or Monte-Carlo draws are asked for as well.
+        """
         if self.num_mc_samples > self.denoising_steps:
             raise ValueError(
                 f"A step selector cannot choose num_mc_samples={self.num_mc_samples} of {self.denoising_steps} "
@@ -197,11 +205,13 @@ class TrajectoryGRPOTrainer(DiffusionGRPOTrainer):
         self.step_selector = step_selector or self._named_selector()
         self._running_signals: StepSignals | None = None
         self.last_selection: torch.Tensor | None = None
-        if step_selector is not None and self.args.step_selector is not None:
-            raise ValueError(
-                f"Both a step_selector function and step_selector={self.args.step_selector!r} in the config are "
-                "given. Leave one out."
-            )
+        if step_selector is not None:
+            if self.args.step_selector is not None:
+                raise ValueError(
+                    f"Both a step_selector function and step_selector={self.args.step_selector!r} in the config are "
+                    "given. Leave one out."
+                )
+            self.args.check_selected_steps()
         if self.step_selector is not None:
             self.args.record_signals = True
 
