@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from methods import Method, method_named
 from tiny import MASK, canvas_logits, forwards_of, tiny_model
+from trainer_helpers import parameters_of, rollout_of
 
 from trl_diffusion.credit import SELECTORS, StepSelection, StepSignals, Threshold, selected_draws, step_signals
 from trl_diffusion.credit.step_selection import hybrid_score
@@ -41,7 +42,8 @@ NOISE = [0.3, 0.9, 0.1, 0.8, 0.5, 0.2]
 
 # selector: the chosen steps for K = 1, 2, …
 TABLE = {
-    "uniform": ([3], [1, 4], [1, 3, 5], [0, 2, 3, 5], [0, 1, 3, 4, 5], [0, 1, 2, 3, 4, 5]),
+    # from 0.3 of a distance: 6/K · (0.3, 1.3, …)
+    "uniform": ([1], [0, 3], [0, 2, 4], [0, 1, 3, 4], [0, 1, 2, 3, 5], [0, 1, 2, 3, 4, 5]),
     "random": ([1], [1, 3], [1, 3, 4], [0, 1, 3, 4], [0, 1, 3, 4, 5]),
     # 7 at steps 2 and 4: the earlier
     "entropy": ([0], [0, 3], [0, 1, 3], [0, 1, 2, 3], [0, 1, 2, 3, 4]),
@@ -129,10 +131,21 @@ def test_no_more_steps_than_candidates():
     assert choose(SELECTORS["entropy"], alone, 2) == [[0, 1]]
     assert choose(SELECTORS["confidence_margin"], alone, 2) == [[0, 1]]
     assert choose(SELECTORS["roec"], alone, 1) == [[2]]  # changes 2 and 4
-    assert choose(SELECTORS["uniform"], alone, 2) == [[0, 2]]
+    assert choose(SELECTORS["uniform"], alone, 2) == [[0, 1]]  # 3/2 · (0.3, 1.3)
     assert choose(Threshold(-9.0), alone, 5) == [[0, 1, 2, -1, -1]]
     drawn = SELECTORS["sampled"](alone, 5, torch.full((1, 6), 1 - 2.0**-53, dtype=torch.float64))
     assert drawn.steps.tolist() == [[2] * 5]
+
+
+def test_uniform_steps_are_all_as_likely():
+    """Over the random start; a fixed one would choose the same place of every block."""
+    starts = (torch.arange(600, dtype=torch.float64) + 0.5) / 600
+    for count in range(1, 7):
+        chosen = [
+            SELECTORS["uniform"](table_signals(), count, start.expand(1, 6)).steps[0].tolist() for start in starts
+        ]
+        shares = torch.tensor(chosen).flatten().bincount(minlength=6) / 600
+        torch.testing.assert_close(shares, torch.full((6,), count / 6), rtol=0, atol=0.005)
 
 
 def test_groups_have_their_own_averages():
@@ -184,7 +197,7 @@ def test_equal_signals_have_no_score():
 
 
 def test_a_step_behind_the_end_is_an_empty_view():
-    selection = SELECTORS["uniform"](table_signals(), 3, noise())  # 1, 3, 5
+    selection = StepSelection(torch.tensor([[1, 3, 5]]))
     draws = selected_draws(selection, torch.zeros(3, dtype=torch.long), torch.tensor([6, 3, 4]))
     assert draws.steps.tolist() == [[1, 3, 5], [1, -1, -1], [1, 3, -1]]
     assert draws.weights.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]  # still divided by three
@@ -379,19 +392,10 @@ def with_function(selector, method: Method = ATPO) -> Method:
     return dataclasses.replace(method, trainer=trainer, settings=method.settings | {"step_selector": None})
 
 
-def weights(trainer) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
-
-
 def trained(method: Method, output_dir, **settings):
     trainer = method.make(output_dir, **settings)
     trainer.train()
     return trainer
-
-
-def rollout(trainer, *prompts: str) -> dict[str, torch.Tensor]:
-    trainer.model.train()
-    return trainer._generate_and_score_completions([{"prompt": prompt} for prompt in prompts for _ in range(4)])
 
 
 def written_out_loss(model, rows, trajectory, chosen: list[int], divide_by_reached: bool = False) -> torch.Tensor:
@@ -422,7 +426,7 @@ def gradient(model, loss: torch.Tensor) -> torch.Tensor:
 def test_the_loss_is_that_of_the_chosen_steps(name, tmp_path):
     trainer = ATPO.make(tmp_path, step_selector=name)
     trainer.current_gradient_accumulation_steps = 1
-    rows = rollout(trainer, "a b", "b a a")
+    rows = rollout_of(trainer, "a b", "b a a")
     trajectory, _ = trainer.last_rollout
     (chosen,) = trainer.last_selection.tolist()
     taken = trajectory.unmask_step.max(1).values + 1
@@ -455,7 +459,7 @@ def test_selection_takes_the_signals_of_the_rollout(tmp_path):
         return StepSelection(torch.tensor([[0, 1, 3]] * len(noise)))
 
     trainer = with_function(spy).make(tmp_path, num_iterations=2)
-    rows = rollout(trainer, "a b", "b a a")
+    rows = rollout_of(trainer, "a b", "b a a")
     trajectory, _ = trainer.last_rollout
     taken = (trajectory.unmask_step.max(1).values + 1).numpy()
     entropy, margin = trajectory.step_entropy.double().numpy(), trajectory.step_margin.double().numpy()
@@ -471,9 +475,9 @@ def test_selection_takes_the_signals_of_the_rollout(tmp_path):
         assert torch.equal(rows["view_steps"][:, update], steps.masked_fill(~reached, -1))
         assert torch.equal(rows["view_weights"][:, update], reached.float())
     # Noise is private to the rollout, the update and the set; the same for whoever makes it.
-    rollout(trainer, "a b", "b a a")
+    rollout_of(trainer, "a b", "b a a")
     again = with_function(spy).make(tmp_path, num_iterations=2, signal_average="group")
-    rollout(again, "b", "b a a")
+    rollout_of(again, "b", "b a a")
     noises = [noise for _, _, noise in seen]
     assert all(noise.shape == (1, 4) and noise.dtype == torch.float64 for noise in noises[:4])
     assert len({tuple(noise[0].tolist()) for noise in noises[:4]}) == 4
@@ -483,7 +487,7 @@ def test_selection_takes_the_signals_of_the_rollout(tmp_path):
 
 def test_every_group_may_have_steps_of_its_own(tmp_path):
     trainer = ATPO.make(tmp_path, step_selector="entropy", signal_average="group", num_mc_samples=2)
-    rows = rollout(trainer, "a b", "b a a", "b b a b", "a")
+    rows = rollout_of(trainer, "a b", "b a a", "b b a b", "a")
     trajectory, _ = trainer.last_rollout
     taken = (trajectory.unmask_step.max(1).values + 1).numpy()
     entropy, margin = trajectory.step_entropy.double().numpy(), trajectory.step_margin.double().numpy()
@@ -517,17 +521,19 @@ def test_a_threshold_by_name_and_as_an_object(tmp_path):
     named = trained(ATPO, tmp_path, step_selector="threshold", step_threshold=0.5)
     given = trained(with_function(Threshold(0.5)), tmp_path)
     other = trained(with_function(Threshold(-9.0)), tmp_path)
-    assert torch.equal(weights(named), weights(given)) and not torch.equal(weights(named), weights(other))
+    assert torch.equal(parameters_of(named), parameters_of(given)) and not torch.equal(
+        parameters_of(named), parameters_of(other)
+    )
     chosen = int((named.last_selection >= 0).sum())
     assert 0 < chosen < 3
-    rows = rollout(named, "a b", "b a a")
+    rows = rollout_of(named, "a b", "b a a")
     views = rows["view_weights"][:, 0]
     assert views[views > 0].unique().tolist() == [3 / int((named.last_selection >= 0).sum())]
 
 
 def test_evaluation_leaves_the_selection_of_training_alone(tmp_path):
     trainer = ATPO.make(tmp_path, signal_average="running", per_device_eval_batch_size=8)
-    rollout(trainer, "a b", "b a a")
+    rollout_of(trainer, "a b", "b a a")
     signals, selection, kept = trainer._running_signals, trainer.last_selection, trainer.last_rollout
     trainer.eval_dataset = trainer.train_dataset.select(range(4))
     first, second = trainer.evaluate(), trainer.evaluate()
@@ -552,7 +558,7 @@ def test_running_averages_survive_a_resume(stop, tmp_path, monkeypatch):
     for name in ("entropy", "confidence_margin", "roec"):
         assert torch.equal(getattr(again._running_signals, name), getattr(whole._running_signals, name)), name
     assert torch.equal(again.last_selection, whole.last_selection)
-    assert torch.equal(weights(again), weights(whole))
+    assert torch.equal(parameters_of(again), parameters_of(whole))
     assert again.forward_units == whole.forward_units > 0
     # negative control: without them the averages start anew
     monkeypatch.setattr(ATPOTrainer, "_load_extra_state", lambda self, state: None)
@@ -613,10 +619,10 @@ def test_settings_that_do_not_fit_a_function_are_refused(changes, message, tmp_p
 )
 def test_settings_that_fit_train(changes, tmp_path):
     trainer = ATPO.make(tmp_path, max_steps=2, num_iterations=2, learning_rate=0.1, **changes)
-    before = weights(trainer).clone()
+    before = parameters_of(trainer).clone()
     trainer.train()
-    moved = not torch.equal(weights(trainer), before)
-    assert torch.isfinite(weights(trainer)).all()
+    moved = not torch.equal(parameters_of(trainer), before)
+    assert torch.isfinite(parameters_of(trainer)).all()
     assert moved == (changes.get("step_threshold") != 9.0)  # nothing lies that far above the mean
 
 

@@ -124,11 +124,15 @@ def select_all(signals: StepSignals, count: int, noise: torch.Tensor) -> StepSel
 
 
 def select_uniform(signals: StepSignals, count: int, noise: torch.Tensor) -> StepSelection:
-    """Steps at equal distances, in the middle of `count` equal parts of the candidates."""
+    """Steps at equal distances from a random start, so that every candidate is as likely.
+
+    From a fixed start they would hit the same place of every block wherever the distance is a whole number of blocks,
+    and the other steps would never learn.
+    """
     candidates = signals.num_candidates.unsqueeze(1)
     parts = candidates.clamp(max=count)
     index = torch.arange(count, device=candidates.device)
-    steps = ((2 * index + 1) * candidates).div(2 * parts, rounding_mode="floor")
+    steps = ((index + noise[:, :1]) * candidates / parts).floor().long().minimum(candidates - 1)
     return StepSelection(steps.masked_fill(index >= parts, -1))
 
 

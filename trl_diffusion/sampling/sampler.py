@@ -277,9 +277,7 @@ class _Rollout:
                 return slots, drawn, None
 
         logits = self._logits(rows, masked)
-        signals = None
-        if config.record_signals:
-            signals = _open_mean(_entropy(logits), open_), _open_mean(_margin(logits), open_)
+        signals = _signals(logits, open_) if config.record_signals else None
         if config.unmasking == "low_confidence":
             drawn = self._draw(logits, self._noise(rows, step, masked))
             confidence = score_targets(logits, drawn.tokens)[0].masked_fill(~open_, -torch.inf)
@@ -353,9 +351,15 @@ def _take(values: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     return values[torch.arange(values.size(0), device=values.device).unsqueeze(1), slots]
 
 
-def _open_mean(values: torch.Tensor, open_: torch.Tensor) -> torch.Tensor:
-    """Mean over the positions that are open, [R] from [R, m]; one sum, so that no padding changes the last bit."""
-    return values.masked_fill(~open_, 0.0).sum(1) / open_.sum(1)
+def _signals(logits: torch.Tensor, open_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean entropy and mean p1 − p2 over the positions that are open, [R] each from logits [R, m, V]."""
+    log_probs = logits.log_softmax(-1)
+    probabilities = log_probs.exp()
+    entropy = -(probabilities * log_probs.masked_fill(log_probs == -torch.inf, 0.0)).sum(-1)
+    top = probabilities.topk(2, dim=-1).values
+    count = open_.sum(1)
+    margin = (top[..., 0] - top[..., 1]).masked_fill(~open_, 0.0).sum(1) / count
+    return entropy.masked_fill(~open_, 0.0).sum(1) / count, margin
 
 
 def _certainty(logits: torch.Tensor, unmasking: str) -> torch.Tensor:
