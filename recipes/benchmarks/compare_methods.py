@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
@@ -87,31 +88,42 @@ class Arm:
 
     Args:
         method: a name in `METHODS`.
-        baseline: the arm it is compared with.
+        baselines: the arms it is compared with.
         settings: fields of its config besides `COMMON`.
         step_aware: arguments of `StepAwareReward`; `None` without.
+        selector: a step selector that has no name in the config.
     """
 
     method: str
-    baseline: str
+    baselines: tuple[str, ...]
     settings: dict[str, Any] = field(default_factory=dict)
     step_aware: dict[str, Any] | None = None
+    selector: Callable | None = None
 
 
 def _sapo(**settings: Any) -> Arm:
-    return Arm("diffu_grpo", "diffu_grpo", DIFFU, settings)
+    return Arm("diffu_grpo", ("diffu_grpo",), DIFFU, settings)
 
 
 def _selected(selector: str, **settings: Any) -> Arm:
-    return Arm("atpo", "uniform", TRAJECTORY | {"step_selector": selector} | settings)
+    return Arm("atpo", ("uniform", "random"), TRAJECTORY | {"step_selector": selector} | settings)
 
 
 def _drawn(draws: str) -> Arm:
-    return Arm("agrpo", "uniform", TRAJECTORY | {"step_draws": draws})
+    return Arm("agrpo", ("uniform", "random"), TRAJECTORY | {"step_draws": draws})
+
+
+def fixed_steps(signals, count: int, noise):
+    """The middle of each of K equal parts in every rollout: with K = 4 of 16 steps, the third step of every block."""
+    from trl_diffusion.credit import StepSelection
+
+    steps = signals.entropy.size(1)
+    middle = [[(2 * part + 1) * steps // (2 * count) for part in range(count)]]
+    return StepSelection(signals.num_candidates.new_tensor(middle))
 
 
 ARMS: dict[str, Arm] = {
-    "diffu_grpo": Arm("diffu_grpo", "diffu_grpo", DIFFU),
+    "diffu_grpo": Arm("diffu_grpo", ("diffu_grpo",), DIFFU),
     "sapo_1": _sapo(num_rollouts=1),
     "sapo_3": _sapo(num_rollouts=3),
     "sapo_6": _sapo(num_rollouts=6),
@@ -121,6 +133,7 @@ ARMS: dict[str, Arm] = {
     "sapo_3_masks4": _sapo(num_rollouts=3, num_mask_tokens=4),
     "sapo_3_masks8": _sapo(num_rollouts=3, num_mask_tokens=8),
     "uniform": _selected("uniform"),
+    "uniform_fixed": Arm("atpo", ("uniform", "random"), TRAJECTORY | {"step_selector": None}, selector=fixed_steps),
     "random": _selected("random"),
     "entropy": _selected("entropy"),
     "confidence_margin": _selected("confidence_margin"),
@@ -230,6 +243,7 @@ def train_and_evaluate(task_name: str, arm_name: str, seed: int, budget: float, 
                 train_dataset=task.load("train", 2000, seed),
                 processing_class=tokenizer,
                 callbacks=[Budget()],
+                **({} if arm.selector is None else {"step_selector": arm.selector}),
             )
             trainer.remove_callback(PrinterCallback)
             trainer.train()
@@ -313,62 +327,96 @@ def _write(path: Path, result: dict[str, Any]) -> None:
 
 
 def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per task and arm: accuracies, spread over seeds, and the paired difference to the arm's baseline."""
+    """One row per task and arm: accuracies, spread over seeds, and paired differences to the arm's baselines."""
     by_arm: dict[tuple[str, str], dict[int, dict]] = {}
     for run in runs:
         by_arm.setdefault((run["task"], run["arm"]), {})[run["seed"]] = run
     rows = []
     for (task, arm), of_seed in by_arm.items():
-        values = {seed: 100 * run["accuracy"][str(DENOISING_STEPS)] for seed, run in of_seed.items()}
         row: dict[str, Any] = {"task": task, "arm": arm, "seeds": len(of_seed)}
-        row["accuracy"], row["accuracy_se"] = float(np.mean(list(values.values()))), standard_error([*values.values()])
-        row["accuracy_std"] = float(np.std(list(values.values()), ddof=1)) if len(values) > 1 else None
-        row["sampled"] = 100 * float(np.mean([run["sampled_accuracy"] for run in of_seed.values()]))
-        for steps in EVALUATED_STEPS:
-            row[f"accuracy_at_{steps}"] = 100 * float(
-                np.mean([run["accuracy"][str(steps)] for run in of_seed.values()])
-            )
-        row["forward_units"] = float(np.mean([run["forward_units"] for run in of_seed.values()]))
-        row["rollouts"] = float(np.mean([run["updates"] for run in of_seed.values()]))
-        baseline = by_arm.get((task, ARMS[arm].baseline), {}) if arm in ARMS else {}
-        shared = sorted(values.keys() & baseline.keys())
-        if arm in ARMS and arm != ARMS[arm].baseline and shared:
-            differences = [values[s] - 100 * baseline[s]["accuracy"][str(DENOISING_STEPS)] for s in shared]
-            row |= {
-                "baseline": ARMS[arm].baseline,
-                "difference": float(np.mean(differences)),
-                "difference_se": standard_error(differences),
-                "p_value": sign_flip_p_value(differences),
-            }
+        for measure in MEASURES:
+            row[measure] = _mean_and_spread([MEASURES[measure](run) for run in of_seed.values()])
+        for name in ("forward_units", "updates"):
+            row[name] = float(np.mean([run[name] for run in of_seed.values()]))
+        row["differences"] = [
+            _difference(measure, baseline, of_seed, by_arm.get((task, baseline), {}))
+            for baseline in (ARMS[arm].baselines if arm in ARMS else ())
+            for measure in ("greedy", "sampled")
+            if arm != baseline
+        ]
         rows.append(row)
     return rows
 
 
-COLUMNS = ("task", "arm", "accuracy", "std over seeds", "sampled", "S/2", "S/4", "paired difference", "p", "rollouts")
+# Accuracies in percent: greedy at S, S/2 and S/4 steps, and sampled at temperature 1.
+MEASURES: dict[str, Callable[[dict], float]] = {
+    "greedy": lambda run: 100 * run["accuracy"][str(EVALUATED_STEPS[0])],
+    "greedy_half_steps": lambda run: 100 * run["accuracy"][str(EVALUATED_STEPS[1])],
+    "greedy_quarter_steps": lambda run: 100 * run["accuracy"][str(EVALUATED_STEPS[2])],
+    "sampled": lambda run: 100 * run["sampled_accuracy"],
+}
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    """The row of a table."""
-    half, quarter = EVALUATED_STEPS[1:]
-    spread = row["accuracy_std"]
-    difference = "" if "difference" not in row else f"{row['difference']:+.1f} ± {row['difference_se']:.1f}"
-    return [
-        row["task"],
-        row["arm"],
-        f"{row['accuracy']:.1f}" + ("" if spread is None else f" ± {row['accuracy_se']:.1f}"),
-        "" if spread is None else f"{spread:.1f}",
-        f"{row['sampled']:.1f}",
-        f"{row[f'accuracy_at_{half}']:.1f}",
-        f"{row[f'accuracy_at_{quarter}']:.1f}",
-        difference,
-        "" if "p_value" not in row else f"{row['p_value']:.3f}",
-        f"{row['rollouts']:.0f}",
-    ]
+def _mean_and_spread(values: list[float]) -> dict[str, float]:
+    std = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    return {"mean": float(np.mean(values)), "standard_error": standard_error(values), "std": std}
+
+
+def _difference(measure: str, baseline: str, arm: dict[int, dict], other: dict[int, dict]) -> dict[str, Any]:
+    """Paired over the seeds that both have."""
+    shared = sorted(arm.keys() & other.keys())
+    values = [MEASURES[measure](arm[seed]) - MEASURES[measure](other[seed]) for seed in shared]
+    return {
+        "measure": measure,
+        "baseline": baseline,
+        "mean": float(np.mean(values)) if values else math.nan,
+        "standard_error": standard_error(values),
+        "p_value": sign_flip_p_value(values) if values else math.nan,
+    }
+
+
+def columns(baselines: tuple[str, ...]) -> list[str]:
+    """Head of the table of a family of arms."""
+    compared = [f"{measure} − {baseline} (p)" for baseline in baselines for measure in ("greedy", "sampled")]
+    return ["arm", "greedy", "std", "greedy S/2", "S/4", "sampled", "std", *compared, "rollouts"]
+
+
+def cells(row: dict[str, Any], baselines: tuple[str, ...]) -> list[str]:
+    """A row of that table."""
+
+    def mean(name: str) -> str:
+        value = row[name]
+        error = "" if math.isnan(value["standard_error"]) else f" ± {value['standard_error']:.1f}"
+        return f"{value['mean']:.1f}{error}"
+
+    def std(name: str) -> str:
+        return "" if math.isnan(row[name]["std"]) else f"{row[name]['std']:.1f}"
+
+    compared = {(d["baseline"], d["measure"]): d for d in row["differences"] if not math.isnan(d["mean"])}
+    texts = {key: f"{d['mean']:+.1f} ± {d['standard_error']:.1f} ({d['p_value']:.3f})" for key, d in compared.items()}
+    differences = [texts.get((baseline, measure), "") for baseline in baselines for measure in ("greedy", "sampled")]
+    own = [mean("greedy"), std("greedy"), mean("greedy_half_steps"), mean("greedy_quarter_steps"), mean("sampled")]
+    return [row["arm"], *own, std("sampled"), *differences, f"{row['updates']:.0f}"]
+
+
+def families(rows: list[dict[str, Any]]) -> dict[tuple[str, tuple[str, ...]], list[dict[str, Any]]]:
+    """Rows by task and baselines; the untrained model stands in each of its task's tables."""
+    groups: dict[tuple[str, tuple[str, ...]], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["arm"] in ARMS:
+            groups.setdefault((row["task"], ARMS[row["arm"]].baselines), []).append(row)
+    base = {row["task"]: row for row in rows if row["arm"] == "base"}
+    return {(task, baselines): [base[task], *own] for (task, baselines), own in groups.items()}
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    return "\n".join([*lines, *("| " + " | ".join(cells(row)) + " |" for row in rows)]) + "\n"
+    parts = []
+    for (task, baselines), own in families(rows).items():
+        head = columns(baselines)
+        lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        lines += ["| " + " | ".join(cells(row, baselines)) + " |" for row in own]
+        parts.append(f"### {task}: against {' and '.join(baselines)}\n\n" + "\n".join(lines) + "\n")
+    return "\n".join(parts)
 
 
 def plot(runs: list[dict[str, Any]], task: str, path: Path) -> None:
@@ -378,22 +426,22 @@ def plot(runs: list[dict[str, Any]], task: str, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    families = sorted({ARMS[run["arm"]].baseline for run in runs if run["arm"] in ARMS})
+    groups = sorted({ARMS[run["arm"]].baselines for run in runs if run["arm"] in ARMS})
     figure, axes = plt.subplots(
-        1, len(families), figsize=(6.5 * len(families), 4), sharey=True, squeeze=False, layout="constrained"
+        1, len(groups), figsize=(6.5 * len(groups), 4), sharey=True, squeeze=False, layout="constrained"
     )
-    for axis, family in zip(axes[0], families, strict=True):
-        for arm in (name for name in ARMS if ARMS[name].baseline == family):
+    for axis, baselines in zip(axes[0], groups, strict=True):
+        for arm in (name for name in ARMS if ARMS[name].baselines == baselines):
             curves = [run["curve"] for run in runs if run["task"] == task and run["arm"] == arm]
             if curves:
                 grid = np.linspace(0, max(curve[-1]["forward_units"] for curve in curves), 60)
                 values = np.array([_smooth(curve, grid) for curve in curves])
                 error = values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.zeros_like(grid)
-                (line,) = axis.plot(grid, values.mean(0), label=arm, lw=2.5 if arm == family else 1.3)
+                (line,) = axis.plot(grid, values.mean(0), label=arm, lw=2.5 if arm in baselines else 1.3)
                 axis.fill_between(
                     grid, values.mean(0) - error, values.mean(0) + error, color=line.get_color(), alpha=0.12
                 )
-        axis.set(xlabel="forward units", title=f"{task}: {family} and what is compared with it")
+        axis.set(xlabel="forward units", title=f"{task}: {' and '.join(baselines)}, and what is compared with them")
         axis.legend(fontsize=8)
     axes[0][0].set_ylabel("mean reward of the rollouts (± standard error)")
     figure.savefig(path, dpi=110)
@@ -423,10 +471,13 @@ def main() -> None:
     start = time.perf_counter()
     runs = run_all(args)
     rows = summarise(runs)
-    table = Table(*COLUMNS, title=f"{args.budget:.0f} forward units per run, seeds {args.seeds}")
-    for row in rows:
-        table.add_row(*cells(row))
-    Console(width=150).print(table)
+    for (task, baselines), own in families(rows).items():
+        table = Table(
+            *columns(baselines), title=f"{task}: {args.budget:.0f} forward units per run, seeds {args.seeds}"
+        )
+        for row in own:
+            table.add_row(*cells(row, baselines))
+        Console(width=180).print(table)
     (args.output_dir / "summary.json").write_text(json.dumps(rows, indent=1))
     (args.output_dir / "results.md").write_text(markdown(rows))
     for task in args.tasks:
