@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+from collections import Counter
 from itertools import product
 from pathlib import Path
 
@@ -13,20 +14,17 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from methods import METHODS, PROMPTS, text_reward
+from methods import PROMPTS, method_named, text_reward
 from peft import LoraConfig, PeftModel
 from tiny import MASK, A, B, tiny_model, tiny_tokenizer
+from trainer_helpers import parameters_of
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from trl_diffusion.likelihood import score_views
 from trl_diffusion.models import family_of
 from trl_diffusion.trainers import AGRPOConfig, AGRPOTrainer, DiffusionGRPOConfig, DiffusionGRPOTrainer
 
-BASE, AGRPO = METHODS[0], METHODS[1]
-
-
-def weights(trainer) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+BASE, AGRPO = method_named("trajectory_grpo"), method_named("agrpo")
 
 
 def batch(size: int = 4) -> list[dict]:
@@ -41,9 +39,9 @@ def test_every_loss_type_trains(loss_type, tmp_path):
     trainer = BASE.make(
         tmp_path, loss_type=loss_type, learning_rate=0.1, max_steps=2, num_iterations=2, logging_steps=1
     )
-    before = weights(trainer).clone()
+    before = parameters_of(trainer).clone()
     trainer.train()
-    change = (weights(trainer) - before).norm()
+    change = (parameters_of(trainer) - before).norm()
     assert torch.isfinite(change) and change > 1e-4
     assert all(math.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
 
@@ -69,10 +67,10 @@ def test_every_loss_type_trains(loss_type, tmp_path):
 )
 def test_trl_settings_keep_working(settings, tmp_path):
     trainer = BASE.make(tmp_path, learning_rate=0.1, max_steps=2, **settings)
-    before = weights(trainer).clone()
+    before = parameters_of(trainer).clone()
     trainer.train()
     assert trainer.state.global_step == 2
-    assert torch.isfinite(weights(trainer)).all() and not torch.equal(weights(trainer), before)
+    assert torch.isfinite(parameters_of(trainer)).all() and not torch.equal(parameters_of(trainer), before)
 
 
 def test_an_entropy_bonus_raises_entropy(tmp_path):
@@ -128,6 +126,34 @@ def test_step_time_is_logged_once_per_update(tmp_path, monkeypatch):
     assert counts == [3]  # the one log at the end
 
 
+@pytest.mark.parametrize("name", ["agrpo", "atpo", "diffu_grpo", "sapo"])
+def test_forward_units_count_the_rows_of_every_forward(name, tmp_path):
+    """A row costs 1, with gradient 3, on a shorter canvas in proportion; prompts of two words and canvases of 8."""
+    trainer = method_named(name).make(tmp_path, num_iterations=2, max_steps=4, learning_rate=0.1, logging_steps=1)
+    trainer.train_dataset = Dataset.from_dict({"prompt": ["a b", "b a", "a a", "b b"]})
+    counted = Counter()
+
+    def count(module, args, kwargs):
+        kind = "learned" if torch.is_grad_enabled() else "scored" if kwargs.get("targets") is not None else "sampled"
+        counted[kind] += kwargs["attention_mask"].sum().item() / (2 + 8)
+
+    for model in (trainer.model, trainer.ref_model):
+        if model is not None:
+            model.register_forward_pre_hook(count, with_kwargs=True)
+    trainer.train()
+    views, rollouts = trainer.args.num_mc_samples, 2
+    assert counted["learned"] == 4 * 16 * views  # updates × rows × views
+    scored = {"agrpo": 0, "atpo": 0, "diffu_grpo": 2, "sapo": 2}[name]  # old and reference
+    assert counted["scored"] == scored * 4 * 16 * views
+    assert rollouts * 16 * 2 <= counted["sampled"]  # two to four steps per completion, and continuations
+    expected = 3 * counted["learned"] + counted["scored"] + counted["sampled"]
+    assert trainer.forward_units == pytest.approx(expected, rel=1e-6)
+    logged = [entry["forward_units"] for entry in trainer.state.log_history if "forward_units" in entry]
+    assert logged[-1] == trainer.forward_units and logged == sorted(set(logged)) and len(logged) == 4
+    continued = [x["step_aware/forward_units"] for x in trainer.state.log_history if "step_aware/forward_units" in x]
+    assert bool(continued) == (name == "sapo") and sum(continued) >= (name == "sapo")
+
+
 def test_evaluation_draws_with_the_same_noise_and_leaves_training_alone(tmp_path):
     trainer = AGRPO.make(tmp_path, per_device_eval_batch_size=8)
     trainer.eval_dataset = Dataset.from_dict({"prompt": PROMPTS[:4]})
@@ -180,9 +206,9 @@ def test_iterable_datasets(tmp_path):
         IterableDataset.from_generator(rows),
         processing_class=tiny_tokenizer(),
     )
-    before = weights(trainer).clone()
+    before = parameters_of(trainer).clone()
     trainer.train()
-    assert trainer.state.global_step == 2 and not torch.equal(weights(trainer), before)
+    assert trainer.state.global_step == 2 and not torch.equal(parameters_of(trainer), before)
 
 
 def test_completions_are_logged(tmp_path):
@@ -219,11 +245,11 @@ def test_conversational_prompts_and_default_arguments(tmp_path, monkeypatch):
 def test_reference_of_an_unsaved_model_is_a_copy_of_it(tmp_path):
     model = tiny_model(seed=3)
     trainer = AGRPO.make(tmp_path, model=model, beta=0.1, loss_type="dr_grpo", learning_rate=0.3, max_steps=2)
-    original = weights(trainer).clone()
+    original = parameters_of(trainer).clone()
     trainer.train()
     reference = torch.cat([parameter.flatten() for parameter in trainer.ref_model.parameters()])
     torch.testing.assert_close(reference, original)
-    assert not torch.equal(weights(trainer), original)
+    assert not torch.equal(parameters_of(trainer), original)
     assert trainer.args.beta == trainer.beta == 0.1
 
 
@@ -275,7 +301,7 @@ def test_synchronised_reference(tmp_path):
     )
     trainer.train()
     reference = torch.cat([parameter.flatten() for parameter in trainer.ref_model.parameters()])
-    torch.testing.assert_close(reference, weights(trainer))
+    torch.testing.assert_close(reference, parameters_of(trainer))
 
 
 # ---------------------------------------------------------------- checkpoints
@@ -292,7 +318,8 @@ def test_a_resumed_run_ends_in_the_same_weights(stop, tmp_path):
     again = AGRPO.make(tmp_path / "again", **settings, model=tiny_model(seed=9))
     again.train(resume_from_checkpoint=str(tmp_path / "cut" / f"checkpoint-{stop}"))
     assert again.state.global_step == 8
-    assert torch.equal(weights(again), weights(whole))
+    assert torch.equal(parameters_of(again), parameters_of(whole))
+    assert again.forward_units == whole.forward_units
 
 
 def test_a_checkpoint_without_the_rollout_state_is_refused(tmp_path):
