@@ -1,0 +1,100 @@
+"""The comparison of methods: its statistics, and a run that is stopped and goes on."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))
+
+from compare_methods import ARMS, markdown, summarise  # noqa: E402
+from statistics_of_runs import sign_flip_p_value, standard_error  # noqa: E402
+
+
+def test_standard_error_by_hand():
+    assert standard_error([1.0, 2.0, 3.0, 6.0]) == pytest.approx(math.sqrt(14 / 3 / 4))
+    assert math.isnan(standard_error([5.0]))
+
+
+def test_sign_flips_by_hand():
+    # of the 8 sign patterns only +++ and −−− have a sum as far from 0 as 6
+    assert sign_flip_p_value([1.0, 2.0, 3.0]) == 2 / 8
+    # sums ±6, ±4, ±2, 0, 0: four of eight are at least 4
+    assert sign_flip_p_value([-1.0, 2.0, 3.0]) == 4 / 8
+    assert sign_flip_p_value([1.0] * 5) == 2 / 32
+    assert sign_flip_p_value([0.0, 0.0]) == 1.0
+
+
+def run_of(arm: str, seed: int, greedy: float, sampled: float) -> dict:
+    return {
+        "task": "countdown",
+        "arm": arm,
+        "seed": seed,
+        "accuracy": {"16": greedy, "8": greedy - 0.1, "4": greedy - 0.2},
+        "sampled_accuracy": sampled,
+        "forward_units": 1000.0 + seed,
+        "updates": 4,
+        "curve": [],
+    }
+
+
+def test_differences_are_paired_by_seed():
+    runs = [run_of("base", 0, 0.25, 0.25)]
+    runs += [run_of("diffu_grpo", seed, 0.25 * (seed + 1), 0.5) for seed in (0, 1, 2)]
+    # seed 2 has no partner yet; what differs between seeds cancels in the pairs
+    runs += [run_of("sapo_3", seed, 0.25 * (seed + 1) + 0.125, 0.5 - 0.25 * seed) for seed in (1, 0)]
+    base, diffu, sapo = summarise(runs)
+    assert base["differences"] == [] and diffu["differences"] == []
+    assert diffu["greedy"] == {"mean": 50.0, "standard_error": pytest.approx(25 / math.sqrt(3)), "std": 25.0}
+    assert diffu["greedy_half_steps"]["mean"] == pytest.approx(40.0)
+    assert diffu["greedy_quarter_steps"]["mean"] == pytest.approx(30.0)
+    greedy, sampled = sapo["differences"]
+    assert (greedy["measure"], greedy["baseline"]) == ("greedy", "diffu_grpo")
+    assert (greedy["mean"], greedy["standard_error"], greedy["p_value"]) == (12.5, 0.0, 0.5)
+    assert (sampled["measure"], sampled["mean"], sampled["standard_error"]) == ("sampled", -12.5, 12.5)
+    assert sapo["forward_units"] == 1000.5
+    table = markdown([base, diffu, sapo])
+    assert "| base | 25.0 |" in table and "+12.5 ± 0.0 (0.500)" in table
+
+
+def test_arms_differ_in_one_thing():
+    """All arms of a family share everything but the selection of steps, or SAPO's settings."""
+    trajectory = {name: arm for name, arm in ARMS.items() if arm.method in ("atpo", "agrpo")}
+    for name, arm in trajectory.items():
+        shared = {k: v for k, v in arm.settings.items() if k not in ("step_selector", "step_draws", "num_mc_samples")}
+        assert shared == {
+            k: v for k, v in ARMS["uniform"].settings.items() if k not in ("step_selector", "num_mc_samples")
+        }, name
+        assert arm.settings["num_mc_samples"] == 4 or name in ("roec_cm_k2", "roec_cm_k8")
+    for arm in (arm for arm in ARMS.values() if arm.method == "diffu_grpo"):
+        assert arm.settings == ARMS["diffu_grpo"].settings
+
+
+@pytest.mark.slow
+def test_a_second_start_does_only_what_is_missing(tmp_path):
+    def compare(*arguments: str, fails: bool = False) -> str:
+        command = [sys.executable, "recipes/benchmarks/compare_methods.py", "--output_dir", str(tmp_path)]
+        command += ["--tasks", "countdown", "--eval_size", "8", "--workers", "1", *arguments]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+        assert (result.returncode != 0) == fails, (result.stdout + result.stderr)[-3000:]
+        return result.stdout + result.stderr
+
+    compare("--arms", "sapo_1", "--seeds", "0", "--budget", "400")
+    first = tmp_path / "runs" / "countdown" / "sapo_1" / "0.json"
+    run = json.loads(first.read_text())
+    assert 400 <= run["forward_units"] < 3000 and run["curve"][-1]["forward_units"] <= run["forward_units"]
+    assert set(run["accuracy"]) == {"16", "8", "4"} and 0 <= run["sampled_accuracy"] <= 1
+    written = first.stat().st_mtime_ns
+
+    output = compare("--arms", "sapo_1", "uniform_fixed", "--seeds", "0", "--budget", "400")
+    assert first.stat().st_mtime_ns == written
+    assert (tmp_path / "runs" / "countdown" / "uniform_fixed" / "0.json").exists()
+    assert "uniform_fixed" in output and "uniform_fixed" in (tmp_path / "results.md").read_text()
+    assert (tmp_path / "countdown.png").stat().st_size > 10_000
+    assert "made with" in compare("--arms", "sapo_1", "--seeds", "0", "--budget", "800", fails=True)
