@@ -189,10 +189,15 @@ class TrajectoryGRPOTrainer(DiffusionGRPOTrainer):
     """GRPO over the likelihood of a completion's own denoising steps.
 
     Args:
-        *args: see `DiffusionGRPOTrainer`.
-        step_selector: a function that chooses steps, instead of one named in the config; see
-            `trl_diffusion.credit.StepSelector`.
+        model: see `DiffusionGRPOTrainer`.
+        reward_funcs: see `DiffusionGRPOTrainer`.
+        args: a `TrajectoryGRPOConfig`.
+        step_selector: a function that chooses steps, instead of one named in the config (set `step_selector=None`
+            there); see `trl_diffusion.credit.StepSelector`.
         **kwargs: see `DiffusionGRPOTrainer`.
+
+    Raises:
+        ValueError: if a function and a name are given, or the config does not go with selected steps.
     """
 
     _tag_names = ["trl", "trl_diffusion", "trajectory-grpo"]
@@ -200,18 +205,22 @@ class TrajectoryGRPOTrainer(DiffusionGRPOTrainer):
     config_class = TrajectoryGRPOConfig
     args: TrajectoryGRPOConfig
 
-    def __init__(self, *args, step_selector: StepSelector | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, model, reward_funcs=None, args=None, *others, step_selector: StepSelector | None = None, **kwargs
+    ):
+        if step_selector is not None:
+            named = self.config_class if args is None else args
+            if named.step_selector is not None:
+                raise ValueError(
+                    f"Both a step_selector function and step_selector={named.step_selector!r} in the config are "
+                    "given. Set step_selector=None in the config, or leave the function out."
+                )
+            if args is not None:
+                args.check_selected_steps()
+        super().__init__(model, reward_funcs, args, *others, **kwargs)
         self.step_selector = step_selector or self._named_selector()
         self._running_signals: StepSignals | None = None
         self.last_selection: torch.Tensor | None = None
-        if step_selector is not None:
-            if self.args.step_selector is not None:
-                raise ValueError(
-                    f"Both a step_selector function and step_selector={self.args.step_selector!r} in the config are "
-                    "given. Leave one out."
-                )
-            self.args.check_selected_steps()
         if self.step_selector is not None:
             self.args.record_signals = True
 
@@ -291,6 +300,12 @@ class TrajectoryGRPOTrainer(DiffusionGRPOTrainer):
         key = (SELECTION, self._views_purpose(mode), self._rollouts[mode], update)
         noise = uniforms(row_generators(self.args.seed, *key, rows=range(sets)), steps).to(rows.device)
         selection = self.step_selector(signals, self.args.num_mc_samples, noise)
+        weighted = selection.probabilities is not None or selection.mean_over_chosen
+        if weighted and self.beta != 0.0 and not self.args.weighted_views:
+            raise ValueError(
+                f"This step_selector weighs its steps, and with beta={self.beta} the KL term would lose the weights. "
+                "Set beta=0, or name the selector in the config ('threshold', 'sampled')."
+            )
         if mode == "train":
             self.last_selection = selection.steps
         row_set = torch.zeros_like(rows) if sets == 1 else rows // self.group_size(mode)

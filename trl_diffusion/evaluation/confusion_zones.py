@@ -1,0 +1,311 @@
+"""Confusion zones: at which denoising steps the network hesitates, and whether that tells failures from successes.
+
+ATPO (2511.15208) calls confusion zones the steps at which entropy is high or changes fast and the two likeliest tokens
+are close. Here the signals of single completions become curves over the denoising steps, split by success and failure,
+and the AUC of predicting failure from each signal. The formulas are those of `trl_diffusion.credit.step_signals`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from transformers import TrainerCallback
+
+from trl_diffusion.trainers.diffusion_grpo import DiffusionGRPOTrainer
+from trl_diffusion.trainers.step_aware_probe import FinishedBatch
+from trl_diffusion.trainers.trajectory_grpo import TrajectoryGRPOTrainer
+
+SIGNALS = {"entropy": "Entropy H (nats)", "confidence_margin": "Confidence margin 1 − (p1 − p2)", "roec": "RoEC |ΔH|"}
+
+
+def signal_frame(
+    step_entropy: torch.Tensor,
+    step_margin: torch.Tensor,
+    num_steps: torch.Tensor,
+    success: torch.Tensor,
+    steps_per_block: int,
+) -> pd.DataFrame:
+    """The signals of every completion at every denoising step that it took.
+
+    Args:
+        step_entropy: float [B, S], see `Trajectory.step_entropy`.
+        step_margin: float [B, S], mean p1 − p2.
+        num_steps: long [B], the steps each completion took.
+        success: bool or float [B], NaN where success is unknown.
+        steps_per_block: denoising steps per block.
+
+    Returns:
+        A row per completion and step: `completion`, `step`, `entropy`, `confidence_margin`, `roec` (NaN at the first
+        step of a block, where it is not defined) and `success` (boolean, NA for unknown).
+
+    Raises:
+        ValueError: if the shapes do not fit together.
+    """
+    batch = (len(step_entropy),)
+    if (
+        step_entropy.dim() != 2
+        or step_margin.shape != step_entropy.shape
+        or not num_steps.shape == success.shape == batch
+    ):
+        raise ValueError(
+            "signal_frame() needs step_entropy and step_margin [B, S], num_steps and success [B]; got "
+            f"{tuple(step_entropy.shape)}, {tuple(step_margin.shape)}, {tuple(num_steps.shape)} and "
+            f"{tuple(success.shape)}."
+        )
+    entropy, margin, num_steps, success = (x.double().cpu() for x in (step_entropy, step_margin, num_steps, success))
+    steps = torch.arange(entropy.size(1))
+    roec = torch.full_like(entropy, torch.nan)
+    roec[:, 1:] = (entropy[:, 1:] - entropy[:, :-1]).abs()
+    roec[:, steps % steps_per_block == 0] = torch.nan
+    row, step = (steps < num_steps.unsqueeze(1)).nonzero(as_tuple=True)
+    succeeded = pd.array([None if math.isnan(value) else bool(value) for value in success.tolist()], dtype="boolean")
+    return pd.DataFrame(
+        {
+            "completion": row.numpy(),
+            "step": step.numpy(),
+            "entropy": entropy[row, step].numpy(),
+            "confidence_margin": (1.0 - margin[row, step]).numpy(),
+            "roec": roec[row, step].numpy(),
+            "success": succeeded[row.numpy()],
+        }
+    )
+
+
+def signal_curves(frame: pd.DataFrame) -> pd.DataFrame:
+    """Mean of each signal at each step over the completions still being written then, by outcome.
+
+    Args:
+        frame: see `signal_frame`.
+
+    Returns:
+        Index (`signal`, `success`, `step`); columns `mean`, `standard_error` (of independent completions; NaN for a
+        single one) and `completions`, their number.
+    """
+    values = frame.melt(["success", "step"], list(SIGNALS), var_name="signal").groupby(["signal", "success", "step"])
+    return values["value"].agg(mean="mean", standard_error="sem", completions="count")
+
+
+def failure_auc(frame: pd.DataFrame) -> pd.DataFrame:
+    """How well each signal predicts failure.
+
+    A completion's value is the mean of the signal over its own steps. The AUC is the probability that a failed
+    completion has a larger value than a successful one, a tie counting one half: 0.5 tells nothing. Completions whose
+    success is unknown are left out.
+
+    Args:
+        frame: see `signal_frame`.
+
+    Returns:
+        Index `signal`; columns `auc` and `standard_error` (DeLong's, of independent completions). The AUC is NaN
+        where one outcome is missing, see `missing_outcome`.
+    """
+    values = frame.groupby("completion")[list(SIGNALS)].mean()
+    success = outcomes(frame)
+    rows = {signal: _auc(values[signal], success) for signal in SIGNALS}
+    return pd.DataFrame.from_dict(rows, orient="index", columns=["auc", "standard_error"]).rename_axis("signal")
+
+
+def failure_auc_by_step(frame: pd.DataFrame) -> pd.DataFrame:
+    """The AUC of each signal at single steps, over the completions still being written then.
+
+    Args:
+        frame: see `signal_frame`.
+
+    Returns:
+        Index `step`; a column per signal, NaN where one outcome is missing; and `completions`, the number of
+        completions of known success.
+    """
+    by_step = {
+        step: {signal: _auc(rows[signal], rows["success"])[0] for signal in SIGNALS}
+        | {"completions": int(rows["success"].count())}
+        for step, rows in frame.groupby("step")
+    }
+    return pd.DataFrame.from_dict(by_step, orient="index").rename_axis("step")
+
+
+def outcomes(frame: pd.DataFrame) -> pd.Series:
+    """Success of each completion of a `signal_frame`: boolean, NA for unknown."""
+    return frame.groupby("completion")["success"].first()
+
+
+def missing_outcome(frame: pd.DataFrame) -> str | None:
+    """Why there is no AUC, or `None` if both outcomes exist."""
+    known = outcomes(frame).dropna()
+    if known.nunique() == 2:
+        return None
+    if known.empty:
+        return "No AUC: no completion whose success is known."
+    return f"No AUC: all {len(known)} completions {'succeeded' if known.iloc[0] else 'failed'}."
+
+
+def confusion_zone_figure(
+    frame: pd.DataFrame, steps_per_block: int, selected: torch.Tensor | Sequence[int] | None = None, title: str = ""
+) -> Figure:
+    """Three panels, one per signal: mean ± standard error over the steps, of successes and of failures.
+
+    Args:
+        frame: see `signal_frame`.
+        steps_per_block: denoising steps per block; the first step of each is marked faintly.
+        selected: denoising steps to mark, as a list or as the selections [A, K] of A sets of completions, -1 for
+            none; a step's line is the stronger, the more sets chose it.
+        title: put before the numbers of completions.
+    """
+    curves, auc = signal_curves(frame), failure_auc(frame)["auc"]
+    chosen = torch.atleast_2d(torch.as_tensor([] if selected is None else selected).long().cpu())
+    num_steps = int(frame["step"].max()) + 1
+    figure = Figure(figsize=(11, 3.3), dpi=100, layout="constrained")
+    for axes, (signal, name) in zip(figure.subplots(1, 3), SIGNALS.items(), strict=True):
+        for start in range(0, num_steps, steps_per_block):
+            axes.axvline(start, color="0.85", linewidth=0.8, linestyle=":", zorder=0)
+        for step, count in zip(*chosen[chosen >= 0].unique(return_counts=True), strict=True):
+            share = count.item() / len(chosen)
+            axes.axvline(step.item(), color="tab:green", linewidth=1.2, alpha=0.2 + 0.5 * share, zorder=1)
+        for success, label, color in ((True, "succeeded", "tab:blue"), (False, "failed", "tab:red")):
+            if (signal, success) in curves.index.droplevel("step"):
+                curve = curves.loc[(signal, success)]
+                axes.plot(curve.index, curve["mean"], color=color, marker=".", markersize=3, label=label)
+                low, high = (curve["mean"] + sign * curve["standard_error"] for sign in (-1, 1))
+                axes.fill_between(curve.index, low, high, color=color, alpha=0.2, linewidth=0)
+        shown = "" if math.isnan(auc[signal]) else f"   AUC {auc[signal]:.2f}"
+        axes.set_xlabel("denoising step")
+        axes.set_title(name + shown, fontsize="medium")
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small")
+    success = outcomes(frame)
+    counts = f"{int((success == True).sum())} succeeded, {int((success == False).sum())} failed"  # noqa: E712 (NA)
+    marked = "   green: selected steps" if (chosen >= 0).any() else ""
+    parts = [title, counts + marked, missing_outcome(frame) or ""]
+    figure.suptitle("   ".join(part for part in parts if part), fontsize="medium")
+    return figure
+
+
+def _auc(values: pd.Series, success: pd.Series) -> tuple[float, float]:
+    """AUC of predicting failure and its standard error (DeLong), from ranks, so that ties count one half."""
+    known = values.notna() & success.notna()
+    failed, right = values[known & (success == False)], values[known & (success == True)]  # noqa: E712 (NA)
+    if failed.empty or right.empty:
+        return math.nan, math.nan
+    ranks = pd.concat([failed, right], keys=["failed", "right"]).rank()
+    # For each failure the share of successes below it, for each success the share of failures below it.
+    below = (ranks["failed"] - failed.rank()) / len(right)
+    above = (ranks["right"] - right.rank()) / len(failed)
+    return float(below.mean()), math.sqrt(below.var() / len(failed) + above.var() / len(right))
+
+
+class ConfusionZoneCallback(TrainerCallback):
+    """Draws the confusion zones of the latest rollout every few updates, without a forward pass.
+
+    Writes `confusion_zones/update_….png` and `.parquet` (see `signal_frame`; completions of all processes) below the
+    trainer's `output_dir`, marks the steps that a step selector chose last, logs `confusion_zones/auc_entropy`,
+    `…_confidence_margin` and `…_roec` (not where all completions succeeded or failed), and sends the image to wandb
+    and trackio where `report_to` names them.
+
+    Args:
+        trainer: the trainer it is added to, with `record_signals=True` or a step selector.
+        every: updates between figures.
+        success: tells which completions succeeded; called like a reward function, returns one truth value per
+            completion, or `None` if it cannot say. Give this or `success_threshold`.
+        success_threshold: a completion succeeded if its reward is at least this.
+        reward: which of the trainer's reward functions the threshold is for.
+
+    Raises:
+        TypeError: if the trainer is not one of this library.
+        ValueError: if the trainer does not record signals, or the settings do not fit together.
+    """
+
+    def __init__(
+        self,
+        trainer: DiffusionGRPOTrainer,
+        every: int,
+        *,
+        success: Callable[..., Any] | None = None,
+        success_threshold: float | None = None,
+        reward: int = 0,
+    ):
+        if not isinstance(trainer, DiffusionGRPOTrainer):
+            raise TypeError(
+                f"ConfusionZoneCallback needs the rollouts of a DiffusionGRPOTrainer, got {type(trainer).__name__}."
+            )
+        if not trainer.args.record_signals:
+            raise ValueError(
+                "ConfusionZoneCallback needs the signals of the denoising steps, which this trainer does not record. "
+                "Set record_signals=True in its config."
+            )
+        if every < 1:
+            raise ValueError(f"every must be at least 1 update, got {every}. For no figures leave the callback out.")
+        if (success is None) == (success_threshold is None):
+            raise ValueError(
+                "ConfusionZoneCallback needs to know which completions succeeded: give either `success`, a function, "
+                f"or `success_threshold`, a number; got success={success}, success_threshold={success_threshold}."
+            )
+        if not 0 <= reward < len(trainer.reward_funcs):
+            raise ValueError(f"reward={reward} is not one of the trainer's {len(trainer.reward_funcs)} functions.")
+        self.trainer, self.every = trainer, every
+        self.success, self.success_threshold, self.reward = success, success_threshold, reward
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # Right after a resume the rollout in use is from before it, and not at hand.
+        if state.global_step % self.every == 0 and self.trainer.last_rollout is not None:
+            self._draw(state.global_step)
+
+    def _draw(self, update: int) -> None:
+        trainer = self.trainer
+        assert trainer.last_rollout is not None
+        trajectory, finished = trainer.last_rollout
+        assert trajectory.step_entropy is not None and trajectory.step_margin is not None
+        entropy, margin, steps = trainer.accelerator.gather(
+            (trajectory.step_entropy, trajectory.step_margin, trajectory.steps_taken)
+        )
+        steps_per_block = trainer.args.sampling_config().steps_per_block
+        frame = signal_frame(entropy, margin, steps, self._successes(finished), steps_per_block)
+        for signal, value in failure_auc(frame)["auc"].dropna().items():
+            trainer._metrics["train"][f"confusion_zones/auc_{signal}"].append(value)
+        if trainer.accelerator.is_main_process:
+            selected = trainer.last_selection if isinstance(trainer, TrajectoryGRPOTrainer) else None
+            assert trainer.args.output_dir is not None
+            path = Path(trainer.args.output_dir) / "confusion_zones" / f"update_{update:06d}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            frame.to_parquet(path.with_suffix(".parquet"))
+            image = path.with_suffix(".png")
+            confusion_zone_figure(frame, steps_per_block, selected, f"update {update}").savefig(image)
+            self._send(image, update)
+
+    def _successes(self, finished: FinishedBatch) -> torch.Tensor:
+        """Float64 [B] of the completions of all processes, NaN for unknown."""
+        if self.success_threshold is not None:
+            # Compared in the rewards' own float32: as float64, a reward of 0.9 would miss a threshold of 0.9.
+            rewards = finished.rewards[:, self.reward]
+            return (rewards >= self.success_threshold).double().masked_fill(rewards.isnan(), torch.nan)
+        assert self.success is not None
+        rows = list(range(len(finished.prompts)))
+        values = self.success(
+            prompts=finished.prompts,
+            completions=finished.completions,
+            completion_ids=finished.completion_ids,
+            **finished.columns(rows),
+        )
+        if len(values) != len(rows):
+            raise ValueError(f"`success` must return one value per completion: {len(rows)}, got {len(values)}.")
+        known = [math.nan if value is None else float(bool(value)) for value in values]
+        device = self.trainer.accelerator.device
+        return self.trainer.accelerator.gather(torch.tensor(known, dtype=torch.float64, device=device))
+
+    def _send(self, image: Path, update: int) -> None:
+        """The image to the trackers that the run reports to; imported only then, since neither is required."""
+        # The x axis that transformers' own callbacks for both trackers log.
+        step, report_to = {"train/global_step": update}, self.trainer.args.report_to or []
+        if "wandb" in report_to:
+            import wandb
+
+            if wandb.run is not None:
+                wandb.log({"confusion_zones": wandb.Image(str(image)), **step})
+        if "trackio" in report_to:
+            import trackio
+
+            trackio.log({"confusion_zones": trackio.Image(str(image)), **step})
