@@ -1,0 +1,216 @@
+"""Where a model hesitates while it denoises, and whether that predicts failure (ATPO's confusion zones, 2511.15208).
+
+The embedded model on synthetic word problems (half a minute on a CPU core):
+
+    python recipes/analyze_trajectories.py
+
+LLaDA-8B on GSM8K:
+
+    python recipes/analyze_trajectories.py --model_name_or_path GSAI-ML/LLaDA-8B-Instruct --dtype bfloat16 \
+        --task gsm8k --canvas_length 256 --block_length 32 --denoising_steps 128 --num_selected 8 --batch_size 8
+
+Writes `confusion_zones.png` (curves of entropy, confidence margin and RoEC by outcome, with the steps that ATPO's
+selector `roec_cm` would choose), `.parquet` (every completion at every step) and `.json` (AUCs and settings).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import torch
+from datasets import Dataset
+from rich.console import Console
+from rich.table import Table
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig, TrlParser, get_quantization_config
+from trl.trainer.utils import pad
+
+import trl_diffusion  # noqa: F401 (registers the model classes)
+from trl_diffusion.credit import SELECTORS, step_signals
+from trl_diffusion.evaluation.accuracy import decode_completions
+from trl_diffusion.evaluation.confusion_zones import (
+    SIGNALS,
+    confusion_zone_figure,
+    failure_auc,
+    failure_auc_by_step,
+    missing_outcome,
+    outcomes,
+    signal_frame,
+)
+from trl_diffusion.models.embedded import EMBEDDED_MODEL
+from trl_diffusion.sampling import SamplingConfig, row_generators, sample
+from trl_diffusion.tasks.countdown import check_countdown, load_countdown
+from trl_diffusion.tasks.gsm8k import correctness_reward, load_gsm8k
+from trl_diffusion.tasks.sudoku import check_sudoku, load_sudoku
+from trl_diffusion.tasks.word_problems import load_word_problems
+from trl_diffusion.trainers.sft import prompt_token_ids
+
+# (number of problems, seed) -> held-out problems
+LOADERS: dict[str, Callable[[int, int], Dataset]] = {
+    "word_problems": lambda size, seed: load_word_problems("test", size, seed),
+    "countdown": lambda size, seed: load_countdown("test", size, seed),
+    "sudoku": lambda size, seed: load_sudoku("test", size, seed),
+    "gsm8k": lambda size, seed: load_gsm8k(split="test", limit=size),
+}
+CHECKS: dict[str, Callable[[str, dict], bool]] = {
+    "word_problems": lambda text, row: correctness_reward([text], [row["answer"]]) == [1.0],
+    "countdown": lambda text, row: check_countdown(text, row["numbers"], row["target"]),
+    "sudoku": lambda text, row: check_sudoku(text, row["solution"]),
+    "gsm8k": lambda text, row: correctness_reward([text], [row["answer"]]) == [1.0],
+}
+
+
+@dataclass
+class AnalysisArguments:
+    """What to sample. The defaults fit the embedded model."""
+
+    task: str = field(
+        default="word_problems", metadata={"help": f"One of {', '.join(LOADERS)}.", "choices": [*LOADERS]}
+    )
+    num_completions: int = field(default=256, metadata={"help": "Completions, one per held-out problem."})
+    batch_size: int = field(default=64, metadata={"help": "Completions sampled together."})
+    canvas_length: int = field(default=32, metadata={"help": "Positions to write."})
+    block_length: int = field(default=8, metadata={"help": "Positions per block."})
+    denoising_steps: int = field(default=16, metadata={"help": "Denoising steps per canvas."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
+    top_k: int = field(default=0, metadata={"help": "Tokens to draw from; 0 for all."})
+    top_p: float = field(default=1.0, metadata={"help": "Probability mass to draw from; below 1 needs top_k."})
+    unmasking: str = field(
+        default="random", metadata={"help": "random, max_prob, entropy, margin, or LLaDA's (biased) low_confidence."}
+    )
+    num_selected: int = field(default=4, metadata={"help": "Steps that the selector roec_cm would choose, K."})
+    seed: int = field(default=0, metadata={"help": "Seed of problems and sampling noise."})
+    output_dir: str = field(default="outputs/analyze_trajectories", metadata={"help": "Where the results go."})
+
+    def __post_init__(self):
+        if min(self.num_completions, self.batch_size, self.num_selected) < 1:
+            raise ValueError(
+                f"num_completions ({self.num_completions}), batch_size ({self.batch_size}) and num_selected "
+                f"({self.num_selected}) must be at least 1."
+            )
+        self.sampling_config()
+
+    def sampling_config(self) -> SamplingConfig:
+        return SamplingConfig(
+            canvas_length=self.canvas_length,
+            denoising_steps=self.denoising_steps,
+            block_length=self.block_length,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            unmasking=self.unmasking,
+            record_signals=True,
+        )
+
+
+def load_model(args: ModelConfig):
+    """The model, on the accelerator if there is one, and its tokenizer."""
+    quantization = get_quantization_config(args)
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model_name_or_path,
+        revision=args.model_revision,
+        attn_implementation=args.attn_implementation,
+        dtype=args.dtype or "float32",
+        quantization_config=quantization,
+    )
+    if quantization is None and torch.cuda.is_available():
+        model.to("cuda")
+    return model, AutoTokenizer.from_pretrained(args.model_name_or_path, revision=args.model_revision)
+
+
+def sample_signals(model, tokenizer, problems: Dataset, correct, args: AnalysisArguments) -> tuple[torch.Tensor, ...]:
+    """Sample a completion per problem.
+
+    Returns:
+        (step_entropy [B, S], step_margin [B, S], steps taken [B], success [B]).
+    """
+    parts = []
+    with tqdm(total=len(problems), desc="Sampling", unit="completion") as bar:
+        for start in range(0, len(problems), args.batch_size):
+            rows = [problems[row] for row in range(start, min(start + args.batch_size, len(problems)))]
+            prompts = [torch.tensor(prompt_token_ids(row["prompt"], tokenizer)) for row in rows]
+            ids = pad(prompts, padding_value=tokenizer.pad_token_id, padding_side="left").to(model.device)
+            mask = pad([torch.ones_like(p) for p in prompts], padding_value=0, padding_side="left").to(model.device)
+            streams = row_generators(args.seed, rows=range(start, start + len(rows)))
+            trajectory = sample(model, ids, mask, args.sampling_config(), streams)
+            texts = decode_completions(trajectory.completion_ids, model, tokenizer)
+            success = torch.tensor([correct(text, row) for text, row in zip(texts, rows, strict=True)])
+            signals = trajectory.step_entropy, trajectory.step_margin, trajectory.steps_taken
+            parts.append((*(values.cpu() for values in signals), success))
+            bar.update(len(rows))
+    return tuple(torch.cat(values) for values in zip(*parts, strict=True))
+
+
+def auc_table(frame: pd.DataFrame, title: str) -> Table:
+    success = outcomes(frame)
+    counts = f"{success.sum()} of {len(success)} completions succeeded. AUC 0.5 predicts nothing, 1 every failure."
+    table = Table("mean over the steps of", "AUC for failure", "standard error", title=title, caption=counts)
+    for signal, (auc, error) in failure_auc(frame).iterrows():
+        table.add_row(signal, *("–" if math.isnan(value) else f"{value:.3f}" for value in (auc, error)))
+    return table
+
+
+def summary(frame: pd.DataFrame, args: AnalysisArguments, model: str, selected: list[int]) -> dict:
+    """What goes into the JSON file; `None` for a number that is not defined."""
+    success, by_step = outcomes(frame), failure_auc_by_step(frame)
+
+    def number(value: float) -> float | None:
+        return None if math.isnan(value) else value
+
+    auc = {
+        signal: {name: number(value) for name, value in row.items()} for signal, row in failure_auc(frame).iterrows()
+    }
+    return {
+        "model": model,
+        **asdict(args),
+        "succeeded": int(success.sum()),
+        "failed": int((~success).sum()),
+        "auc": auc,
+        "auc_by_step": {signal: [number(value) for value in by_step[signal]] for signal in SIGNALS},
+        "completions_by_step": by_step["completions"].tolist(),
+        "selected_steps": selected,
+        "note": missing_outcome(frame),
+    }
+
+
+def main() -> None:
+    args, model_args = TrlParser((AnalysisArguments, ModelConfig)).parse_args_and_config()
+    console = Console()
+    if model_args.model_name_or_path is None:
+        model_args.model_name_or_path = EMBEDDED_MODEL
+        console.print(
+            "No --model_name_or_path: running on the embedded model, which is tiny and often wrong on purpose."
+        )
+    model, tokenizer = load_model(model_args)
+    problems = LOADERS[args.task](args.num_completions, args.seed)
+    entropy, margin, steps, success = sample_signals(model, tokenizer, problems, CHECKS[args.task], args)
+
+    steps_per_block = args.sampling_config().steps_per_block
+    frame = signal_frame(entropy, margin, steps, success, steps_per_block)
+    signals = step_signals(entropy, margin, steps, steps_per_block)
+    chosen = SELECTORS["roec_cm"](signals, args.num_selected, torch.zeros_like(signals.entropy)).steps
+    selected = chosen[chosen >= 0].tolist()
+
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    title = f"{args.task}, {args.unmasking} unmasking, temperature {args.temperature:g}"
+    confusion_zone_figure(frame, steps_per_block, selected, title).savefig(folder / "confusion_zones.png")
+    frame.to_parquet(folder / "confusion_zones.parquet")
+    results = summary(frame, args, model_args.model_name_or_path, selected)
+    (folder / "confusion_zones.json").write_text(json.dumps(results, indent=2) + "\n")
+
+    console.print(auc_table(frame, title))
+    if results["note"]:
+        console.print(results["note"])
+    console.print(f"Steps that roec_cm selects with K = {args.num_selected}: {', '.join(map(str, selected))}")
+    console.print(f"Figure, steps and summary: {folder}/confusion_zones.png, .parquet, .json")
+
+
+if __name__ == "__main__":
+    main()
