@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
@@ -19,7 +19,8 @@ class Task:
     Args:
         name: what it is called on command lines.
         load: `load(split, source=None, limit=None, prompt="plain")` gives a data set with a column `prompt`
-            (conversational) and what `score` reads. `source` is `None` for the data set on the Hub, the path of a local
+            (conversational; a last assistant message is a beginning to be continued, as in d1's `<reasoning>`) and what
+            `score` reads. `source` is `None` for the data set on the Hub, the path of a local
             file, or `"embedded"` for a generator that works offline.
         score: the library's own protocol; any text gets scores, and no text raises.
         score_d1: the protocol of d1 (2504.12216), where it has one; other tables can be compared under it.
@@ -33,5 +34,3 @@ class Task:
     score_d1: Score | None = None
     prompts: tuple[str, ...] = ("plain",)
     embedded: bool = False
-    # Scores that are shares of several cells: the number of cells of a row, for averages over cells.
-    weight: dict[str, Callable[[dict[str, Any]], float]] = field(default_factory=dict)
