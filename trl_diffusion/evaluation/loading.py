@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
@@ -51,7 +52,7 @@ def load_model(
         name = _base_of(adapter, name, allow_other_base)
     if name is None:
         raise ValueError("load_model() needs a model or an adapter, got neither.")
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         name, revision=revision, dtype=dtype, attn_implementation=attn_implementation, device_map={"": device}
     )
     family_of(model)

@@ -134,7 +134,7 @@ class Measurement:
         generators = row_generators(self.seed, rows=indices)
         completions = decode_batch(model, tokenizer, prompts, self.decoding, generators)
         return [
-            self._sample(index, tokenizer.decode(prompt), completion)
+            self._sample(index, str(tokenizer.decode(prompt)), completion)
             for index, prompt, completion in zip(indices, prompts, completions, strict=True)
         ]
 

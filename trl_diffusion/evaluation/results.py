@@ -96,7 +96,7 @@ def _cells(results: Sequence[Result]) -> list[list[str]]:
 
 
 def describe_decoding(decoding: dict[str, Any]) -> str:
-    """One line that says how completions were decoded; for example `canvas 256, 128 steps, block 32, max_prob, greedy`.
+    """How completions were decoded, in a line; for example `canvas 256, 128 steps, block 32, max_prob, greedy`.
 
     Args:
         decoding: the fields of a `SamplingConfig`.

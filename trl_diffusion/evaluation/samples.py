@@ -2,7 +2,7 @@
 
 - `<folder>/settings.json`: what is measured and how;
 - `<folder>/part-<n>.jsonl`: while decoding, the batches of process n;
-- `<folder>/samples.jsonl`: in the end, every sample once and in order, whoever decoded it, however often it was stopped.
+- `<folder>/samples.jsonl`: in the end, every sample once and in order, whoever decoded it.
 """
 
 from __future__ import annotations
