@@ -15,7 +15,7 @@ _BRACES = re.compile(r"\\[{}]|\\(?:boxed|fbox)[ \t]*\{|[{}]")
 _BARE_BOX = re.compile(r"\\boxed[ \t]+([^\s{}$]+)")
 _TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _ANSWER_LINE = re.compile(r"####[# \t]*([^\n]*)")
-_PLACEHOLDER = re.compile(r"[\s.…]*")
+_PLACEHOLDER = re.compile(r"[^\w∅∞]*")
 _LONGEST_UNOPENED = 200
 
 

@@ -15,7 +15,7 @@ from datasets import Dataset
 
 from trl_diffusion.tasks import d1, prompts
 from trl_diffusion.tasks.answers import last_answer
-from trl_diffusion.tasks.numbers import parse_number
+from trl_diffusion.tasks.number import parse_number
 from trl_diffusion.tasks.rows import check_split, read_rows
 from trl_diffusion.tasks.task import Task
 from trl_diffusion.tasks.text import Completion, completion_text
@@ -92,7 +92,7 @@ def extract_answer(text: str) -> str | None:
 
 
 def same_answer(given: str | None, gold: str) -> bool:
-    """Whether two answers are the same number; see `trl_diffusion.tasks.numbers` for what is read as one.
+    """Whether two answers are the same number; see `trl_diffusion.tasks.number` for what is read as one.
 
     Args:
         given: the stated answer, or `None`.

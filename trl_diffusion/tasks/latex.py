@@ -12,7 +12,7 @@ import threading
 from functools import lru_cache
 from pathlib import Path
 
-from trl_diffusion.tasks.numbers import parse_number
+from trl_diffusion.tasks.number import parse_number
 from trl_diffusion.tasks.text import readable
 
 LONGEST_ANSWER = 300
@@ -20,7 +20,8 @@ SECONDS_TO_START = 120.0
 # The worker stops by itself after two seconds of processor time; this is for what it cannot interrupt.
 SECONDS_TO_ANSWER = 20.0
 
-_WORKER = Path(__file__).with_name("math_verify_worker.py")
+_WORKER = Path(__file__).with_name("math_verify_worker")
+# Behind a number: words, percent and degree signs.
 _UNIT = re.compile(
     r"(?<=[\d}])\\?\s*(?:\\(?:text|mathrm|textrm|mbox)\s*\{[^{}]*\}(?:\^\{?\d\}?)?|\\?%|\^\s*\\circ|\^\s*\{\\circ\}|°)\s*$"
 )
@@ -28,33 +29,37 @@ _NAME = re.compile(r"^\s*[a-zA-Z]\s*(?:=|\\in(?![a-z]))\s*")
 _LAYOUT = re.compile(r"\\(?:left|right|displaystyle|[,!;: ])(?![a-zA-Z])|\\[()\[\]]|\$|\s|~|\\\$")
 _SMALL_FRACTION = re.compile(r"\\[dt]frac")
 _DIGITS_FRACTION = re.compile(r"\\frac(\d)(\d)")
-_HUGE_POWER = re.compile(
-    r"(?:\^|\*\*)\s*[({\s-]*\d{3}|(?:\^|\*\*)[^,;]{0,20}(?:\^|\*\*)[^,;]{0,20}(?:\^|\*\*)|\d!|!!|\d{31}"
-)
+# Towers of powers, exponents of five digits, large or repeated factorials, numbers of more than 30 digits.
+_TOO_LARGE = re.compile(r"(?:\^|\*\*)\s*[-({\s]*(?:\d{5}|\w+[)}\s]*(?:\^|\*\*))|\d{4}\s*!|!\s*!|\d{31}")
 
 
-@lru_cache(maxsize=65536)
 def same_latex(given: str, gold: str) -> bool:
     """Whether an answer means the same as the right one.
 
     Layout, a unit behind a number, degree and percent signs and a leading `x =` do not count. Two plain numbers are
     compared exactly. What remains goes to math-verify, in a process of its own: at most 300 characters, no towers of
-    powers or exponents of three digits, two seconds of processor time. Beyond that answers are taken as different.
+    powers, no exponents of five digits, two seconds of processor time. Beyond that answers are taken as different.
 
     Args:
         given: what a completion stated.
         gold: the right answer.
     """
+    return how_same(given, gold) is not None
+
+
+@lru_cache(maxsize=65536)
+def how_same(given: str, gold: str) -> str | None:
+    """What shows that two answers are the same: `"string"`, `"number"` or `"math-verify"`; `None` if nothing does."""
     given, gold = readable(given), readable(gold)
     if len(given) > LONGEST_ANSWER:
-        return False
+        return None
     if given.strip() == gold.strip() or _normal(given) == _normal(gold):
-        return True
+        return "string"
     if _plain_number(given) and _plain_number(gold):
-        return parse_number(given) == parse_number(gold)
-    if _HUGE_POWER.search(given) or not re.search(r"\w", given):
-        return False
-    return _JUDGE.same(gold, given)
+        return "number" if parse_number(given) == parse_number(gold) else None
+    if _TOO_LARGE.search(given) or not re.search(r"\w", given):
+        return None
+    return "math-verify" if _JUDGE.same(gold, given) else None
 
 
 def _normal(text: str) -> str:

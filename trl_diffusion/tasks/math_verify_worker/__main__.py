@@ -1,6 +1,7 @@
 """Compares pairs of mathematical answers with math-verify, in a process of its own that can be killed.
 
-Started by `trl_diffusion.tasks.latex` as a script, so that it loads neither torch nor this package. It reads lines
+Started by `trl_diffusion.tasks.latex` as a script, so that it loads neither torch nor this package; in a folder of its
+own, so that nothing beside it hides a module of the standard library. It reads lines
 `{"gold": …, "given": …}` and answers each with a line `1` or `0`. A comparison may take two seconds of the processor:
 time on the wall would make scores depend on how busy a machine is.
 """
