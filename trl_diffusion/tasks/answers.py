@@ -23,8 +23,8 @@ def last_answer(text: str) -> str | None:
     """The answer that a completion states last.
 
     An answer tag that is never closed reaches to the end, one that is never opened from the start of its line; a box
-    needs its closing brace. Empty answers and dots (`\\boxed{...}`, copied from a prompt) are passed over. A box within
-    tags or behind `####` is found by itself, because it begins later.
+    needs its closing brace. Answers without a letter or digit (`\\boxed{...}`, copied from a prompt) are passed over.
+    A box within tags or behind `####` is found by itself, because it begins later.
 
     Args:
         text: anything.

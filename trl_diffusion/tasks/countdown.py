@@ -33,8 +33,8 @@ __all__ = [
 
 HUB_ID = "Jiayi-Pan/Countdown-Tasks-3to4"
 INSTRUCTION = (
-    "Combine the numbers with +, -, *, / and brackets into an expression that makes the target. Use each number exactly "
-    "once. Think step by step, then write the expression alone as <answer>expression</answer>."
+    "Combine the numbers with +, -, *, / and brackets into an expression that makes the target. Use each number "
+    "exactly once. Think step by step, then write the expression alone as <answer>expression</answer>."
 )
 TEST_SIZE = 256
 LARGEST_NUMBER = 9
@@ -117,8 +117,8 @@ def read_countdown(
     Args:
         path_or_id: a JSON-lines file with `nums` and `target`, or in d1's form with `input` (`"30,100,93"`) and
             `output`; or a data set on the Hub with `nums` and `target` and one split.
-        split: of the Hub's data, `"test"` is 256 problems that a hash holds out, `"train"` all that it does not; a file
-            is taken whole.
+        split: of the Hub's data, `"test"` is 256 problems that a hash holds out, `"train"` all that it does not; a
+            file is taken whole.
         limit: keep the first rows only.
         prompt: `"plain"`, `"d1"` or `"d1_train"`; see `trl_diffusion.tasks.prompts`.
         exclude: a file whose problems (numbers in any order, and target) are left out, for example d1's test file
@@ -240,7 +240,7 @@ def format_reward(completions: list[Completion], **kwargs: Any) -> list[float]:
 
 
 def score(text: str, row: dict[str, Any]) -> dict[str, float]:
-    """`accuracy`: valid and equal to the target; `format`: an expression is stated; `validity`: it uses each number once."""
+    """`accuracy`: valid and equal to the target; `format`: an expression is stated; `validity`: the right numbers."""
     expression = _stated(text)
     valid = expression is not None and _valid(expression, row["numbers"])
     right = valid and expression is not None and expression.value == row["target"]

@@ -30,11 +30,13 @@ _ENDS = ("<|eot_id|>", "<|endoftext|>")
 
 def score_gsm8k(text: str, row: dict[str, Any]) -> dict[str, float]:
     """`accuracy`: 1 if d1 reads the number in `row["answer"]` (`None`: d1 could not read the gold answer itself)."""
-    given, gold = _gsm8k_number(text[:LONGEST_TEXT]), row["answer"]
+    given, gold = read_gsm8k(text), row["answer"]
     return {"accuracy": float(given is not None and gold is not None and given == _float(str(gold)))}
 
 
-def _gsm8k_number(text: str) -> float | None:
+def read_gsm8k(text: str) -> float | None:
+    """The number of the first box that has one, else the last between answer tags."""
+    text = text[:LONGEST_TEXT]
     for box in _boxes_on_a_line(text):
         box = box.strip()
         if box.strip("."):
@@ -103,9 +105,14 @@ def _last_box(text: str) -> str | None:
 
 def score_math(text: str, row: dict[str, Any]) -> dict[str, float]:
     """`accuracy`: 1 if the last box, else what stands between answer tags, is `row["answer"]` as a MATH string."""
-    text = text[:LONGEST_TEXT]
-    answer = _last_box(text) or _between_tags(text)
+    answer = read_math(text)
     return {"accuracy": float(answer is not None and same_math_string(answer, row["answer"]))}
+
+
+def read_math(text: str) -> str | None:
+    """The last box, else what stands between answer tags; the whole text where there is no box at all."""
+    text = text[:LONGEST_TEXT]
+    return _last_box(text) or _between_tags(text)
 
 
 def same_math_string(given: str, gold: str) -> bool:
@@ -123,8 +130,8 @@ def normal_math_string(text: str) -> str:
     """An answer without layout, units, percent and degree signs; fractions and roots with braces.
 
     Raises:
-        ValueError: for more than one `\\text{ `, a root or fraction of nothing, or a slash between other things than two
-            whole numbers.
+        ValueError: for more than one `\\text{ `, a root or fraction of nothing, or a slash between other things than
+            two whole numbers.
     """
     text = text.replace("\n", "").replace("\\!", "").replace("\\\\", "\\")
     for size in ("tfrac", "dfrac"):
@@ -176,16 +183,7 @@ def _braced_fractions(text: str) -> str:
 
 def score_countdown(text: str, row: dict[str, Any]) -> dict[str, float]:
     """`accuracy`: 1 if d1's equation uses `row["numbers"]`, each once, and makes `row["target"]`."""
-    text = text[:LONGEST_TEXT]
-    equation = _last_box(text)
-    if equation is None:
-        equation = _between_tags(text)
-    if equation is None:
-        equation = text
-    for latex, plain in ((r"\div", "/"), (r"\times", "*"), (r"\cdot", "*")):
-        equation = equation.replace(latex, plain)
-    if found := _EQUATION.search(equation):
-        equation = found[1].strip()
+    equation = read_countdown(text)
     # Longer numbers than these are never right, and Python refuses to read thousands of digits.
     numbers = re.findall(r"\d+", equation)
     readable = all(len(number) <= LONGEST_NUMBER for number in numbers)
@@ -195,20 +193,35 @@ def score_countdown(text: str, row: dict[str, Any]) -> dict[str, float]:
     return {"accuracy": float(value is not None and abs(value - row["target"]) < 1e-5)}
 
 
+def read_countdown(text: str) -> str:
+    """The last box, else what stands between answer tags, else the text; its left side, if it is an equation."""
+    text = text[:LONGEST_TEXT]
+    equation = _last_box(text)
+    if equation is None:
+        equation = _between_tags(text)
+    if equation is None:
+        equation = text
+    for latex, plain in ((r"\div", "/"), (r"\times", "*"), (r"\cdot", "*")):
+        equation = equation.replace(latex, plain)
+    found = _EQUATION.search(equation)
+    return found[1].strip() if found else equation
+
+
 def score_sudoku(text: str, row: dict[str, Any]) -> dict[str, float]:
     """`cells_correct`, the number in d1's tables: share of the blanks with the digit of the published solution.
 
     `puzzles_solved`, which d1 does not report, is 1 if that holds for all blanks.
     """
-    grid = re.sub(r"\s", "", _sudoku_answer(text[:LONGEST_TEXT])).ljust(CELLS, "0")
+    grid = re.sub(r"\s", "", read_sudoku(text)).ljust(CELLS, "0")
     blanks = [cell for cell, digit in enumerate(row["puzzle"]) if digit == "0"]
     right = sum(grid[cell] == row["solution"][cell] for cell in blanks)
     share = right / len(blanks) if blanks else 0.0
     return {"cells_correct": share, "puzzles_solved": float(share == 1)}
 
 
-def _sudoku_answer(text: str) -> str:
-    """The first of five places that holds anything."""
+def read_sudoku(text: str) -> str:
+    """What stands in the first of five places that holds anything; not always digits, and not always 16."""
+    text = text[:LONGEST_TEXT]
     for found in (_code_block, _open_answer, _behind_answer):
         if answer := found(text).strip():
             return answer

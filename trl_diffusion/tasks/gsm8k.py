@@ -45,8 +45,8 @@ def load_gsm8k(
         prompt: `"plain"`, `"d1"` (d1's evaluation) or `"d1_train"`; see `trl_diffusion.tasks.prompts`.
 
     Returns:
-        Columns `prompt` (one user message; with `"d1"` also the beginning of an answer), `answer` (the gold number as a
-        string, without commas), `completion` (one assistant message: the worked solution, for supervised training).
+        Columns `prompt` (one user message; with `"d1"` also the beginning of an answer), `answer` (the gold number as
+        a string, without commas), `completion` (one assistant message: the worked solution, for supervised training).
 
     Raises:
         FileNotFoundError: if a path to a JSON-lines file does not exist.
@@ -113,7 +113,7 @@ def correctness_reward(
 
     Args:
         completions: texts or messages.
-        answer: gold answers, same length; `None`, in a mixture of tasks, where there is none: such a row has no reward.
+        answer: gold answers, same length; `None`, in a mixture of tasks, where there is none: no reward there.
         log_extra: TRL's; the answers found are logged as `extracted_answer`.
     """
     given = [last_answer(completion_text(completion)) for completion in completions]
@@ -139,7 +139,7 @@ def _well_formed(text: str) -> bool:
 
 
 def score(text: str, row: dict[str, Any]) -> dict[str, float]:
-    """`accuracy`: 1 if the answer stated last is the number in `row["answer"]`; `format`: 1 if it is a number at all."""
+    """`accuracy`: 1 if the answer stated last is the number in `row["answer"]`; `format`: 1 if it is any number."""
     given = last_answer(text)
     return {
         "accuracy": float(same_answer(given, str(row["answer"]))),

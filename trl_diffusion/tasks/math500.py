@@ -40,11 +40,11 @@ def load_math(
 
     Args:
         split: `"train"` or `"test"`.
-        path_or_id: a JSON-lines file with `problem` and `answer` or `solution`, or a data set on the Hub; MATH's or MATH-500 if not
-            given.
+        path_or_id: a JSON-lines file with `problem` and `answer` or `solution`, or a data set on the Hub; MATH's or
+            MATH-500 if not given.
         exclude: a file or Hub data set whose problems are left out of the training split, compared without white space
-            and capitals. MATH-500 if neither it nor `path_or_id` is given; a training file of one's own is only checked
-            against what is given here.
+            and capitals. MATH-500 if neither it nor `path_or_id` is given; a training file of one's own is only
+            checked against what is given here.
         limit: keep the first rows only.
         prompt: `"plain"`, `"d1"` or `"d1_train"`; see `trl_diffusion.tasks.prompts`.
 
@@ -108,8 +108,7 @@ def correctness_reward(
 
     Args:
         completions: texts or messages.
-        answer: gold answers in LaTeX, same length; `None`, in a mixture of tasks, where there is none: such a row has no
-            reward.
+        answer: gold answers in LaTeX, same length; `None`, in a mixture of tasks, where there is none: no reward.
         log_extra: TRL's; the answers found are logged as `extracted_answer`.
     """
     given = [last_answer(completion_text(completion)) for completion in completions]

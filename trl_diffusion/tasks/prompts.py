@@ -75,8 +75,8 @@ def countdown(numbers: list[int], target: int, name: str) -> Prompt:
     if check(name) == D1_TRAIN:
         return user(
             f"{_TRAIN}\nUsing only the numbers {numbers}, create an arithmetic expression that evaluates to exactly "
-            f"{target}. You must use all numbers from the list, and each number must be used exactly once. You may use "
-            "the operations +, -, *, and / as needed. After reasoning, provide only your final expression inside "
+            f"{target}. You must use all numbers from the list, and each number must be used exactly once. You may "
+            "use the operations +, -, *, and / as needed. After reasoning, provide only your final expression inside "
             "<answer></answer> tags without including an equals sign or the target number. For example, if the "
             "numbers are [2, 3, 4] and the target is 5, a valid answer is: <answer>\n2*4-3\n</answer>"
         )

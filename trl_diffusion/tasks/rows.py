@@ -72,8 +72,8 @@ def _read_json_lines(path: str | Path) -> list[dict[str, Any]]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(
-                    f"Line {number} of {path} is not JSON ({error.msg}): {line.strip()[:60]!r}. Expected JSON lines, one "
-                    "object per line."
+                    f"Line {number} of {path} is not JSON ({error.msg}): {line.strip()[:60]!r}. Expected JSON lines, "
+                    "one object per line."
                 ) from error
             if not isinstance(row, dict):
                 raise ValueError(f"Line {number} of {path} is no JSON object: {line.strip()[:60]!r}.")

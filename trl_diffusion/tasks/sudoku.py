@@ -20,8 +20,9 @@ from trl_diffusion.tasks.task import Task
 from trl_diffusion.tasks.text import Completion, completion_text, readable
 
 INSTRUCTION = (
-    "Fill in the 4x4 Sudoku so that every row, column and 2x2 box has the digits 1 to 4. It is given as 16 digits, row by "
-    "row, 0 for a blank. Think step by step, then write the 16 digits of the solution as <answer>digits</answer>."
+    "Fill in the 4x4 Sudoku so that every row, column and 2x2 box has the digits 1 to 4. It is given as 16 digits, "
+    "row by row, 0 for a blank. Think step by step, then write the 16 digits of the solution as "
+    "<answer>digits</answer>."
 )
 TEST_SIZE = 256
 FEWEST_BLANKS, MOST_BLANKS = 3, 8
@@ -263,7 +264,7 @@ def format_reward(completions: list[Completion], **kwargs: Any) -> list[float]:
 
 
 def score(text: str, row: dict[str, Any]) -> dict[str, float]:
-    """`puzzles_solved`: 1 for a solution of `row["puzzle"]`; `cells_correct`: share of its blanks; `format`: a grid."""
+    """`puzzles_solved`: 1 for a solution of `row["puzzle"]`; `cells_correct`: right blanks; `format`: a grid."""
     grid = stated_grid(text)
     return {
         "puzzles_solved": float(grid is not None and is_solution(grid, row["puzzle"])),

@@ -19,9 +19,9 @@ class Task:
     Args:
         name: what it is called on command lines.
         load: `load(split, source=None, limit=None, prompt="plain")` gives a data set with a column `prompt`
-            (conversational; a last assistant message is a beginning to be continued, as in d1's `<reasoning>`) and what
-            `score` reads. `source` is `None` for the data set on the Hub, the path of a local
-            file, or `"embedded"` for a generator that works offline.
+            (conversational; a last assistant message is a beginning to be continued, as in d1's `<reasoning>`) and
+            what `score` reads. `source` is `None` for the data set on the Hub, the path of a local file, or
+            `"embedded"` for a generator that works offline.
         score: the library's own protocol; any text gets scores, and no text raises.
         score_d1: the protocol of d1 (2504.12216), where it has one; other tables can be compared under it.
         prompts: names that `load` takes as `prompt`.

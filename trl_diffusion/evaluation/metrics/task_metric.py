@@ -17,9 +17,9 @@ Args:
     protocol: `"own"`, or `"d1"` for the rules behind the tables of d1 (2504.12216).
 
 Returns:
-    Every score of the task in [0, 1], with `NAME_low` and `NAME_high`, the ends of its 95 % Wilson interval, and `total`,
-    the number of completions. A score that is a share, such as right cells, varies less than a coin with the same mean:
-    its interval is on the safe side.
+    Every score of the task in [0, 1], with `NAME_low` and `NAME_high`, the ends of its 95 % Wilson interval, and
+    `total`, the number of completions. A score that is a share, such as right cells, varies less than a coin with the
+    same mean: its interval is on the safe side.
 """
 
 

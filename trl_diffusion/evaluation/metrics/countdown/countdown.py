@@ -1,4 +1,4 @@
-"""Scores of Countdown as an `evaluate` module: `accuracy`, `format` (an expression) and `validity` (the right numbers)."""
+"""Scores of Countdown as an `evaluate` module: `accuracy`, `format` (an expression), `validity` (right numbers)."""
 
 import datasets
 
