@@ -62,8 +62,8 @@ class EvaluateArguments:
     tasks: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "NAME for the data set on the Hub, NAME=FILE for a local file, NAME=embedded for problems "
-            "generated offline. All embedded ones if not given."
+            "help": "NAME for the task's own data set, NAME=FILE for a local file or another data set on the Hub, "
+            "NAME=embedded for problems generated offline. All embedded ones if not given."
         },
     )
     split: str = field(default="test", metadata={"help": "Split of the data."})
@@ -110,18 +110,16 @@ class EvaluateArguments:
         ]
 
 
-def parse(arguments: list[str]) -> EvaluateArguments:
+def parse(arguments: list[str]) -> tuple[EvaluateArguments, bool]:
+    """The arguments, and whether the embedded model is evaluated because no other was given."""
     given = {argument.partition("=")[0] for argument in arguments}
     if not given & {"--config", "--model_name_or_path", "--adapter"}:
         arguments = ["--config", str(EMBEDDED_CONFIG), *arguments]
-        Console().print(
-            "No model: evaluating the embedded one with recipes/configs/embedded/evaluate.yaml. It is tiny and was "
-            "trained on faulty solutions."
-        )
     (args,) = TrlParser((EvaluateArguments,)).parse_args_and_config(arguments)
-    if args.model_name_or_path is None and args.adapter is None:
+    by_default = args.model_name_or_path is None and args.adapter is None
+    if by_default:
         args.model_name_or_path = EMBEDDED_MODEL
-    return args
+    return args, by_default
 
 
 def scorer(task: Task, protocols: list[str]):
@@ -155,15 +153,17 @@ def requested(args: EvaluateArguments) -> list[tuple[Task, str | None]]:
 
 def origin(args: EvaluateArguments, source: str | None) -> dict:
     kept = {key: getattr(args, key) for key in ("split", "prompt", "limit", "protocols")}
-    return {"source": source or "hub", **kept}
+    return {"source": source or "default", **kept}
 
 
 def main() -> None:
-    args = parse(sys.argv[1:])
+    args, by_default = parse(sys.argv[1:])
     # What needs no model is checked and loaded first.
     decodings, tasks = args.decodings(), requested(args)
     scores = [scorer(task, args.protocols) for task, _ in tasks]
     state = join_processes(args.use_cpu)
+    if by_default and state.is_main_process:
+        print("No model given: evaluating the embedded one. It is tiny and was trained on faulty solutions.")
     with state.main_process_first():  # one process downloads, the others find it in the cache
         rows = [task.load(args.split, source=source, limit=args.limit, prompt=args.prompt) for task, source in tasks]
     model, tokenizer = load_model(

@@ -42,7 +42,7 @@ def log_likelihood_bound(
     """
     totals = [0.0] * len(contexts)
     drawn = [
-        (index, hidden, len(hidden) / hidden.sum() / count)
+        (index, hidden, len(hidden) / int(hidden.sum()) / count)
         for index, (continuation, generator) in enumerate(zip(continuations, generators, strict=True))
         for count in [views if len(continuation) > 1 else 1]
         for hidden in _hidden_sets(len(continuation), count, generator)

@@ -199,6 +199,10 @@ def measure(
     pending = [(which, number) for which, store in enumerate(stores) for number in store.pending()]
     state.wait_for_everyone()  # all have read what is pending before anyone writes
 
+    total = sum(len(store.batches) for store in stores)
+    if progress and state.is_main_process and len(pending) < total:
+        tqdm.write(f"Going on: {total - len(pending)} of {total} batches are on disk.")
+
     mine = pending[state.process_index :: state.num_processes]
     for which, number in _progress(mine, names, progress and state.is_local_main_process):
         samples = measurements[which].decode(model, tokenizer, measurements[which].batches[number])

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
@@ -101,13 +102,16 @@ def describe_decoding(decoding: dict[str, Any]) -> str:
     Args:
         decoding: the fields of a `SamplingConfig`.
     """
-    drawn = "greedy"
-    if decoding["temperature"]:
-        drawn = f"temperature {decoding['temperature']:g}"
-        if decoding["top_k"]:
-            drawn += f", top-k {decoding['top_k']}, top-p {decoding['top_p']:g}"
     canvas, steps, block = (decoding[key] for key in ("canvas_length", "denoising_steps", "block_length"))
-    return f"canvas {canvas}, {steps} steps, block {block}, {decoding['unmasking']}, {drawn}"
+    return f"canvas {canvas}, {steps} steps, block {block}, {decoding['unmasking']}, {_draw(decoding)}"
+
+
+def _draw(decoding: dict[str, Any]) -> str:
+    """How tokens are drawn."""
+    if decoding["temperature"] == 0:
+        return "greedy"
+    cut = f", top-k {decoding['top_k']}, top-p {decoding['top_p']:g}" if decoding["top_k"] else ""
+    return f"temperature {decoding['temperature']:g}{cut}"
 
 
 def console_table(results: Sequence[Result]) -> Table:
@@ -154,22 +158,34 @@ def _preamble(results: Sequence[Result]) -> str:
 
 
 def plot(results: Sequence[Result]) -> Figure:
-    """Headline score against the mean number of forwards of a completion: a panel per task, a line per canvas."""
+    """Headline score against the mean number of forwards of a completion: a panel per task, a line per canvas.
+
+    The numbers beside the points are the denoising steps.
+    """
     tasks = list(dict.fromkeys(result.settings["task"] for result in results))
-    figure = Figure(figsize=(4.2 * len(tasks), 3.4), layout="constrained")
+    figure = Figure(figsize=(4.2 * len(tasks), 3.6), layout="constrained")
     panels = figure.subplots(1, len(tasks), squeeze=False)[0]
     for panel, task in zip(panels, tasks, strict=True):
-        here = [result for result in results if result.settings["task"] == task]
+        here = sorted((result for result in results if result.settings["task"] == task), key=lambda one: one.forwards)
         for canvas in sorted({result.settings["decoding"]["canvas_length"] for result in here}):
-            line = sorted(
-                (result for result in here if result.settings["decoding"]["canvas_length"] == canvas),
-                key=lambda result: result.forwards,
-            )
-            values = [100 * result.headline[1].value for result in line]
-            below = [value - 100 * result.headline[1].low for value, result in zip(values, line, strict=True)]
-            above = [100 * result.headline[1].high - value for value, result in zip(values, line, strict=True)]
-            forwards = [result.forwards for result in line]
-            panel.errorbar(forwards, values, yerr=[below, above], marker="o", capsize=3, label=f"canvas {canvas}")
+            _draw_line(panel, canvas, [one for one in here if one.settings["decoding"]["canvas_length"] == canvas])
         panel.set(xlabel="forwards per completion", ylabel=f"{here[0].headline[0]} in %", title=task, ylim=(0, 100))
-        panel.legend()
+        panel.set_xlim(left=0)
+        panel.legend(fontsize="small")
+    decoding = results[0].settings["decoding"]
+    figure.suptitle(f"block {decoding['block_length']}, {decoding['unmasking']}, {_draw(decoding)}", fontsize="small")
     return figure
+
+
+def _draw_line(panel: Axes, canvas: int, line: Sequence[Result]) -> None:
+    forwards = [result.forwards for result in line]
+    scores = [result.headline[1] for result in line]
+    values = [100 * score.value for score in scores]
+    errors = [
+        [100 * (score.value - score.low) for score in scores],
+        [100 * (score.high - score.value) for score in scores],
+    ]
+    panel.errorbar(forwards, values, yerr=errors, marker="o", capsize=3, label=f"canvas {canvas}")
+    for x, y, result in zip(forwards, values, line, strict=True):
+        steps = result.settings["decoding"]["denoising_steps"]
+        panel.annotate(str(steps), (x, y), xytext=(5, 5), textcoords="offset points", fontsize="small")

@@ -58,16 +58,16 @@ class SampleStore:
 
     def append(self, process: int, samples: list[Sample]) -> None:
         """Add a whole batch that process number `process` has decoded."""
-        with (self.folder / f"part-{process}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(_lines(samples))
-            file.flush()
+        # Unbuffered, so that a batch is one write: whoever kills a launcher may leave workers that still append.
+        with (self.folder / f"part-{process}.jsonl").open("ab", buffering=0) as file:
+            file.write(_lines(samples).encode())
             os.fsync(file.fileno())
 
     def finish(self) -> None:
         """Put the parts together; for one process, when all are done. Does nothing if that has happened already."""
         if not self.complete.exists():
-            found = [sample for part in self._parts() for sample in read_lines(part)]
-            _replace(self.complete, _lines(sorted(found, key=lambda sample: sample["index"])))
+            found = {sample["index"]: sample for part in self._parts() for sample in read_lines(part)}
+            _replace(self.complete, _lines(found[index] for index in sorted(found)))
         for part in self._parts():
             part.unlink()
 
