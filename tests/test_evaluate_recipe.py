@@ -152,7 +152,7 @@ def test_other_settings_in_the_same_folder_are_refused(recipe, alone, monkeypatc
     monkeypatch.chdir(ROOT)
     command = ["evaluate.py", *ARGUMENTS, "--output_dir", str(alone[0]), "--block_length", "16"]
     monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(ValueError, match="other settings: decoding.block_length is 8 there and 16 here"):
+    with pytest.raises(ValueError, match=r"other settings: decoding.block_length is 8 there and 16 here"):
         recipe.main()
     assert files(alone[0]) == before
 

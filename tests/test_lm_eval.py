@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -17,8 +16,9 @@ from lm_eval.tasks import TaskManager
 from trl_diffusion.evaluation.decoding import encode_prompt
 from trl_diffusion.evaluation.harness import DiffusionHarnessLM
 from trl_diffusion.evaluation.likelihood_bound import log_likelihood_bound
+from trl_diffusion.evaluation.lm_eval import main
 from trl_diffusion.models.embedded import EMBEDDED_MODEL
-from trl_diffusion.sampling import SamplingConfig
+from trl_diffusion.sampling import SamplingConfig, row_generators
 from trl_diffusion.tasks.word_problems import load_word_problems
 
 QUESTION = [{"role": "user", "content": "Tom has 7 pens and gets 5 more. How many pens now?"}]
@@ -80,7 +80,7 @@ def test_what_cannot_be_answered_is_refused(lm):
         lm.loglikelihood_rolling([request("loglikelihood_rolling", "text")])
     with pytest.raises(ValueError, match="batch_size must be a whole number, got 'auto'"):
         DiffusionHarnessLM(EMBEDDED_MODEL, batch_size="auto")
-    with pytest.raises(ValueError, match="prompt of t has .* 256 positions"):
+    with pytest.raises(ValueError, match=r"prompt of t has .* 256 positions"):
         lm.generate_until([request("generate_until", "a " * 300, {"until": []})], disable_tqdm=True)
     with pytest.raises(ValueError, match="at least one token of context"):
         lm.loglikelihood([request("loglikelihood", "a", "")], disable_tqdm=True)
@@ -96,50 +96,54 @@ def test_loglikelihood_is_the_bound_and_does_not_depend_on_company(lm):
     # one token has one view: the estimate is exact, whatever the stream
     context, continuation = lm._encode_pair(*pairs[2])
     assert len(continuation) == 1
-    assert answers[2][0] == pytest.approx(log_likelihood_bound(lm.model, [context], [continuation], [_rng()])[0])
-    written = lm.generate_until([request("generate_until", prompt, {"until": []})], disable_tqdm=True)[0]
-    assert written.startswith("7 + 5 =")
+    assert answers[2][0] == pytest.approx(
+        log_likelihood_bound(lm.model, [context], [continuation], row_generators(9, rows=[0]))[0]
+    )
 
 
-def _rng():
-    import numpy as np
-
-    return np.random.default_rng(99)
-
-
-MULTIPLE_CHOICE = {
-    "task": "choose",
-    "dataset_path": "json",
-    "test_split": "test",
-    "output_type": "multiple_choice",
-    "doc_to_text": "{{question}}",
-    "doc_to_choice": ["1", "2", "3", "4", "5", "6", "7", "8", "9"],
-    "doc_to_target": "{{answer}}",
-    "target_delimiter": "",
-    "metric_list": [{"metric": "acc"}],
-}
+def test_a_token_over_the_boundary_loses_no_text(lm):
+    """The embedded tokenizer has a token for ` = ` with both its spaces."""
+    for context, continuation in (("7 + 5 =", " 12"), ("7 + 5", " = 12"), ("7 + 5 = ", "12"), ("Tom", " has")):
+        left, right = lm._encode_pair(context, continuation)
+        assert lm.tokenizer.decode(left) == context.rstrip(" ")
+        assert lm.tokenizer.decode(left) + lm.tokenizer.decode(right) == context + continuation and right
+    context = lm.apply_chat_template(QUESTION)
+    assert lm.tokenizer.decode(lm._encode_pair(context, "7")[0]) == context
 
 
-def test_multiple_choice_runs_and_beats_chance(lm, tmp_path, monkeypatch):
-    """The sum's last digit, with the sum before it: the network knows it far better than one time in nine."""
+def test_multiple_choice_finds_the_solution_of_the_question(lm, tmp_path, monkeypatch):
+    """Four solutions, one of which has the question's numbers: the network can tell even where it cannot add."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    rows = []
-    for row in load_word_problems("test", 400):
-        left, _, right = row["completion"][0]["content"].partition(" = ")
-        if row["kind"] == 0 and len(row["answer"]) == 1 and len(rows) < 16:
-            shown = lm.apply_chat_template(row["prompt"]) + left + " ="
-            rows.append({"question": shown, "answer": int(row["answer"]) - 1})
-    assert len(rows) == 16
+    problems = load_word_problems("test", 16)
+    solutions = [row["completion"][0]["content"] for row in problems]
+    rows = [
+        {
+            "question": lm.apply_chat_template(row["prompt"]),
+            "choices": [solutions[(index + offset - index % 4) % 16] for offset in range(4)],
+            "answer": index % 4,
+        }
+        for index, row in enumerate(problems)
+    ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {**MULTIPLE_CHOICE, "dataset_kwargs": {"data_files": {"test": str(path)}}, "target_delimiter": " "}
-    results = simple_evaluate(
-        model=lm, tasks=[task], task_manager=TaskManager(include_defaults=False), bootstrap_iters=0
-    )
-    assert results["results"]["choose"]["acc,none"] >= 0.5
+    task = {
+        "task": "choose",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(path)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
+    manager = TaskManager(include_defaults=False)
+    results = simple_evaluate(model=lm, tasks=[task], task_manager=manager, bootstrap_iters=0)
+    assert results["results"]["choose"]["acc,none"] >= 0.9
 
 
-def test_without_the_harness_the_command_says_what_to_install():
-    code = "import sys; sys.modules['lm_eval'] = None; from trl_diffusion.evaluation.lm_eval import main; main()"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert run.returncode == 1 and "pip install 'trl-diffusion[lm-eval]'" in run.stderr
+def test_without_the_harness_the_command_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(SystemExit, match=r"pip install 'trl-diffusion\[lm-eval\]'"):
+        main()

@@ -148,6 +148,16 @@ class DiffusionHarnessLM(TemplateLM):
             add_special_tokens = bos is None or not string.startswith(bos)
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Token ids of a context and its continuation; spaces between them belong to the continuation."""
+        text = context + continuation
+        context = context.rstrip(" ")
+        whole, context_ids = self.tok_encode(text), self.tok_encode(context)
+        if whole[: len(context_ids)] == context_ids:
+            return context_ids, whole[len(context_ids) :]
+        # A token reaches over the boundary; cutting the whole text there, as the harness does, loses a part.
+        return context_ids, self.tok_encode(text[len(context) :], add_special_tokens=False)
+
     # Several processes: the harness gives each its share of the rows
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
