@@ -184,6 +184,7 @@ def main() -> None:
         "revision": args.model_revision,
         "adapter": args.adapter,
         "dtype": str(model.dtype),
+        "device": state.device.type,
         "weights": weights_checksum(model),
     }
     measurements = [

@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from accelerate import PartialState
 from datasets import Dataset
 from tqdm.auto import tqdm
@@ -123,7 +125,11 @@ class Measurement:
             "seed": self.seed,
             "completions_per_prompt": self.completions_per_prompt,
             "batch_size": self.batch_size,
-            "trl_diffusion": __version__,
+            "versions": {
+                "trl_diffusion": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+            },
         }
 
     def decode(
