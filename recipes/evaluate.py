@@ -89,6 +89,12 @@ class EvaluateArguments:
     batch_size: int = field(default=32, metadata={"help": "Completions decoded together."})
     output_dir: str = field(default="outputs/evaluation", metadata={"help": "Where samples and summary go."})
 
+    def __post_init__(self) -> None:
+        for name in ("limit", "completions_per_prompt", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+
     def decodings(self) -> list[SamplingConfig]:
         """Every canvas length with every number of steps.
 

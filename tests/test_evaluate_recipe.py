@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -46,7 +47,7 @@ def start(output_dir: Path, *arguments: str, processes: int = 1) -> subprocess.P
 
 
 def finish(process: subprocess.Popen, fails: bool = False) -> str:
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=420)
     assert (process.returncode != 0) == fails, output[-4000:]
     return output
 
@@ -83,7 +84,7 @@ def test_without_a_model_the_embedded_one_is_evaluated(alone):
 def test_two_processes_killed_and_started_again_give_the_same_files(alone, tmp_path):
     process = start(tmp_path, processes=2)
     parts = [tmp_path / CELL / f"part-{rank}.jsonl" for rank in (0, 1)]
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not all(part.exists() and part.stat().st_size for part in parts):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-4000:]
         time.sleep(0.01)
@@ -102,14 +103,12 @@ def test_two_processes_killed_and_started_again_give_the_same_files(alone, tmp_p
 
 @pytest.fixture
 def recipe(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    # Recipes come first on the path of a script, so this one must not be taken for Hugging Face's `evaluate` later.
-    monkeypatch.delitem(sys.modules, "evaluate", raising=False)
-    import evaluate
-
-    assert Path(evaluate.__file__) == ROOT / "recipes" / "evaluate.py"
-    yield evaluate
-    del sys.modules["evaluate"]
+    # Under another name, because `evaluate` is also a library.
+    spec = importlib.util.spec_from_file_location("evaluate_recipe", ROOT / "recipes" / "evaluate.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "evaluate_recipe", module)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize(
@@ -122,12 +121,14 @@ def recipe(monkeypatch):
         (["--canvas_lengths", "256"], "canvas of 256 does not fit.*256 positions"),
         (["--denoising_steps", "12", "--canvas_lengths", "32", "64"], r"denoising_steps \(12\).* \(8 = 64 / 8\)"),
         (["--adapter", EMBEDDED_MODEL], "holds no adapter"),
+        (["--limit", "0"], "limit must be at least 1, got 0"),
+        (["--completions_per_prompt", "0"], "completions_per_prompt must be at least 1, got 0"),
     ],
 )
 def test_bad_input_is_refused(recipe, monkeypatch, tmp_path, arguments, message):
     embedded = [] if "--adapter" in arguments else ["--config", "recipes/configs/embedded/evaluate.yaml"]
     monkeypatch.chdir(ROOT)
-    command = ["evaluate.py", *embedded, "--output_dir", str(tmp_path / "out"), "--limit", "4", *arguments]
+    command = ["evaluate.py", *embedded, "--output_dir", str(tmp_path / "out"), *arguments]
     if arguments[0] == "--canvas_lengths":
         command += ["--denoising_steps", "128"]
     monkeypatch.setattr(sys, "argv", command)
@@ -136,9 +137,28 @@ def test_bad_input_is_refused(recipe, monkeypatch, tmp_path, arguments, message)
     assert not (tmp_path / "out").exists()
 
 
+DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"public data files are not at {DATA}")
+def test_local_files_are_evaluated_under_both_protocols(recipe, monkeypatch, tmp_path, capsys):
+    sources = ["gsm8k=gsm8k_train_first1000.jsonl", "countdown=countdown_cd3_test.jsonl", "sudoku=sudoku_4x4_test.csv"]
+    command = ["evaluate.py", "--config", str(ROOT / "recipes" / "configs" / "embedded" / "evaluate.yaml")]
+    command += ["--tasks", *(source.replace("=", f"={DATA}/") for source in sources), "--protocols", "own", "d1"]
+    command += ["--limit", "2", "--denoising_steps", "4", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    recipe.main()
+    results = json.loads((tmp_path / "summary.json").read_text())
+    assert [result["settings"]["task"] for result in results] == ["gsm8k", "countdown", "sudoku"]
+    assert [next(iter(result["scores"])) for result in results] == ["accuracy", "accuracy", "puzzles_solved"]
+    assert all(any(name.startswith("d1 ") for name in result["scores"]) for result in results)
+    assert results[1]["settings"]["source"].endswith("countdown_cd3_test.jsonl")
+    assert "d1 " in capsys.readouterr().out
+
+
 def test_a_file_that_is_not_json_lines_and_a_missing_column_are_refused(recipe, monkeypatch, tmp_path):
     rows = tmp_path / "rows.jsonl"
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--tasks", f"gsm8k={rows}"])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--tasks", f"gsm8k={rows}", "--output_dir", str(tmp_path)])
     rows.write_text("question,answer\n")
     with pytest.raises(ValueError, match="is not JSON"):
         recipe.main()
@@ -214,7 +234,7 @@ def test_lm_eval_counts_as_this_recipe_does(alone, tmp_path):
     command += ["--tasks", "local_word_problems", "--include_path", str(tmp_path / "tasks"), "--apply_chat_template"]
     command += ["--batch_size", str(BATCH), "--output_path", str(tmp_path / "out"), "--log_samples", "--device", "cpu"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=420)
     assert run.returncode == 0, run.stderr[-4000:]
     (path,) = (tmp_path / "out").rglob("results_*.json")
     result = json.loads(path.read_text())

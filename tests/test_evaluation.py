@@ -23,6 +23,7 @@ from trl_diffusion.evaluation import (
     Measurement,
     Problems,
     evaluate_accuracy,
+    join_processes,
     load_model,
     markdown_table,
     measure,
@@ -274,6 +275,13 @@ def test_what_cannot_be_measured_is_refused(embedded, problems, measurement, tmp
     with pytest.raises(ValueError, match="words has 0 rows"):
         Problems.encode("words", problems.rows.select([]), score, embedded[1])
     assert not list(tmp_path.iterdir())
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch):
+    assert join_processes(use_cpu=True).num_processes == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="started 2 processes, but 1 joined"):
+        join_processes(use_cpu=True)
 
 
 # Results
