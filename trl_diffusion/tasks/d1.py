@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 from trl_diffusion.tasks.arithmetic import LONGEST_NUMBER, evaluate_expression
@@ -21,7 +22,6 @@ from trl_diffusion.tasks.text import LONGEST_TEXT
 CELLS = 16
 
 _NUMBER = re.compile(r"-?\d+\.?\d*")
-_EQUATION = re.compile(r"([0-9+\-*/() ]+)=[0-9. ]+")
 _CODE = re.compile(r"[\d\s]+")
 _GRID_BEFORE_TAG = re.compile(r"(\d{16})\s*</answer>")
 _GRID = re.compile(r"\b(\d{16})\b")
@@ -203,8 +203,13 @@ def read_countdown(text: str) -> str:
         equation = text
     for latex, plain in ((r"\div", "/"), (r"\times", "*"), (r"\cdot", "*")):
         equation = equation.replace(latex, plain)
-    found = _EQUATION.search(equation)
-    return found[1].strip() if found else equation
+    # `[0-9+\-*/() ]+=[0-9. ]+` as a regular expression takes quadratic time on a long run of digits.
+    sides = equation.split("=")
+    for left, right in pairwise(sides):
+        expression = left[len(left.rstrip("0123456789+-*/() ")) :]
+        if expression and right and right[0] in "0123456789. ":
+            return expression.strip()
+    return equation
 
 
 def score_sudoku(text: str, row: dict[str, Any]) -> dict[str, float]:

@@ -68,8 +68,10 @@ def load_sudoku(
     rows: list[dict] = []
     while len(rows) < size:
         solution = _grids()[rng.integers(len(_grids()))]
+        if not _allowed(solution, split, by_solution, exclude):
+            continue
         puzzle = _blank(solution, rng)
-        if puzzle is None or not _allowed(solution, split, by_solution, exclude):
+        if puzzle is None:
             continue
         # Training by solution may use every puzzle; all else keeps to the split by puzzle.
         if not (by_solution and split == "train") and held_out(puzzle) != (split == "test"):
@@ -279,6 +281,7 @@ def load(split: str, source: str | None = None, limit: int | None = None, prompt
     A file is taken whole. The generator's splits are disjoint by solution. With embedded data the plain prompt is the
     one the embedded model knows.
     """
+    check_split(split, "Sudoku")
     if source not in (None, "embedded"):
         return read_sudoku(source, None, limit, prompt)
     rows = load_sudoku(split, limit or TEST_SIZE, disjoint_by="solution")
