@@ -27,7 +27,7 @@ lint: .venv/installed-dev
 docs: .venv/installed-docs
 	.venv/bin/mkdocs build --strict --config-file docs/mkdocs.yml
 
-.venv/installed-dev: EXTRAS = [dev,deepspeed,quantization]
+.venv/installed-dev: EXTRAS = [dev,deepspeed,quantization,lm-eval]
 .venv/installed-docs: EXTRAS = [docs]
 .venv/installed .venv/installed-dev .venv/installed-docs: .venv/torch pyproject.toml
 	.venv/bin/pip install -c constraints.txt -e ".$(EXTRAS)"

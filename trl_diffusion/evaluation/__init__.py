@@ -1,7 +1,28 @@
-"""Decoding a model over a task and counting what is right."""
+"""Decoding a model over tasks, and counting what is right."""
 
 from trl_diffusion.evaluation.accuracy import Accuracy, evaluate_accuracy, wilson_interval
 from trl_diffusion.evaluation.callback import AccuracyCallback
 from trl_diffusion.evaluation.confusion_zones import ConfusionZoneCallback
+from trl_diffusion.evaluation.loading import load_model, weights_checksum
+from trl_diffusion.evaluation.measurement import Measurement, Problems, measure
+from trl_diffusion.evaluation.processes import join_processes
+from trl_diffusion.evaluation.results import Estimate, Result, console_table, markdown_table, write_results
 
-__all__ = ["Accuracy", "AccuracyCallback", "ConfusionZoneCallback", "evaluate_accuracy", "wilson_interval"]
+__all__ = [
+    "Accuracy",
+    "AccuracyCallback",
+    "ConfusionZoneCallback",
+    "Estimate",
+    "Measurement",
+    "Problems",
+    "Result",
+    "console_table",
+    "evaluate_accuracy",
+    "join_processes",
+    "load_model",
+    "markdown_table",
+    "measure",
+    "weights_checksum",
+    "wilson_interval",
+    "write_results",
+]

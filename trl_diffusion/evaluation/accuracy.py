@@ -12,8 +12,8 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from trl_diffusion.evaluation.decoding import decode_completions, encode_prompt, left_pad
 from trl_diffusion.models import family_of
-from trl_diffusion.trainers.sft import prompt_token_ids
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,18 @@ class Accuracy:
         return f"{100 * self.value:.1f} % [{100 * self.low:.1f}, {100 * self.high:.1f}] of {self.total}"
 
 
-def wilson_interval(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a proportion, 95 % by default; unlike the normal one it stays within [0, 1]."""
+def wilson_interval(correct: float, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a proportion, 95 % by default; unlike the normal one it stays within [0, 1].
+
+    Args:
+        correct: number of successes. For scores between 0 and 1 their sum: such scores vary less than successes of the
+            same mean, so the interval is then too wide rather than too narrow.
+        total: number of independent trials.
+        z: quantile of the normal distribution.
+
+    Raises:
+        ValueError: if the numbers are not those of a proportion.
+    """
     if not 0 <= correct <= total or total == 0:
         raise ValueError(f"An interval needs 0 ≤ correct ≤ total and total > 0, got {correct} of {total}.")
     share = correct / total
@@ -95,7 +105,7 @@ def evaluate_accuracy(
         raise ValueError(
             f"evaluate_accuracy needs rows with a `prompt`; got {len(dataset)} rows with {dataset.column_names}."
         )
-    prompts = [prompt_token_ids(prompt, tokenizer) for prompt in dataset["prompt"]]
+    prompts = [encode_prompt(prompt, tokenizer) for prompt in dataset["prompt"]]
     # Prompts of similar length share a batch, so that little is padded.
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     order = [row for row in order for _ in range(completions_per_prompt)]
@@ -103,7 +113,7 @@ def evaluate_accuracy(
     right = 0
     for start in tqdm(range(0, len(order), batch_size), desc="Evaluating", disable=not progress, leave=False):
         rows = order[start : start + batch_size]
-        input_ids, attention_mask = _left_pad([prompts[row] for row in rows], family_of(model).tail_token_id)
+        input_ids, attention_mask = left_pad([prompts[row] for row in rows], family_of(model).tail_token_id)
         output = model.generate(  # type: ignore[operator]
             input_ids=input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
@@ -117,21 +127,3 @@ def evaluate_accuracy(
         texts = decode_completions(output[:, input_ids.size(1) :], model, tokenizer)
         right += sum(bool(correct(text, dataset[row])) for text, row in zip(texts, rows, strict=True))
     return Accuracy(right, len(order), *wilson_interval(right, len(order)))
-
-
-def decode_completions(
-    completion_ids: torch.Tensor, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> list[str]:
-    """Texts of canvases [B, L], each cut before its first end id."""
-    lengths = family_of(model).effective_length(completion_ids).tolist()
-    return [
-        str(tokenizer.decode(ids[:length], skip_special_tokens=True))
-        for ids, length in zip(completion_ids, lengths, strict=True)
-    ]
-
-
-def _left_pad(rows: list[list[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[pad_token_id] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask

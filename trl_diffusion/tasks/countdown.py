@@ -1,23 +1,44 @@
-"""Countdown: combine three numbers, each used once, into a target. Solutions stand in `<answer>…</answer>`."""
+"""Countdown: combine given numbers, each used once, into a target. The answer is an expression."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
-from fractions import Fraction
+from collections.abc import Callable, Sequence
 from itertools import permutations, product
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
+from trl_diffusion.tasks import d1, prompts
+from trl_diffusion.tasks.answers import last_answer, tagged_answer
+from trl_diffusion.tasks.arithmetic import Expression, evaluate_expression, parse_expression
+from trl_diffusion.tasks.rows import check_split, is_file, read_rows
 from trl_diffusion.tasks.split import held_out
+from trl_diffusion.tasks.task import Task
+from trl_diffusion.tasks.text import Completion, completion_text
 
+__all__ = [
+    "TASK",
+    "check_countdown",
+    "correctness_reward",
+    "evaluate_expression",
+    "extract_expression",
+    "format_reward",
+    "load_countdown",
+    "read_countdown",
+    "score",
+    "solve_countdown",
+]
+
+HUB_ID = "Jiayi-Pan/Countdown-Tasks-3to4"
+INSTRUCTION = (
+    "Combine the numbers with +, -, *, / and brackets into an expression that makes the target. Use each number "
+    "exactly once. Think step by step, then write the expression alone as <answer>expression</answer>."
+)
+TEST_SIZE = 256
 LARGEST_NUMBER = 9
 SLIP_RATE = 0.4
-
-_TOKEN = re.compile(r"\s*(\d+|[-+*/()×÷])")
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_LONGEST_EXPRESSION = 200
 
 
 def load_countdown(split: str = "train", size: int = 1000, seed: int = 0, slips: bool = False) -> Dataset:
@@ -36,8 +57,7 @@ def load_countdown(split: str = "train", size: int = 1000, seed: int = 0, slips:
     Raises:
         ValueError: for another split.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"Countdown has the splits 'train' and 'test', got {split!r}.")
+    check_split(split, "Countdown")
     rng = np.random.default_rng([seed, split == "test"])
     rows: list[dict] = []
     while len(rows) < size:
@@ -84,82 +104,157 @@ def solve_countdown(numbers: Sequence[int], target: int) -> str:
     raise ValueError(f"No expression of +, - and * without brackets makes {target} from {list(numbers)}.")
 
 
+def read_countdown(
+    path_or_id: str | Path = HUB_ID,
+    split: str = "train",
+    limit: int | None = None,
+    prompt: str = prompts.PLAIN,
+    exclude: str | Path | None = None,
+    count: int = 3,
+) -> Dataset:
+    """Countdown problems from a file or the Hub.
+
+    Args:
+        path_or_id: a JSON-lines file with `nums` and `target`, or in d1's form with `input` (`"30,100,93"`) and
+            `output`; or a data set on the Hub with `nums` and `target` and one split.
+        split: of the Hub's data, `"test"` is 256 problems that a hash holds out, `"train"` all that it does not; a
+            file is taken whole.
+        limit: keep the first rows only.
+        prompt: `"plain"`, `"d1"` or `"d1_train"`; see `trl_diffusion.tasks.prompts`.
+        exclude: a file whose problems (numbers in any order, and target) are left out, for example d1's test file
+            when training.
+        count: how many numbers a problem has; others are left out.
+
+    Returns:
+        Columns `prompt`, `numbers` (list of int), `target` (int).
+
+    Raises:
+        FileNotFoundError: if a file does not exist.
+        ValueError: for another split or prompt, a missing column, or numbers that are none.
+    """
+    check_split(split, "Countdown")
+    prompts.check(prompt)
+    problems = [problem for problem in _problems(path_or_id) if len(problem[0]) == count]
+    if not is_file(path_or_id):
+        problems = [problem for problem in problems if held_out(*_identity(problem)) == (split == "test")]
+        problems = problems[:TEST_SIZE] if split == "test" else problems
+    if exclude is not None:
+        known = {_identity(problem) for problem in _problems(exclude)}
+        problems = [problem for problem in problems if _identity(problem) not in known]
+    return Dataset.from_list(
+        [
+            {"prompt": _prompt(numbers, target, prompt), "numbers": numbers, "target": target}
+            for numbers, target in problems[:limit]
+        ]
+    )
+
+
+def _problems(source: str | Path) -> list[tuple[list[int], int]]:
+    if is_file(source):
+        rows = read_rows(source, (), "Countdown", optional=("nums", "target", "input", "output"))
+        if {"input", "output"} <= set(rows[0]):
+            rows = read_rows(source, ("input", "output"), "Countdown")
+            return [
+                ([_whole(number) for number in str(row["input"]).split(",")], _whole(row["output"])) for row in rows
+            ]
+    rows = read_rows(source, ("nums", "target"), "Countdown")
+    return [([_whole(number) for number in row["nums"]], _whole(row["target"])) for row in rows]
+
+
+def _whole(number: Any) -> int:
+    try:
+        return int(number)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"Countdown needs whole numbers, got {number!r}.") from error
+
+
+def _identity(problem: tuple[list[int], int]) -> tuple[tuple[int, ...], int]:
+    return tuple(sorted(problem[0])), problem[1]
+
+
+def _prompt(numbers: list[int], target: int, name: str) -> prompts.Prompt:
+    if name != prompts.PLAIN:
+        return prompts.countdown(numbers, target, name)
+    return prompts.user(f"{INSTRUCTION}\n\nNumbers: {', '.join(map(str, numbers))}\nTarget: {target}")
+
+
 def extract_expression(text: str) -> str | None:
     """The expression in the last `<answer>…</answer>`, or `None`."""
-    found = _ANSWER.findall(text)
-    return found[-1].strip() if found else None
+    return tagged_answer(text)
 
 
 def check_countdown(text: str, numbers: Sequence[int], target: int) -> bool:
     """Whether the answer in a completion uses exactly the given numbers, each once, and makes the target.
 
     Args:
-        text: the completion.
+        text: the completion; the answer is the last box or what stands between the last answer tags.
         numbers: the numbers to use.
         target: the value to reach.
     """
-    expression = extract_expression(text)
-    if expression is None or evaluate_expression(expression) != target:
-        return False
-    return sorted(int(number) for number in re.findall(r"\d+", expression)) == sorted(numbers)
+    expression = _stated(text)
+    return expression is not None and _valid(expression, numbers) and expression.value == target
 
 
-def evaluate_expression(text: str) -> Fraction | None:
-    """The exact value of an expression of whole numbers, `+ - * /` and brackets.
+def _stated(text: str) -> Expression | None:
+    """The expression stated last; of an equation, its longer side: `3 + 5 = 8` states `3 + 5`."""
+    answer = last_answer(text)
+    if answer is None:
+        return None
+    sides = [parse_expression(side) for side in answer.split("=")[:3]]
+    if len(sides) > 2 or None in sides:
+        return None
+    return max((side for side in sides if side is not None), key=lambda side: len(side.numbers))
+
+
+def _valid(expression: Expression, numbers: Sequence[int]) -> bool:
+    return sorted(expression.numbers) == sorted(numbers)
+
+
+def correctness_reward(
+    completions: list[Completion],
+    numbers: list[Sequence[int] | None],
+    target: list[int | None],
+    log_extra: Callable | None = None,
+    **kwargs: Any,
+) -> list[float | None]:
+    """1 for every completion whose expression uses each number once and makes the target, else 0.
 
     Args:
-        text: anything, for example what a network wrote.
-
-    Returns:
-        The value, or `None` for anything else than such an expression, a division by zero or more than 200 characters.
+        completions: texts or messages.
+        numbers: the numbers of every row; `None`, in a mixture of tasks, where there are none: no reward.
+        target: the targets.
+        log_extra: TRL's; the answers found are logged as `extracted_answer`.
     """
-    tokens = _tokenize(text)
-    if tokens is None:
-        return None
-    try:
-        value, rest = _sum(tokens, 0)
-    except (IndexError, ValueError, ZeroDivisionError):
-        return None
-    return value if rest == len(tokens) else None
+    texts = [completion_text(completion) for completion in completions]
+    if log_extra is not None:
+        log_extra("extracted_answer", [last_answer(text) or "" for text in texts])
+    return [
+        None if given is None or goal is None else float(check_countdown(text, given, goal))
+        for text, given, goal in zip(texts, numbers, target, strict=True)
+    ]
 
 
-def _tokenize(text: str) -> list[str] | None:
-    text = text.strip()
-    if not text or len(text) > _LONGEST_EXPRESSION:
-        return None
-    tokens, position = [], 0
-    while position < len(text):
-        match = _TOKEN.match(text, position)
-        if match is None:
-            return None
-        tokens.append(match.group(1).translate(str.maketrans("×÷", "*/")))
-        position = match.end()
-    return tokens
+def format_reward(completions: list[Completion], **kwargs: Any) -> list[float]:
+    """1 for every completion that states an expression (in a box or answer tags), right or wrong, else 0."""
+    return [float(_stated(completion_text(completion)) is not None) for completion in completions]
 
 
-def _sum(tokens: list[str], at: int) -> tuple[Fraction, int]:
-    value, at = _term(tokens, at)
-    while at < len(tokens) and tokens[at] in "+-":
-        right, after = _term(tokens, at + 1)
-        value, at = (value + right if tokens[at] == "+" else value - right), after
-    return value, at
+def score(text: str, row: dict[str, Any]) -> dict[str, float]:
+    """`accuracy`: valid and equal to the target; `format`: an expression is stated; `validity`: the right numbers."""
+    expression = _stated(text)
+    valid = expression is not None and _valid(expression, row["numbers"])
+    right = valid and expression is not None and expression.value == row["target"]
+    return {"accuracy": float(right), "format": float(expression is not None), "validity": float(valid)}
 
 
-def _term(tokens: list[str], at: int) -> tuple[Fraction, int]:
-    value, at = _factor(tokens, at)
-    while at < len(tokens) and tokens[at] in "*/":
-        right, after = _factor(tokens, at + 1)
-        value, at = (value * right if tokens[at] == "*" else value / right), after
-    return value, at
+def load(split: str, source: str | None = None, limit: int | None = None, prompt: str = prompts.PLAIN) -> Dataset:
+    """See `trl_diffusion.tasks.Task`. With embedded data the plain prompt is the one the embedded model knows."""
+    if source != "embedded":
+        return read_countdown(source or HUB_ID, split, limit, prompt)
+    rows = load_countdown(split, limit or TEST_SIZE)
+    if prompts.check(prompt) == prompts.PLAIN:
+        return rows
+    return rows.map(lambda row: {"prompt": prompts.countdown(row["numbers"], row["target"], prompt)})
 
 
-def _factor(tokens: list[str], at: int) -> tuple[Fraction, int]:
-    if tokens[at] == "-":
-        value, at = _factor(tokens, at + 1)
-        return -value, at
-    if tokens[at] == "(":
-        value, at = _sum(tokens, at + 1)
-        if tokens[at] != ")":
-            raise ValueError(f"expected a closing bracket, found {tokens[at]}")
-        return value, at + 1
-    return Fraction(int(tokens[at])), at + 1
+TASK = Task("countdown", load, score, d1.score_countdown, prompts.NAMES, embedded=True)

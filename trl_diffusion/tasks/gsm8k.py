@@ -1,90 +1,78 @@
-"""GSM8K (2110.14168): grade-school word problems whose answer stands on a last line `#### n`."""
+"""GSM8K (2110.14168): grade-school word problems whose answer is a number.
+
+The data set writes the answer on a last line `#### n`, and the plain prompt asks for the same. d1's prompts ask for
+`\\boxed{n}` between answer tags. Rewards and scores read all of these; the answer stated last counts.
+"""
 
 from __future__ import annotations
 
-import logging
 import re
-from fractions import Fraction
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset
-from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+from datasets import Dataset
 
+from trl_diffusion.tasks import d1, prompts
+from trl_diffusion.tasks.answers import last_answer
+from trl_diffusion.tasks.number import parse_number
+from trl_diffusion.tasks.rows import check_split, read_rows
+from trl_diffusion.tasks.task import Task
+from trl_diffusion.tasks.text import Completion, completion_text
+
+HUB_ID = "openai/gsm8k"
 INSTRUCTION = "Solve the problem step by step. End with a last line `#### n`, where n is the answer as a number."
 
-# A completion is what TRL hands to a reward function: text, or messages.
-Completion = str | list[dict[str, Any]] | None
-
-# math-verify warns once that its timeouts are off; see `same_answer` for why they are.
-logging.getLogger("math_verify").setLevel(logging.ERROR)
-
 _ANSWER_LINE = re.compile(r"####[ \t]*(.*)")
-_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)(/\d+)?")
 _BOXED = re.compile(r"\\boxed\s*\{(.*)\}")
-_UNIT = re.compile(r"(?<=\d)\s+[a-zA-Z][a-zA-Z ]*$")
-# Powers, factorials and other functions can keep sympy busy for hours, so only fractions and roots reach it.
-_SAFE_EXPRESSION = re.compile(r"(?:[-+*/(){}.%=\s]|\d{1,15}(?!\d)|\\(?:[dt]?frac|sqrt|cdot|times|div|%))*")
-_LONGEST_EXPRESSION = 64
+_NUMBER = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)(/[0-9]+)?")
 
 
 def load_gsm8k(
-    path_or_id: str | Path = "openai/gsm8k",
+    path_or_id: str | Path = HUB_ID,
     split: str = "train",
     instruction: str = INSTRUCTION,
     limit: int | None = None,
+    prompt: str = prompts.PLAIN,
 ) -> Dataset:
     """GSM8K, or any data set with its columns, as conversational prompts.
 
     Args:
         path_or_id: a data set on the Hub, or a local JSON-lines file with `question` and `answer`.
         split: split of the data set on the Hub; a local file has only one, which is taken whatever the split.
-        instruction: put before every question; an empty string for none.
+        instruction: put before every question of the plain prompt; an empty string for none.
         limit: keep the first rows only.
+        prompt: `"plain"`, `"d1"` (d1's evaluation) or `"d1_train"`; see `trl_diffusion.tasks.prompts`.
 
     Returns:
-        Columns `prompt` (one user message), `answer` (the gold number as a string, without commas), `completion` (one
-        assistant message: the worked solution, for supervised training).
+        Columns `prompt` (one user message; with `"d1"` also the beginning of an answer), `answer` (the gold number as
+        a string, without commas), `completion` (one assistant message: the worked solution, for supervised training).
 
     Raises:
         FileNotFoundError: if a path to a JSON-lines file does not exist.
-        ValueError: if `question` or `answer` is missing, or an answer has no `#### n`.
+        ValueError: if a line is not JSON, `question` or `answer` is missing, an answer has no `#### n`, or there is no
+            such prompt.
     """
-    if str(path_or_id).endswith((".jsonl", ".json")):
-        if not Path(path_or_id).is_file():
-            raise FileNotFoundError(f"No GSM8K file at {path_or_id}; give a JSON-lines file or a Hub data set id.")
-        rows = load_dataset("json", data_files=str(path_or_id), split="train")
-    else:
-        rows = load_dataset(str(path_or_id), "main", split=split)
-    if missing := {"question", "answer"} - set(rows.column_names):
-        raise ValueError(
-            f"{path_or_id} has columns {sorted(rows.column_names)}, but GSM8K needs `question` and `answer`: "
-            f"{sorted(missing)} missing; rename the columns or use a file in GSM8K's format."
-        )
-    if limit is not None:
-        rows = rows.select(range(min(limit, len(rows))))
-    return rows.map(lambda row: _as_row(row, instruction), remove_columns=rows.column_names)
+    prompts.check(prompt)
+    rows = read_rows(path_or_id, ("question", "answer"), "GSM8K", split, name="main")
+
+    def write(question: str) -> prompts.Prompt:
+        if prompt != prompts.PLAIN:
+            return prompts.gsm8k(question, prompt)
+        return prompts.user(f"{instruction}\n\n{question}" if instruction else question)
+
+    return Dataset.from_list([_as_row(row, write) for row in rows[:limit]])
 
 
-def _as_row(row: dict[str, Any], instruction: str) -> dict[str, Any]:
+def _as_row(row: dict[str, Any], write: Callable[[str], prompts.Prompt]) -> dict[str, Any]:
     gold = extract_answer(row["answer"])
     if gold is None:
         raise ValueError(f"GSM8K answer without `#### n`: {row['answer'][-80:]!r}; expected the gold number there.")
-    question = f"{instruction}\n\n{row['question']}" if instruction else row["question"]
     return {
-        "prompt": [{"role": "user", "content": question}],
+        "prompt": write(row["question"]),
         "answer": gold,
         "completion": [{"role": "assistant", "content": row["answer"]}],
     }
-
-
-def completion_text(completion: Completion) -> str:
-    """The text of a completion in any of TRL's forms; an empty string for none."""
-    if not completion:
-        return ""
-    if isinstance(completion, str):
-        return completion
-    return str(completion[-1].get("content") or "")
 
 
 def extract_answer(text: str) -> str | None:
@@ -104,50 +92,36 @@ def extract_answer(text: str) -> str | None:
 
 
 def same_answer(given: str | None, gold: str) -> bool:
-    """Whether two answers are the same number.
-
-    Plain numbers are compared exactly, with or without a unit (`12 apples`). Everything else goes to math-verify
-    without its timeouts, which are signal alarms and fail outside of the main thread: only short expressions without
-    powers get there instead.
+    """Whether two answers are the same number; see `trl_diffusion.tasks.number` for what is read as one.
 
     Args:
-        given: the extracted answer, or `None`.
+        given: the stated answer, or `None`.
         gold: the right one.
     """
     if given is None:
         return False
     if given == gold:
         return True
-    given = _UNIT.sub("", given)
-    number, right = _number(given), _number(gold)
-    if number is not None and right is not None:
-        return number == right
-    if len(given) > _LONGEST_EXPRESSION or not _SAFE_EXPRESSION.fullmatch(given):
-        return False
-    targets = [LatexExtractionConfig(), ExprExtractionConfig()]
-    parsed = [parse(f"${text}$", targets, parsing_timeout=None) for text in (gold, given)]
-    return bool(verify(*parsed, timeout_seconds=None))
+    number = parse_number(given)
+    return number is not None and number == parse_number(gold)
 
 
-def _number(text: str) -> Fraction | None:
-    if len(text) > _LONGEST_EXPRESSION or not _NUMBER.fullmatch(text):
-        return None
-    numerator, _, denominator = text.partition("/")
-    if denominator and int(denominator) == 0:
-        return None
-    return Fraction(numerator) / int(denominator or 1)
-
-
-def correctness_reward(completions: list[Completion], answer: list[str], **kwargs: Any) -> list[float]:
-    """1 for every completion whose last `#### n` equals the gold answer, else 0.
+def correctness_reward(
+    completions: list[Completion], answer: list[str | None], log_extra: Callable | None = None, **kwargs: Any
+) -> list[float | None]:
+    """1 for every completion whose last stated answer (`#### n`, `\\boxed{n}` or tags) is the gold number, else 0.
 
     Args:
         completions: texts or messages.
-        answer: gold answers, same length.
+        answer: gold answers, same length; `None`, in a mixture of tasks, where there is none: no reward there.
+        log_extra: TRL's; the answers found are logged as `extracted_answer`.
     """
+    given = [last_answer(completion_text(completion)) for completion in completions]
+    if log_extra is not None:
+        log_extra("extracted_answer", [found or "" for found in given])
     return [
-        float(same_answer(extract_answer(completion_text(completion)), str(gold)))
-        for completion, gold in zip(completions, answer, strict=True)
+        None if gold is None else float(same_answer(found, str(gold)))
+        for found, gold in zip(given, answer, strict=True)
     ]
 
 
@@ -161,4 +135,23 @@ def _well_formed(text: str) -> bool:
     if text.count("####") != 1 or not lines[-1].startswith("####"):
         return False
     answer = extract_answer(lines[-1])
-    return answer is not None and _number(answer) is not None
+    return answer is not None and _NUMBER.fullmatch(answer) is not None
+
+
+def score(text: str, row: dict[str, Any]) -> dict[str, float]:
+    """`accuracy`: 1 if the answer stated last is the number in `row["answer"]`; `format`: 1 if it is any number."""
+    given = last_answer(text)
+    return {
+        "accuracy": float(same_answer(given, str(row["answer"]))),
+        "format": float(given is not None and parse_number(given) is not None),
+    }
+
+
+def load(split: str, source: str | None = None, limit: int | None = None, prompt: str = prompts.PLAIN) -> Dataset:
+    """See `trl_diffusion.tasks.Task`; there is no generator, `word_problems` stands for it offline."""
+    if source == "embedded":
+        raise ValueError("gsm8k has no embedded data; the task `word_problems` generates problems in its format.")
+    return load_gsm8k(source or HUB_ID, check_split(split, "GSM8K"), limit=limit, prompt=prompt)
+
+
+TASK = Task("gsm8k", load, score, d1.score_gsm8k, prompts.NAMES)

@@ -1,47 +1,87 @@
-"""4×4 Sudoku with a unique solution, written as 16 digits, row by row, 0 for a blank."""
+"""4×4 Sudoku, written as 16 digits, row by row, 0 for a blank. Solved puzzles and right cells are different scores."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Collection
 from functools import lru_cache
 from itertools import permutations
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
+from trl_diffusion.tasks import d1, prompts
+from trl_diffusion.tasks.answers import tagged_answer
+from trl_diffusion.tasks.rows import check_split, read_rows
 from trl_diffusion.tasks.split import held_out
+from trl_diffusion.tasks.task import Task
+from trl_diffusion.tasks.text import Completion, completion_text, readable
 
+INSTRUCTION = (
+    "Fill in the 4x4 Sudoku so that every row, column and 2x2 box has the digits 1 to 4. It is given as 16 digits, "
+    "row by row, 0 for a blank. Think step by step, then write the 16 digits of the solution as "
+    "<answer>digits</answer>."
+)
+TEST_SIZE = 256
 FEWEST_BLANKS, MOST_BLANKS = 3, 8
 SLIP_RATE = 0.5
 CELLS = 16
 
+# 16 digits with nothing but layout between them; the digits of a larger number are no grid.
+_GRID = re.compile(r"(?<![0-9])[0-4](?:[\s|,;.+_\[\]()*-]*[0-4]){15}(?![0-9])")
 
-def load_sudoku(split: str = "train", size: int = 1000, seed: int = 0, slips: bool = False) -> Dataset:
-    """Seeded puzzles with 3 to 8 blanks; no puzzle is in both splits, whatever the seed.
+
+def load_sudoku(
+    split: str = "train",
+    size: int = 1000,
+    seed: int = 0,
+    slips: bool = False,
+    disjoint_by: str = "puzzle",
+    exclude: Collection[str] = (),
+) -> Dataset:
+    """Seeded puzzles with 3 to 8 blanks and one solution; the splits are disjoint, whatever the seed.
 
     Args:
         split: `"train"` or `"test"` (held out).
         size: number of rows.
         seed: seed of the draws.
         slips: let some solutions in `completion` repeat, in the last blank, the digit of the first.
+        disjoint_by: `"puzzle"`: no puzzle is in both splits. `"solution"`: no solution is; its test split also holds
+            none of the training puzzles of `"puzzle"`. There are 288 grids; symmetries of a grid count as others.
+        exclude: solutions never to draw, for example those of a published test set.
 
     Returns:
         Columns `prompt` (one user message), `puzzle` and `solution` (16 digits), `completion` (one assistant message).
 
     Raises:
-        ValueError: for another split.
+        ValueError: for another split or another `disjoint_by`, or if nothing is left to draw.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"Sudoku has the splits 'train' and 'test', got {split!r}.")
+    check_split(split, "Sudoku")
+    if disjoint_by not in ("puzzle", "solution"):
+        raise ValueError(f"disjoint_by must be 'puzzle' or 'solution', got {disjoint_by!r}.")
+    by_solution = disjoint_by == "solution"
+    if not any(_allowed(grid, split, by_solution, exclude) for grid in _grids()):
+        raise ValueError(f"`exclude` leaves none of the {len(_grids())} grids for the {split} split; shorten it.")
     rng = np.random.default_rng([seed, split == "test"])
     rows: list[dict] = []
     while len(rows) < size:
         solution = _grids()[rng.integers(len(_grids()))]
+        if not _allowed(solution, split, by_solution, exclude):
+            continue
         puzzle = _blank(solution, rng)
-        if puzzle is None or held_out(puzzle) != (split == "test"):
+        if puzzle is None:
+            continue
+        # Training by solution may use every puzzle; all else keeps to the split by puzzle.
+        if not (by_solution and split == "train") and held_out(puzzle) != (split == "test"):
             continue
         rows.append(_row(puzzle, solution, slips and rng.random() < SLIP_RATE))
     return Dataset.from_list(rows)
+
+
+def _allowed(solution: str, split: str, by_solution: bool, exclude: Collection[str]) -> bool:
+    return solution not in exclude and (not by_solution or held_out(solution) == (split == "test"))
 
 
 def _blank(solution: str, rng: np.random.Generator) -> str | None:
@@ -94,6 +134,62 @@ def solve_sudoku(puzzle: str) -> list[str]:
     return [grid for grid in _grids() if pattern.fullmatch(grid)]
 
 
+def read_sudoku(
+    path: str | Path,
+    split: str | None = None,
+    limit: int | None = None,
+    prompt: str = prompts.PLAIN,
+    exclude: Collection[str] = (),
+) -> Dataset:
+    """Puzzles from a CSV file with the columns `Puzzle` and `Solution`, as d1 publishes them.
+
+    Published puzzles can have more than one solution, of which the file gives one.
+
+    Args:
+        path: the file.
+        split: `None` for the whole file; `"train"` or `"test"` for the part that `load_sudoku` with
+            `disjoint_by="solution"` counts to that split.
+        limit: keep the first rows only.
+        prompt: `"plain"`, `"d1"` or `"d1_train"`; see `trl_diffusion.tasks.prompts`.
+        exclude: solutions whose rows are left out.
+
+    Returns:
+        Columns `prompt`, `puzzle`, `solution`.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: for a missing column, a row that is no 4×4 Sudoku or whose solution does not fit, another split or
+            prompt.
+    """
+    prompts.check(prompt)
+    if split is not None:
+        check_split(split, "Sudoku")
+    found = [_checked(row, path) for row in read_rows(path, ("Puzzle", "Solution"), "Sudoku")]
+    return Dataset.from_list(
+        [
+            {"prompt": _prompt(puzzle, prompt), "puzzle": puzzle, "solution": solution}
+            for puzzle, solution in found
+            if (split is None or held_out(solution) == (split == "test")) and solution not in exclude
+        ][:limit]
+    )
+
+
+def _checked(row: dict[str, Any], path: str | Path) -> tuple[str, str]:
+    puzzle, solution = str(row["Puzzle"]).strip(), str(row["Solution"]).strip()
+    if not re.fullmatch(r"[0-4]{16}", puzzle) or solution not in solve_sudoku(puzzle):
+        raise ValueError(
+            f"{path}: puzzle {puzzle!r} with solution {solution!r} is no 4×4 Sudoku; expected 16 digits each, 0 for a "
+            "blank, and a solution that fits. Files of a spreadsheet may have lost leading zeros."
+        )
+    return puzzle, solution
+
+
+def _prompt(puzzle: str, name: str) -> prompts.Prompt:
+    if name != prompts.PLAIN:
+        return prompts.sudoku(puzzle, name)
+    return prompts.user(f"{INSTRUCTION}\n\nSudoku: {puzzle}")
+
+
 def extract_grid(text: str) -> str | None:
     """The last 16 digits in 1..4 that stand together in a text (white space between them allowed), or `None`."""
     found = re.findall(r"(?<!\d)(?:[1-4]\s*){15}[1-4](?!\d)", text)
@@ -108,3 +204,90 @@ def check_sudoku(text: str, solution: str) -> bool:
         solution: 16 digits.
     """
     return extract_grid(text) == solution
+
+
+def stated_grid(text: str) -> str | None:
+    """The grid that a completion states: 16 digits in 0..4 with nothing but layout between them, or `None`.
+
+    It is the last one between the last answer tags; without tags the last one of the text.
+    """
+    text = readable(text)
+    answer = tagged_answer(text)
+    found = _GRID.findall(text if answer is None else answer)
+    return re.sub(r"[^0-4]", "", found[-1]) if found else None
+
+
+def is_solution(grid: str, puzzle: str) -> bool:
+    """Whether a grid keeps the clues and has every digit once in every row, column and box."""
+    return len(grid) == CELLS and grid in solve_sudoku(puzzle)
+
+
+def cells_correct(grid: str | None, puzzle: str) -> float:
+    """Share of the blanks that hold the digit of a solution; of several solutions, the one that fits best.
+
+    A grid that changes a clue is no answer to this puzzle: 0.
+    """
+    blanks = [cell for cell, digit in enumerate(puzzle) if digit == "0"]
+    if grid is None or not blanks or any(digit not in ("0", grid[cell]) for cell, digit in enumerate(puzzle)):
+        return 0.0
+    return max(sum(grid[cell] == solution[cell] for cell in blanks) for solution in solve_sudoku(puzzle)) / len(blanks)
+
+
+def solved_reward(
+    completions: list[Completion], puzzle: list[str | None], log_extra: Callable | None = None, **kwargs: Any
+) -> list[float | None]:
+    """1 for every completion that states a solution of its puzzle, else 0.
+
+    Args:
+        completions: texts or messages.
+        puzzle: 16 digits, same length; `None`, in a mixture of tasks, where there is none: such a row has no reward.
+        log_extra: TRL's; the grids found are logged as `extracted_answer`.
+    """
+    grids = [stated_grid(completion_text(completion)) for completion in completions]
+    if log_extra is not None:
+        log_extra("extracted_answer", [grid or "" for grid in grids])
+    return [
+        None if given is None else float(grid is not None and is_solution(grid, given))
+        for grid, given in zip(grids, puzzle, strict=True)
+    ]
+
+
+def cells_reward(completions: list[Completion], puzzle: list[str | None], **kwargs: Any) -> list[float | None]:
+    """The share of blanks filled in right, in [0, 1]; a puzzle can earn most of it without being solved."""
+    return [
+        None if given is None else cells_correct(stated_grid(completion_text(completion)), given)
+        for completion, given in zip(completions, puzzle, strict=True)
+    ]
+
+
+def format_reward(completions: list[Completion], **kwargs: Any) -> list[float]:
+    """1 for every completion that states a grid, right or wrong, else 0."""
+    return [float(stated_grid(completion_text(completion)) is not None) for completion in completions]
+
+
+def score(text: str, row: dict[str, Any]) -> dict[str, float]:
+    """`puzzles_solved`: 1 for a solution of `row["puzzle"]`; `cells_correct`: right blanks; `format`: a grid."""
+    grid = stated_grid(text)
+    return {
+        "puzzles_solved": float(grid is not None and is_solution(grid, row["puzzle"])),
+        "cells_correct": cells_correct(grid, row["puzzle"]),
+        "format": float(grid is not None),
+    }
+
+
+def load(split: str, source: str | None = None, limit: int | None = None, prompt: str = prompts.PLAIN) -> Dataset:
+    """See `trl_diffusion.tasks.Task`. There is no data set on the Hub: without a source the generator is used.
+
+    A file is taken whole. The generator's splits are disjoint by solution. With embedded data the plain prompt is the
+    one the embedded model knows.
+    """
+    check_split(split, "Sudoku")
+    if source not in (None, "embedded"):
+        return read_sudoku(source, None, limit, prompt)
+    rows = load_sudoku(split, limit or TEST_SIZE, disjoint_by="solution")
+    if prompts.check(prompt) == prompts.PLAIN and source == "embedded":
+        return rows
+    return rows.map(lambda row: {"prompt": _prompt(row["puzzle"], prompt)})
+
+
+TASK = Task("sudoku", load, score, d1.score_sudoku, prompts.NAMES, embedded=True)

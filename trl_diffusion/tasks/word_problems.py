@@ -13,10 +13,14 @@ from itertools import product
 import numpy as np
 from datasets import Dataset
 
-from trl_diffusion.tasks.gsm8k import correctness_reward, format_reward
+from trl_diffusion.tasks import prompts
+from trl_diffusion.tasks.gsm8k import correctness_reward, format_reward, score
 from trl_diffusion.tasks.split import held_out
+from trl_diffusion.tasks.task import Task
 
-__all__ = ["correctness_reward", "format_reward", "load_word_problems"]
+__all__ = ["TASK", "correctness_reward", "format_reward", "load_word_problems", "score"]
+
+TEST_SIZE = 256
 
 NAMES = ("Tom", "Ann", "Sam", "Mia", "Leo", "Eva")
 THINGS = ("apples", "pens", "books", "coins", "cards", "eggs")
@@ -136,3 +140,15 @@ def write_solution(kind: Kind, numbers: tuple[int, ...], slip: str | None = None
     lines = [f"{left} {operation} {right} = {result}" for left, operation, right, result in steps]
     mark = "##" if slip == "mark" else "####"
     return "\n".join([*lines, f"{mark} {steps[-1][-1]}"])
+
+
+def load(split: str, source: str | None = None, limit: int | None = None, prompt: str = prompts.PLAIN) -> Dataset:
+    """See `trl_diffusion.tasks.Task`; all its data is generated, whatever the source."""
+    if source not in (None, "embedded"):
+        raise ValueError(f"word_problems are generated and read no file, got source {source!r}; the task gsm8k does.")
+    if prompt != prompts.PLAIN:
+        raise ValueError(f"word_problems has the prompt 'plain' only, got {prompt!r}.")
+    return load_word_problems(split, limit or TEST_SIZE)
+
+
+TASK = Task("word_problems", load, score, embedded=True)

@@ -1,0 +1,130 @@
+"""Decoding in fixed batches, so that neither the number of processes nor a restart changes a completion.
+
+The shape of a batch decides in which order floating-point sums are formed, and that can decide a tie between two
+tokens. So batches are made from the prompts alone, and whole batches are dealt to processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from trl_diffusion.models import family_of
+from trl_diffusion.sampling import SamplingConfig, sample
+from trl_diffusion.trainers.sft import prompt_token_ids
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A completion and what it cost.
+
+    Args:
+        text: without special tokens, up to the first end id.
+        tokens: up to and including the first end id.
+        forwards: network evaluations this row took part in.
+        ended: whether there is an end id; if not, the canvas was too short.
+    """
+
+    text: str
+    tokens: int
+    forwards: int
+    ended: bool
+
+
+def encode_prompt(prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a prompt; a last assistant message is the beginning of the answer, to be continued."""
+    if isinstance(prompt, str) or prompt[-1]["role"] != "assistant":
+        return prompt_token_ids(prompt, tokenizer)
+    text = tokenizer.apply_chat_template(prompt[:-1], add_generation_prompt=True, tokenize=False)
+    return tokenizer(text + prompt[-1]["content"], add_special_tokens=False)["input_ids"]
+
+
+def fixed_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Batches of indices of similar length, so that little is padded; they depend on the lengths alone.
+
+    Raises:
+        ValueError: if `batch_size` is less than 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def check_fits(model: PreTrainedModel, prompts: Sequence[Sequence[int]], canvas_length: int, what: str) -> None:
+    """Refuse prompts that do not fit into the model's positions together with the canvas.
+
+    Args:
+        model: the model.
+        prompts: token ids.
+        canvas_length: positions to write.
+        what: what the prompts are of, for the message.
+
+    Raises:
+        ValueError: if the longest prompt and the canvas have more positions than the model.
+    """
+    longest, positions = max(map(len, prompts)), model.config.max_position_embeddings
+    if longest + canvas_length > positions:
+        raise ValueError(
+            f"A canvas of {canvas_length} does not fit: the longest prompt of {what} has {longest} tokens, and the "
+            f"model has {positions} positions. Choose a canvas of at most {max(0, positions - longest)}, or leave out "
+            "the longest prompts."
+        )
+
+
+def decode_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    config: SamplingConfig,
+    generators: Sequence[np.random.Generator],
+) -> list[Decoded]:
+    """Complete prompts, all in one batch.
+
+    Args:
+        model: a diffusion language model, also behind PEFT.
+        tokenizer: its tokenizer.
+        prompts: token ids, not empty.
+        config: how to decode.
+        generators: one random stream per prompt.
+
+    Returns:
+        One completion per prompt.
+    """
+    input_ids, attention_mask = left_pad(prompts, family_of(model).tail_token_id)
+    trajectory = sample(model, input_ids.to(model.device), attention_mask.to(model.device), config, generators)
+    completions = trajectory.completion_ids
+    return [
+        Decoded(text, tokens, forwards, ended)
+        for text, tokens, forwards, ended in zip(
+            decode_completions(completions, model, tokenizer),
+            family_of(model).effective_length(completions).tolist(),
+            trajectory.steps_taken.tolist(),
+            family_of(model).is_end(completions).any(1).tolist(),
+            strict=True,
+        )
+    ]
+
+
+def decode_completions(
+    completion_ids: torch.Tensor, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """Texts of canvases [B, L], each cut before its first end id."""
+    lengths = family_of(model).effective_length(completion_ids).tolist()
+    return [
+        str(tokenizer.decode(ids[:length], skip_special_tokens=True))
+        for ids, length in zip(completion_ids, lengths, strict=True)
+    ]
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids [B, P] padded on the left, and their mask [B, P], 0 on padding."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad_token_id] * (width - len(row)) + list(row) for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask

@@ -1,0 +1,110 @@
+"""A model or an adapter with its tokenizer, and proof of which weights they are."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, load_peft_weights
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from trl_diffusion.models import family_of
+
+_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def load_model(
+    name: str | None,
+    adapter: str | None = None,
+    *,
+    revision: str | None = None,
+    dtype: str = "auto",
+    attn_implementation: str | None = None,
+    device: torch.device | str = "cpu",
+    allow_other_base: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a diffusion language model, with an adapter on top if there is one, and its tokenizer.
+
+    Args:
+        name: model on the Hub or in a folder; a folder with an adapter is taken as `adapter`. `None` for the base that
+            the adapter was trained on.
+        adapter: PEFT adapter on the Hub or in a folder.
+        revision: revision of the model on the Hub.
+        dtype: `"auto"` for the checkpoint's, else for example `"bfloat16"`.
+        attn_implementation: as in transformers.
+        device: where to put it.
+        allow_other_base: load an adapter although its config names another base, for example one that has moved. Its
+            weights must fit all the same.
+
+    Returns:
+        The model in evaluation mode, and the base's tokenizer.
+
+    Raises:
+        ValueError: if there is neither model nor adapter, or the adapter was trained on another base.
+        TypeError: if the model is not a diffusion language model.
+    """
+    if name is not None and adapter is None and (Path(name) / CONFIG_NAME).is_file():
+        name, adapter = None, name
+    if adapter is not None:
+        name = _base_of(adapter, name, allow_other_base)
+    if name is None:
+        raise ValueError("load_model() needs a model or an adapter, got neither.")
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        name, revision=revision, dtype=dtype, attn_implementation=attn_implementation, device_map={"": device}
+    )
+    family_of(model)
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, padding_side="left")
+    if adapter is not None:
+        model = _with_adapter(model, name, adapter)
+    return model.eval(), tokenizer
+
+
+def _base_of(adapter: str, name: str | None, allow_other_base: bool) -> str:
+    """The base to load for an adapter."""
+    if Path(adapter).exists() and not (Path(adapter) / CONFIG_NAME).is_file():
+        raise ValueError(f"{adapter} holds no adapter: there is no {CONFIG_NAME} in it. Give the folder PEFT wrote.")
+    trained_on = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    if name is None and not trained_on:
+        raise ValueError(f"The adapter {adapter} does not say which base it was trained on; give the base too.")
+    if name is None or _same_model(name, trained_on) or allow_other_base:
+        return name or trained_on
+    raise ValueError(
+        f"The adapter {adapter} was trained on {trained_on!r}, not on {name!r}. Give that base, or none to load it by "
+        "itself; if the base has only moved, pass allow_other_base."
+    )
+
+
+def _same_model(name: str, other: str) -> bool:
+    return name == other or (Path(name).exists() and Path(name).resolve() == Path(other).resolve())
+
+
+def _with_adapter(model: PreTrainedModel, name: str, adapter: str) -> PreTrainedModel:
+    mismatch = (
+        f"The adapter {adapter} does not fit the weights of {name}: it was trained on another base. Give its own base"
+    )
+    try:
+        adapted = PeftModel.from_pretrained(model, adapter)
+    except (ValueError, RuntimeError) as error:  # PEFT's ways to say: no such layers, other shapes
+        raise ValueError(f"{mismatch}. PEFT says: {error}") from error
+    # PEFT leaves out what has no counterpart, with a warning at most. A file may also hold whole embeddings.
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    given = load_peft_weights(adapter, device="cpu").keys()
+    if alone := sorted((expected - given) | (given - expected - adapted.state_dict().keys())):
+        raise ValueError(f"{mismatch}; only one of both has {', '.join(alone[:3])} ({len(alone)} in all).")
+    return adapted  # type: ignore[return-value]
+
+
+@torch.no_grad()
+def weights_checksum(model: PreTrainedModel) -> str:
+    """A checksum of all weights, adapters included: 16 hexadecimal digits.
+
+    It adds the weights' bit patterns as integers, so it is exact and the same on every device.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for name, weight in sorted(model.state_dict().items()):
+        total = weight.contiguous().view(_INTEGER[weight.element_size()]).sum(dtype=torch.int64).item()
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} {total}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,35 @@
+"""The processes of `accelerate launch`, for code that only shares out work."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+from accelerate import PartialState
+
+# One process may wait this long for the others, whose last batches can be much slower than its own.
+PATIENCE = timedelta(hours=12)
+
+
+def join_processes(use_cpu: bool = False) -> PartialState:
+    """Join the other processes of `accelerate launch`, or be alone without it.
+
+    Args:
+        use_cpu: stay on the CPU although there is an accelerator.
+
+    Returns:
+        accelerate's state: `process_index`, `num_processes`, `device`, `wait_for_everyone()`.
+
+    Raises:
+        RuntimeError: if the launcher started more processes than joined; each would do all of the work.
+    """
+    # Told to use accelerators that are not there, accelerate starts processes that do not know of each other.
+    state = PartialState(cpu=use_cpu or not torch.accelerator.is_available(), timeout=PATIENCE)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if state.num_processes != started:
+        raise RuntimeError(
+            f"The launcher started {started} processes, but {state.num_processes} joined. If there is no GPU for "
+            "each, launch with recipes/accelerate_configs/cpu_ddp.yaml and pass `--use_cpu true`."
+        )
+    return state

@@ -1,0 +1,97 @@
+"""Rows of a task from a local file or the Hub, with errors that say what is wrong with them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import load_dataset
+
+FILES = (".jsonl", ".json", ".csv")
+
+
+def is_file(source: str | Path) -> bool:
+    """Whether a source names a local file, by its ending."""
+    return str(source).endswith(FILES)
+
+
+def read_rows(
+    source: str | Path,
+    columns: Sequence[str],
+    task: str,
+    split: str = "train",
+    name: str | None = None,
+    optional: Sequence[str] = (),
+) -> list[dict[str, Any]]:
+    """Rows, with the given columns and the optional ones that they have.
+
+    Args:
+        source: a JSON-lines or CSV file, or a data set on the Hub.
+        columns: columns that every row must have.
+        task: for error messages.
+        split: split on the Hub; a file is one split.
+        name: configuration on the Hub.
+        optional: columns that are kept where they exist.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not JSON lines, has no rows, or a column is missing; with its line.
+    """
+    wanted = (*columns, *optional)
+    if is_file(source):
+        if not Path(source).is_file():
+            raise FileNotFoundError(
+                f"No {task} file at {source}; give a JSON-lines or CSV file, or a data set id of the Hub."
+            )
+        rows = _read_csv(source) if str(source).endswith(".csv") else _read_json_lines(source)
+    else:
+        data = load_dataset(str(source), name, split=split)
+        rows = data.select_columns([column for column in wanted if column in data.column_names]).to_list()
+    if not rows:
+        raise ValueError(f"{source} has no rows; expected {task} problems.")
+    for number, row in enumerate(rows, start=1):
+        if missing := [column for column in columns if column not in row]:
+            raise ValueError(
+                f"Row {number} of {source} has columns {sorted(row)}, but {task} needs "
+                f"{' and '.join(f'`{column}`' for column in columns)}: {missing} missing; rename the columns or use a "
+                f"file in {task}'s format."
+            )
+    return [{column: row[column] for column in wanted if column in row} for row in rows]
+
+
+def _read_json_lines(path: str | Path) -> list[dict[str, Any]]:
+    rows = []
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"Line {number} of {path} is not JSON ({error.msg}): {line.strip()[:60]!r}. Expected JSON lines, "
+                    "one object per line."
+                ) from error
+            if not isinstance(row, dict):
+                raise ValueError(f"Line {number} of {path} is no JSON object: {line.strip()[:60]!r}.")
+            rows.append(row)
+    return rows
+
+
+def _read_csv(path: str | Path) -> list[dict[str, Any]]:
+    with open(path, encoding="utf-8", newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def check_split(split: str, task: str) -> str:
+    """The split.
+
+    Raises:
+        ValueError: if it is neither `"train"` nor `"test"`.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"{task} has the splits 'train' and 'test', got {split!r}.")
+    return split
