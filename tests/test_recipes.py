@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from transformers import AutoModelForCausalLM
-from trl import TrlParser
+from trl import ModelConfig, TrlParser
 
-from trl_diffusion.trainers import AGRPOConfig
+from trl_diffusion.trainers import AGRPOConfig, ATPOConfig, DiffuGRPOConfig
 
 ROOT = Path(__file__).parent.parent
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k_train_first1000.jsonl"
@@ -21,10 +22,12 @@ QUICK = ["--max_steps", "2", "--eval_size", "8", "--logging_steps", "1", "--num_
 pytestmark = pytest.mark.slow
 
 
-def launch(script: str, *arguments: str, fails: bool = False) -> str:
+def launch(script: str, *arguments: str, fails: bool = False, processes: str = "single_gpu") -> str:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    command += ["recipes/accelerate_configs/single_gpu.yaml", script, *arguments]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
+    command += [f"recipes/accelerate_configs/{processes}.yaml", script, *arguments]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    if "zero" not in processes:  # with it, accelerate would not start DeepSpeed
+        environment["ACCELERATE_USE_CPU"] = "true"
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=420)
     output = result.stdout + result.stderr
     assert (result.returncode != 0) == fails, output[-4000:]
@@ -44,6 +47,49 @@ def test_without_arguments_the_embedded_model_trains_and_says_so(tmp_path):
     assert "2510.04019" in (tmp_path / "README.md").read_text()
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)).__name__ == "LLaDAModelLM"
     assert any("rollout/seconds" in entry for entry in history(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "paper", "arguments"),
+    [
+        ("gsm8k_diffu_grpo", "2504.12216", []),
+        ("gsm8k_atpo", "2511.15208", ["--plot_every", "1"]),
+        ("countdown_sapo", "2510.01544", ["--num_rollouts", "2"]),
+    ],
+)
+def test_other_methods_train_the_embedded_model(recipe, paper, arguments, tmp_path):
+    output = launch(f"recipes/{recipe}.py", *QUICK, *arguments, "--save_steps", "2", "--output_dir", str(tmp_path))
+    assert "running on the embedded model" in output and "gain" in output
+    assert paper in (tmp_path / "README.md").read_text()
+    assert any("forward_units" in entry for entry in history(tmp_path))
+    if recipe == "gsm8k_atpo":
+        assert (tmp_path / "confusion_zones" / "update_000001.png").stat().st_size > 10_000
+    if recipe == "countdown_sapo":
+        assert any(entry.get("step_aware/continuations", 0) > 0 for entry in history(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "processes", "arguments"),
+    [
+        ("gsm8k_atpo", "cpu_ddp", ["--use_cpu", "true"]),
+        ("countdown_sapo", "cpu_zero3", ["--ddp_backend", "gloo", "--ds3_gather_for_generation", "false"]),
+    ],
+)
+def test_two_processes_train_like_one(recipe, processes, arguments, tmp_path):
+    """Same rewards and held-out accuracy, with half the rows on each process."""
+    small = [*QUICK, "--save_steps", "2", "--max_grad_norm", "1.0", "--num_iterations", "1"]
+    size = "--per_device_train_batch_size"
+    launch(f"recipes/{recipe}.py", *small, size, "16", "--output_dir", str(tmp_path / "one"))
+    two = [size, "8", "--output_dir", str(tmp_path / "two"), *arguments]
+    launch(f"recipes/{recipe}.py", *small, *two, processes=processes)
+    names = ("reward", "eval_accuracy", "step_aware/continuations", "step_aware/process_reward_mean")
+    one, two = (
+        [{name: entry[name] for name in names if name in entry} for entry in history(tmp_path / folder)]
+        for folder in ("one", "two")
+    )
+    assert any("reward" in entry for entry in one)
+    for alone, together in zip(one, two, strict=True):
+        assert together == pytest.approx(alone, abs=1e-5)
 
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason="GSM8K is not beside the project")
@@ -68,17 +114,19 @@ def test_a_dataset_without_answers_is_refused_in_one_line(tmp_path):
     assert "GSM8K needs `question` and `answer`" in output
 
 
-def test_the_llada_config_parses_to_the_papers_settings():
-    path = ROOT / "recipes" / "configs" / "llada_8b" / "gsm8k_agrpo.yaml"
+def parsed(name: str, module: str, arguments: str, config: type) -> tuple:
+    """Script, training and model arguments of a LLaDA-8B config."""
     sys.path.insert(0, str(ROOT / "recipes"))
     try:
-        from gsm8k import GSM8KArguments
+        script = getattr(import_module(module), arguments)
     finally:
         sys.path.pop(0)
-    from trl import ModelConfig
+    path = ROOT / "recipes" / "configs" / "llada_8b" / f"{name}.yaml"
+    return TrlParser((script, config, ModelConfig)).parse_args_and_config(["--config", str(path), "--use_cpu"])
 
-    arguments = ["--config", str(path), "--use_cpu"]
-    script, config, model = TrlParser((GSM8KArguments, AGRPOConfig, ModelConfig)).parse_args_and_config(arguments)
+
+def test_the_agrpo_config_parses_to_the_papers_settings():
+    script, config, model = parsed("gsm8k_agrpo", "gsm8k", "GSM8KArguments", AGRPOConfig)
     assert (config.num_mc_samples, config.max_completion_length, config.block_length) == (24, 384, 12)
     assert (config.temperature, config.top_k, config.top_p, config.step_draws) == (0.6, 150, 0.99, "entropy")
     assert (model.lora_r, model.lora_alpha, model.lora_dropout) == (64, 64, 0.0)
@@ -89,6 +137,26 @@ def test_the_llada_config_parses_to_the_papers_settings():
         "denoising_steps": 128,
         "batch_size": 64,
     }
+
+
+def test_the_diffu_grpo_and_sapo_configs_parse_to_the_papers_settings():
+    diffu = parsed("gsm8k_diffu_grpo", "gsm8k", "GSM8KArguments", DiffuGRPOConfig)
+    sapo = parsed("countdown_sapo", "countdown_sapo", "CountdownArguments", DiffuGRPOConfig)
+    for _, config, model in (diffu, sapo):
+        assert (config.max_completion_length, config.block_length, config.denoising_steps) == (256, 32, 128)
+        assert (config.temperature, config.unmasking, config.num_generations) == (0.9, "low_confidence", 6)
+        assert (config.epsilon, config.beta, config.use_bias_correction_kl) == (0.5, 0.04, False)
+        assert (config.learning_rate, config.weight_decay, config.max_grad_norm) == (3e-6, 0.1, 0.2)
+        assert (model.lora_r, model.lora_alpha, model.lora_dropout) == (128, 64, 0.0)
+    assert (diffu[1].num_iterations, diffu[1].prompt_mask_probability) == (12, 0.15)
+    assert (sapo[1].num_iterations, sapo[1].warmup_steps) == (8, 600)
+    assert (sapo[0].num_rollouts, sapo[0].num_mask_tokens, sapo[0].process_weight) == (3, 64, 1.0)
+
+
+def test_the_atpo_config_selects_eight_steps_by_the_hybrid_rule():
+    _, config, _ = parsed("gsm8k_atpo", "gsm8k", "GSM8KArguments", ATPOConfig)
+    assert (config.step_selector, config.num_mc_samples, config.denoising_steps) == ("roec_cm", 8, 128)
+    assert (config.loss_type, config.step_reduction, config.beta) == ("grpo", "mean", 0.0)
 
 
 def test_memory_benchmark_runs():
