@@ -422,11 +422,11 @@ def scripted(*rewards):
 SMALL_BATCH = [{"prompt": prompt} for prompt in ("a b", "b") for _ in range(3)]
 
 
-def small_trainer(tmp_path, method, reward, **settings):
-    """Of 2 prompts × 3 completions that never end, on a canvas of two blocks of two steps."""
+def small_trainer(tmp_path, method, reward, words=(A, B), **settings):
+    """Of 2 prompts × 3 completions of these words, which never end, on a canvas of two blocks of two steps."""
     small = {"per_device_train_batch_size": 6, "gradient_accumulation_steps": 1, "num_generations": 3}
     defaults = small | {"scale_rewards": "none"}
-    trainer = method.make(tmp_path, model=always(A, B), reward=reward, **defaults | settings)
+    trainer = method.make(tmp_path, model=always(*words), reward=reward, **defaults | settings)
     trainer.model.train()
     return trainer
 
@@ -569,6 +569,25 @@ def test_an_earlier_state_as_the_baseline(tmp_path, monkeypatch):
     assert rows["advantages"].tolist() == pytest.approx([1 / 3 + 2 / 3, -2 / 3, 1 / 3 - 1 / 3, 0, 0, 0], abs=1e-6)
     masked = [(call["state"].canvas == MASK).sum(1).tolist() for call in calls]
     assert masked == [[4] * 6, [6] * 6]  # before step 2, and before step 1: two tokens each
+
+
+def test_texts_that_no_continuation_changes_have_their_own_success_for_nothing(tmp_path, monkeypatch):
+    """Every text is its first token, an end; a state that has it keeps it, and other states are continued."""
+    monkeypatch.setattr(_Continuations, "_judge", lambda self, rows, canvases: f64(*[0] * len(rows)))
+    success = [1, 0, 1, 0, 1, 0]
+    reward = step_aware(scripted(*success), state="keep", form="mean_normalised")
+    trainer = small_trainer(tmp_path, DIFFU, reward, words=(END,), unmasking="random")
+    calls = recorded_continuations(monkeypatch)
+    trainer._generate_and_score_completions(SMALL_BATCH)
+    written_first = (trainer.last_rollout[0].unmask_step[:, 0] == 0).tolist()
+    assert 0 < sum(written_first) < 6
+    rate = [2 / 3] * 3 + [1 / 3] * 3
+    expected = [(s if known else 0) - r for s, known, r in zip(success, written_first, rate, strict=True)]
+    assert list(trainer._logs["extra"]["process_reward"]) == pytest.approx(expected)
+    assert {s for s, known in zip(success, written_first, strict=True) if known} == {0, 1}
+    assert sum(len(call["prompts"]) for call in calls) == 3 * (6 - sum(written_first))
+    # one step of the block is left, on the whole canvas
+    assert trainer._metrics["train"]["step_aware/forward_units"] == [3 * (6 - sum(written_first))]
 
 
 @pytest.mark.parametrize("scale_rewards", ["none", "group"])
@@ -984,6 +1003,8 @@ def test_what_a_reward_function_logs_is_about_the_finished_texts(tmp_path):
     lengths = [len(ids) for ids in trainer.last_rollout[1].completion_ids]
     assert list(trainer._logs["extra"]["length"]) == lengths
     assert trainer._metrics["train"]["longest"] == [max(lengths)]
+    # and nothing waits to be logged with the next rollout
+    assert not any(trainer._pending_extra_logs.values()) and not any(trainer._pending_metrics.values())
 
 
 def test_conversations(tmp_path, monkeypatch):
