@@ -6,8 +6,8 @@ The embedded model on synthetic word problems (half a minute on a CPU core):
 
 LLaDA-8B on GSM8K:
 
-    python recipes/analyze_trajectories.py --model_name_or_path GSAI-ML/LLaDA-8B-Instruct --dtype bfloat16 \
-        --task gsm8k --canvas_length 256 --block_length 32 --denoising_steps 128 --num_selected 8 --batch_size 8
+    python recipes/analyze_trajectories.py --model_name_or_path GSAI-ML/LLaDA-8B-Instruct --task gsm8k \
+        --canvas_length 256 --block_length 32 --denoising_steps 128 --num_selected 8 --batch_size 8
 
 Writes `confusion_zones.png` (curves of entropy, confidence margin and RoEC by outcome, with the steps that ATPO's
 selector `roec_cm` would choose), `.parquet` (every completion at every step) and `.json` (AUCs and settings).
@@ -27,13 +27,10 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import ModelConfig, TrlParser, get_quantization_config
-from trl.trainer.utils import pad
+from trl import TrlParser
 
-import trl_diffusion  # noqa: F401 (registers the model classes)
 from trl_diffusion.credit import SELECTORS, step_signals
-from trl_diffusion.evaluation.accuracy import decode_completions
+from trl_diffusion.evaluation import load_model
 from trl_diffusion.evaluation.confusion_zones import (
     SIGNALS,
     confusion_zone_figure,
@@ -43,13 +40,14 @@ from trl_diffusion.evaluation.confusion_zones import (
     outcomes,
     signal_frame,
 )
+from trl_diffusion.evaluation.decoding import decode_completions, encode_prompt, left_pad
+from trl_diffusion.models import family_of
 from trl_diffusion.models.embedded import EMBEDDED_MODEL
 from trl_diffusion.sampling import SamplingConfig, row_generators, sample
 from trl_diffusion.tasks.countdown import check_countdown, load_countdown
 from trl_diffusion.tasks.gsm8k import correctness_reward, load_gsm8k
 from trl_diffusion.tasks.sudoku import check_sudoku, load_sudoku
 from trl_diffusion.tasks.word_problems import load_word_problems
-from trl_diffusion.trainers.sft import prompt_token_ids
 
 # (number of problems, seed) -> held-out problems
 LOADERS: dict[str, Callable[[int, int], Dataset]] = {
@@ -69,6 +67,18 @@ CHECKS: dict[str, Callable[[str, dict], bool]] = {
 @dataclass
 class AnalysisArguments:
     """What to sample. The defaults fit the embedded model."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Model on the Hub or folder; the embedded one if there is no model and no adapter."},
+    )
+    adapter: str | None = field(
+        default=None, metadata={"help": "PEFT adapter; its own base is loaded if none is given."}
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Revision of the model on the Hub."})
+    dtype: str = field(default="auto", metadata={"help": "Type of the weights; `auto` for the checkpoint's."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "As in transformers."})
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU although there is a GPU."})
 
     task: str = field(
         default="word_problems", metadata={"help": f"One of {', '.join(LOADERS)}.", "choices": [*LOADERS]}
@@ -109,21 +119,6 @@ class AnalysisArguments:
         )
 
 
-def load_model(args: ModelConfig):
-    """The model, on the accelerator if there is one, and its tokenizer."""
-    quantization = get_quantization_config(args)
-    model = AutoModelForCausalLM.from_pretrained(
-        args.model_name_or_path,
-        revision=args.model_revision,
-        attn_implementation=args.attn_implementation,
-        dtype=args.dtype or "float32",
-        quantization_config=quantization,
-    )
-    if quantization is None and torch.cuda.is_available():
-        model.to("cuda")
-    return model, AutoTokenizer.from_pretrained(args.model_name_or_path, revision=args.model_revision)
-
-
 def sample_signals(model, tokenizer, problems: Dataset, correct, args: AnalysisArguments) -> tuple[torch.Tensor, ...]:
     """Sample a completion per problem.
 
@@ -134,9 +129,8 @@ def sample_signals(model, tokenizer, problems: Dataset, correct, args: AnalysisA
     with tqdm(total=len(problems), desc="Sampling", unit="completion") as bar:
         for start in range(0, len(problems), args.batch_size):
             rows = [problems[row] for row in range(start, min(start + args.batch_size, len(problems)))]
-            prompts = [torch.tensor(prompt_token_ids(row["prompt"], tokenizer)) for row in rows]
-            ids = pad(prompts, padding_value=tokenizer.pad_token_id, padding_side="left").to(model.device)
-            mask = pad([torch.ones_like(p) for p in prompts], padding_value=0, padding_side="left").to(model.device)
+            prompts = [encode_prompt(row["prompt"], tokenizer) for row in rows]
+            ids, mask = (part.to(model.device) for part in left_pad(prompts, family_of(model).tail_token_id))
             streams = row_generators(args.seed, rows=range(start, start + len(rows)))
             trajectory = sample(model, ids, mask, args.sampling_config(), streams)
             texts = decode_completions(trajectory.completion_ids, model, tokenizer)
@@ -156,7 +150,7 @@ def auc_table(frame: pd.DataFrame, title: str) -> Table:
     return table
 
 
-def summary(frame: pd.DataFrame, args: AnalysisArguments, model: str, selected: list[int]) -> dict:
+def summary(frame: pd.DataFrame, args: AnalysisArguments, selected: list[int]) -> dict:
     """What goes into the JSON file; `None` for a number that is not defined."""
     success, by_step = outcomes(frame), failure_auc_by_step(frame)
 
@@ -167,7 +161,6 @@ def summary(frame: pd.DataFrame, args: AnalysisArguments, model: str, selected: 
         signal: {name: number(value) for name, value in row.items()} for signal, row in failure_auc(frame).iterrows()
     }
     return {
-        "model": model,
         **asdict(args),
         "succeeded": int(success.sum()),
         "failed": int((~success).sum()),
@@ -180,14 +173,19 @@ def summary(frame: pd.DataFrame, args: AnalysisArguments, model: str, selected: 
 
 
 def main() -> None:
-    args, model_args = TrlParser((AnalysisArguments, ModelConfig)).parse_args_and_config()
+    (args,) = TrlParser(AnalysisArguments).parse_args_and_config()
     console = Console()
-    if model_args.model_name_or_path is None:
-        model_args.model_name_or_path = EMBEDDED_MODEL
-        console.print(
-            "No --model_name_or_path: running on the embedded model, which is tiny and often wrong on purpose."
-        )
-    model, tokenizer = load_model(model_args)
+    if args.model_name_or_path is None and args.adapter is None:
+        args.model_name_or_path = EMBEDDED_MODEL
+        console.print("No model given: analysing the embedded one. It is tiny and was trained on faulty solutions.")
+    model, tokenizer = load_model(
+        args.model_name_or_path,
+        args.adapter,
+        revision=args.model_revision,
+        dtype=args.dtype,
+        attn_implementation=args.attn_implementation,
+        device="cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu",
+    )
     problems = LOADERS[args.task](args.num_completions, args.seed)
     entropy, margin, steps, success = sample_signals(model, tokenizer, problems, CHECKS[args.task], args)
 
@@ -202,7 +200,7 @@ def main() -> None:
     title = f"{args.task}, {args.unmasking} unmasking, temperature {args.temperature:g}"
     confusion_zone_figure(frame, steps_per_block, selected, title).savefig(folder / "confusion_zones.png")
     frame.to_parquet(folder / "confusion_zones.parquet")
-    results = summary(frame, args, model_args.model_name_or_path, selected)
+    results = summary(frame, args, selected)
     (folder / "confusion_zones.json").write_text(json.dumps(results, indent=2) + "\n")
 
     console.print(auc_table(frame, title))

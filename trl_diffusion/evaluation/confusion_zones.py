@@ -176,7 +176,7 @@ def confusion_zone_figure(
         axes.set_xlabel("denoising step")
         axes.set_title(name + shown, fontsize="medium")
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="upper right")
     success = outcomes(frame)
     counts = f"{int((success == True).sum())} succeeded, {int((success == False).sum())} failed"  # noqa: E712 (NA)
     marked = "   green: selected steps" if (chosen >= 0).any() else ""
