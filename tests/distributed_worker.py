@@ -12,6 +12,7 @@ import argparse
 import faulthandler
 import gc
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -24,11 +25,12 @@ import torch
 from accelerate.utils import DistributedType, set_seed
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from datasets import Dataset
-from methods import METHODS, PROMPTS, Method, text_reward, with_property
+from methods import PROMPTS, Method, method_named, text_reward, with_property
 from peft import LoraConfig
 from transformers import TrainerCallback
 
 import trl_diffusion.trainers.diffusion_grpo as base
+from trl_diffusion.trainers import TrajectoryGRPOTrainer, step_aware_probe
 
 # distributed type, number of processes, ZeRO stage
 BACKENDS = {
@@ -67,18 +69,20 @@ class Case:
 
 def cases() -> dict[str, Case]:
     """Every case by name."""
-    agrpo = next(method for method in METHODS if method.name == "agrpo")
+    agrpo = method_named("agrpo")
     # One entry per class: the settings that tell others of the same class apart do not touch the optimizer.
     counted = {method.trainer: method for method in reversed(with_property(5))}.values()
+    # 24 completions, 12 per process: of the three groups the second lies on both.
+    spread = {"num_generations": 8}
     three_updates = {"max_steps": 3, "learning_rate": 1e-2}
     two_updates = {"max_steps": 2, "learning_rate": 0.1}
     one_batch = {"gradient_accumulation_steps": 1}
     return {
-        **{f"{method.name}, one update": Case(method) for method in with_property(4)},
+        **{f"{method.name}, one update": Case(method, spread, rows=12) for method in with_property(4)},
         **{
             f"{method.name}, three updates, M={views}": Case(method, three_updates | {"num_mc_samples": views})
             for method in counted
-            for views in (1, 8)
+            for views in (1, 4)
         },
         "one micro-batch": Case(agrpo, one_batch, rows=16),
         "groups over micro-batches and processes": Case(agrpo, {"gradient_accumulation_steps": 4}, rows=4),
@@ -92,6 +96,12 @@ def cases() -> dict[str, Case]:
             | one_batch
             | {"ds3_gather_for_generation": False, "num_generations": 2, "block_length": 1, "denoising_steps": 8},
             rows=4,
+        ),
+        # One group on both processes, of which one has nothing to probe.
+        "sharded probing": Case(
+            method_named("sapo"),
+            one_batch
+            | {"ds3_gather_for_generation": False, "num_generations": 8, "block_length": 2, "denoising_steps": 8},
         ),
         "resumed": Case(agrpo, three_updates | {"save_strategy": "steps", "save_steps": 1}, resume=True),
         "fault: local rows": Case(agrpo, one_batch, rows=16, backends=("single", "ddp"), fault="local rows"),
@@ -203,10 +213,12 @@ def check_engine(trainer, backend: str) -> None:
 def recorded_rollouts(trainer) -> Iterator[list[dict[str, Any]]]:
     """The rows of this process as every rollout leaves them, before TRL shuffles them.
 
-    `forwards` and `whole` say how the sampler ran: network evaluations, and whether the weights lay there whole.
+    `forwards` and `whole` say how the sampler ran: network evaluations, and whether the weights lay there whole;
+    `probing` what the continuations of a `StepAwareReward` cost. `selection` are the steps that a selector chose, and
+    `process_reward` those of the rows of all processes, `None` for a row that was not probed.
     """
     seen: list[dict[str, Any]] = []
-    generate, sample, sampler = trainer._generate_and_score_completions, base.sample, {}
+    generate, sample, sampler, probing = trainer._generate_and_score_completions, base.sample, {}, Counter()
 
     def record_sample(model, *args, **kwargs):
         whole = all(parameter.numel() > 0 for parameter in model.parameters())
@@ -214,14 +226,27 @@ def recorded_rollouts(trainer) -> Iterator[list[dict[str, Any]]]:
         sampler.update(forwards=trajectory.forwards, whole=whole)
         return trajectory
 
+    def record_continuations(model, *args, **kwargs):
+        trajectory = sample(model, *args, **kwargs)
+        probing.update(calls=1, forwards=trajectory.forwards, sync_forwards=trajectory.sync_forwards)
+        return trajectory
+
     def record_rows(inputs):
+        probing.clear()
         output = generate(inputs)
         rows = {key: value.clone() for key, value in output.items() if isinstance(value, torch.Tensor) and value.dim()}
-        seen.append({"rows": rows, **sampler})
+        if "prompt_hidden" in rows:  # processes pad their prompts to lengths of their own
+            hidden = rows["prompt_hidden"]
+            rows["prompt_hidden"] = torch.nn.functional.pad(hidden, (8 - hidden.size(-1), 0))
+        chosen = trainer.last_selection if isinstance(trainer, TrajectoryGRPOTrainer) else None
+        process_reward = list(trainer._logs["extra"]["process_reward"]) if trainer._probe else []
+        more = {"selection": None if chosen is None else chosen.tolist(), "process_reward": process_reward}
+        seen.append({"rows": rows, **sampler, **more, "probing": dict(probing)})
         return output
 
     with (
         patch.object(base, "sample", record_sample),
+        patch.object(step_aware_probe, "sample", record_continuations),
         patch.object(trainer, "_generate_and_score_completions", record_rows),
     ):
         yield seen

@@ -2,7 +2,8 @@
 
 Every backend is launched once, with `accelerate launch` and the files of `recipes/accelerate_configs`, and runs the
 cases of `distributed_worker.py`. The loss proves nothing here: with advantages centred on their group it is 0 on
-policy. So completions and drawn steps are compared, row by row, and then the parameters after the update.
+policy. So completions, drawn steps, prompt masks, selected steps and process rewards are compared, row by row, and
+then the parameters after the update.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ CASES = cases()
 SOUND = [name for name, case in CASES.items() if case.fault is None]
 COUNTED = [name for name in SOUND if "three updates" in name]
 SEVERAL = [backend for backend in BACKENDS if backend != "single"]
-EQUAL = ("completion_ids", "completion_mask", "unmask_step", "view_steps", "global_row")
+EQUAL = ("completion_ids", "completion_mask", "unmask_step", "view_steps", "prompt_hidden", "global_row")
 CLOSE = ("advantages", "view_weights", "old_per_token_logps", "ref_per_token_logps")
 
 pytestmark = pytest.mark.slow
@@ -133,15 +134,18 @@ def test_rollouts_are_those_of_one_process(backend, case, launched):
     ranks, (single,) = launched(backend).ranks(case), launched("single").ranks(case)
     assert len(single["rollouts"]) >= 1
     for rollout in range(len(single["rollouts"])):
-        rows, expected = all_rows(ranks, rollout), single["rollouts"][rollout]["rows"]
+        whole = single["rollouts"][rollout]
+        rows, expected = all_rows(ranks, rollout), whole["rows"]
         assert rows["global_row"].tolist() == list(range(len(rows["global_row"])))
-        for key in EQUAL:
+        assert rows.keys() == expected.keys() & {*EQUAL, *CLOSE}
+        for key in rows.keys() & {*EQUAL}:
             assert torch.equal(rows[key], expected[key]), key
-        for key in CLOSE:
-            if key in expected:
-                torch.testing.assert_close(rows[key], expected[key], rtol=1e-4, atol=1e-4, msg=lambda m, k=key: k + m)
+        for key in rows.keys() & {*CLOSE}:
+            torch.testing.assert_close(rows[key], expected[key], rtol=1e-4, atol=1e-4, msg=lambda m, k=key: k + m)
         assert (expected["advantages"] != 0).sum() > len(expected["advantages"]) / 2
-        assert (expected["unmask_step"] >= 0).any()
+        for rank in ranks:
+            assert rank["rollouts"][rollout]["selection"] == whole["selection"]
+            assert rank["rollouts"][rollout]["process_reward"] == whole["process_reward"]
 
 
 @pytest.mark.parametrize("case", SOUND)
@@ -182,14 +186,30 @@ def test_with_sharded_weights_processes_sample_in_step(launched):
             assert all(rollout["whole"] == whole for rollout in rank["rollouts"])
 
 
+def test_with_sharded_weights_processes_probe_in_step(launched):
+    def probing(backend):
+        return [rank["rollouts"][0]["probing"] for rank in launched(backend).ranks("sharded probing")]
+
+    (alone,), apart, together = probing("single"), probing("ddp"), probing("zero3")
+    assert alone["sync_forwards"] == 0 and all(rank.get("sync_forwards", 0) == 0 for rank in apart)
+    own = [rank.get("forwards", 0) for rank in apart]
+    assert own[0] > 0 == own[1]  # one process has nothing to continue …
+    assert together[0]["forwards"] == together[1]["forwards"] >= max(own)  # … and runs as many forwards
+    assert [rank["forwards"] - rank["sync_forwards"] for rank in together] == own
+    rewards = launched("single").ranks("sharded probing")[0]["rollouts"][0]["process_reward"]
+    assert 0 < sum(reward is not None for reward in rewards) < 8 and any(rewards)
+
+
 @several_backends
 def test_the_reference_stays_where_the_policy_started(backend, launched):
     ranks = launched(backend).ranks("reference")
     drift = []
     for rollout in range(3):  # of the first update, the second, and the evaluation
         rows = all_rows(ranks, rollout)
-        scored = rows["ref_per_token_logps"] != 0  # by some view
-        drift.append((rows["ref_per_token_logps"] - rows["old_per_token_logps"])[scored].abs().max())
+        reference = rows["ref_per_token_logps"][:, 0]  # of every view
+        old = rows["old_per_token_logps"].unsqueeze(1).expand_as(reference)
+        scored = reference != 0
+        drift.append((reference - old)[scored].abs().max())
     assert drift[0] < 1e-4 and drift[1] > 0.1 and drift[2] > 0.1
 
 
