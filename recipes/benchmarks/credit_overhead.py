@@ -113,10 +113,11 @@ def make_trainers(args: argparse.Namespace, folder: str) -> dict[str, DiffusionG
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--views", type=int, default=8, help="views per completion, M and K")
-    parser.add_argument("--vocabulary", type=int, default=8192)
-    parser.add_argument("--hidden", type=int, default=128)
+    # As in LLaDA-8B, the head has a small share of the weights.
+    parser.add_argument("--vocabulary", type=int, default=1024)
+    parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--canvas", type=int, default=64)
     parser.add_argument("--unmasking", default="max_prob")

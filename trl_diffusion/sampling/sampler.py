@@ -353,10 +353,12 @@ def _take(values: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
 
 def _signals(logits: torch.Tensor, open_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean entropy and mean p1 − p2 over the positions that are open, [R] each from logits [R, m, V]."""
-    log_probs = logits.log_softmax(-1)
-    probabilities = log_probs.exp()
-    entropy = -(probabilities * log_probs.masked_fill(log_probs == -torch.inf, 0.0)).sum(-1)
+    probabilities = logits.softmax(-1)
     top = probabilities.topk(2, dim=-1).values
+    # Few passes over the vocabulary: the normaliser follows from the largest logit, and 0 · −inf (ids that are never
+    # sampled) is taken out of the product.
+    normaliser = logits.amax(-1) - top[..., 0].log()
+    entropy = normaliser - (probabilities * logits).nan_to_num(nan=0.0).sum(-1)
     count = open_.sum(1)
     margin = (top[..., 0] - top[..., 1]).masked_fill(~open_, 0.0).sum(1) / count
     return entropy.masked_fill(~open_, 0.0).sum(1) / count, margin
