@@ -5,8 +5,9 @@ three kinds of states here are our reading:
 
 - `block`: the blocks finished by then, and masks on the rollout's own block grid.
 - `keep`: the canvas as it was before a denoising step, whole.
-- `prefix`: what was written without a gap from the left at that step, and masks. Within a block this is not a state
-  that the rollout passes through, so continuing it does not follow the rollout's distribution.
+- `prefix`: what was written without a gap from the left at that step (nothing, if the first position was still
+  masked), and masks. Within a block this is not a state that the rollout passes through, so continuing it does not
+  follow the rollout's distribution.
 """
 
 from __future__ import annotations

@@ -109,6 +109,10 @@ class StepAwareProbe:
         groups = finished.rewards.nan_to_num().view(-1, group, finished.rewards.size(1))
         tied = (groups == groups[:, :1]).all(2).all(1).repeat_interleave(group)[mine]
         probed = settings.probed(rows["advantages"].masked_fill(tied, 0.0), success)
+        # TRL empties the mask of a completion that `mask_truncated_completions` drops.
+        probed &= rows["completion_mask"].any(1)
+        if settings.baseline == "group":
+            probed &= ~baseline.isnan()  # nobody left to compare with
         continuations = _Continuations(self, rows, trajectory, finished, rollout)
         process_reward = continuations.process_reward(probed, success, baseline)
         all_rewards = accelerator.gather(process_reward)
