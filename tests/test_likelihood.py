@@ -96,6 +96,27 @@ def test_rows_may_ask_for_different_steps():
     assert views.targets.int().tolist() == [[0, 1, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0]]
 
 
+def test_a_row_without_a_step_has_an_empty_view():
+    completion_ids = torch.tensor([[A, A + 1, A, TAIL]] * 2)
+    unmask_step = torch.tensor([[1, 0, 2, -1]] * 2, dtype=torch.int32)
+    views = trajectory_views(completion_ids, unmask_step, torch.tensor([-1, 1]), MASK)
+    assert views.canvas[0].tolist() == [MASK] * 4
+    assert views.targets.int().tolist() == [[0, 0, 0, 0], [1, 0, 0, 0]]  # what was never sampled is no target
+
+
+def test_a_view_may_bring_a_noised_prompt():
+    model = network()
+    trajectory = rollout(model)
+    prompts, mask = coded_prompts(ROWS)
+    plain = views_of(trajectory, 2)
+    noised = prompts.masked_fill((torch.arange(8) == 6) & (mask == 1), MASK)
+    scores = score(model, trajectory, Views(plain.canvas, plain.targets, noised))
+    log_probs = (canvas_logits(model, noised, mask, plain.canvas) / 1.3).log_softmax(-1)
+    expected = log_probs.gather(-1, trajectory.completion_ids.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(scores.logps[plain.targets], expected[plain.targets], atol=1e-5, rtol=0)
+    assert not torch.allclose(score(model, trajectory, plain).logps, scores.logps, atol=0.05)
+
+
 # ------------------------------------------- scores
 
 
