@@ -1,4 +1,4 @@
-"""The prompts of d1 (2504.12216), word for word: published tables were measured with them.
+"""The prompts of d1 (2504.12216), in its words: published tables were measured with them.
 
 From github.com/dllm-reasoning/d1, Apache License 2.0. `d1` is the prompt of its evaluation, whose answer begins with
 `<reasoning>`; `d1_train` is the one of its reinforcement learning, which has other words and no beginning.
