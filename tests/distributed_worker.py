@@ -74,16 +74,13 @@ def cases() -> dict[str, Case]:
     counted = {method.trainer: method for method in reversed(with_property(5))}.values()
     # 24 completions, 12 per process: of the three groups the second lies on both.
     spread = {"num_generations": 8}
-    three_updates = {"max_steps": 3, "learning_rate": 1e-2}
+    three_updates = {"max_steps": 3, "learning_rate": 1e-2, "denoising_steps": 8}
     two_updates = {"max_steps": 2, "learning_rate": 0.1}
     one_batch = {"gradient_accumulation_steps": 1}
     return {
         **{f"{method.name}, one update": Case(method, spread, rows=12) for method in with_property(4)},
-        **{
-            f"{method.name}, three updates, M={views}": Case(method, three_updates | {"num_mc_samples": views})
-            for method in counted
-            for views in (1, 4)
-        },
+        **{f"{method.name}, three updates": Case(method, three_updates | method.many_views) for method in counted},
+        "agrpo, three updates, one view": Case(agrpo, three_updates | agrpo.few_views),
         "one micro-batch": Case(agrpo, one_batch, rows=16),
         "groups over micro-batches and processes": Case(agrpo, {"gradient_accumulation_steps": 4}, rows=4),
         # Two updates: before the first, policy and reference are equal and the KL has no gradient.
@@ -148,6 +145,7 @@ def run(name: str, case: Case, backend: str, model: str, out: Path) -> None:
         "before": snapshots[0],
         "after": full_parameters(trainer),
         "backward_passes_and_updates": len(snapshots) - 1,
+        "views": trainer._passes(),
         "changes": sum(differ(a, b) for a, b in pairwise(snapshots)),
         "trainer_steps": trainer.state.global_step,
         "engine_steps": trainer.model_wrapped.global_steps if zero else None,

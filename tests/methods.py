@@ -18,12 +18,26 @@ from trl_diffusion.trainers import (
     AGRPOTrainer,
     ATPOConfig,
     ATPOTrainer,
+    CoupledGRPOConfig,
+    CoupledGRPOTrainer,
     DiffuGRPOConfig,
     DiffuGRPOTrainer,
     DiffusionGRPOConfig,
     DiffusionGRPOTrainer,
+    DMPOConfig,
+    DMPOTrainer,
+    ESPOConfig,
+    ESPOTrainer,
+    SPGConfig,
+    SPGTrainer,
+    TraceRLConfig,
+    TraceRLTrainer,
     TrajectoryGRPOConfig,
     TrajectoryGRPOTrainer,
+    UniGRPOConfig,
+    UniGRPOTrainer,
+    WD1Config,
+    WD1Trainer,
 )
 
 ALL_PROPERTIES = frozenset(range(1, 9))
@@ -41,9 +55,14 @@ class Method:
         settings: fields of the config.
         wrap: turns the reward function into another one, as a `StepAwareReward` does.
         views: what its views show, and so what they must cover: `drawn` denoising steps, steps `chosen` or `sampled`
-            by a selector, or the `masked` canvas.
+            by a selector, the `masked` canvas, masks at a random `rate`, complementary `pairs`, `coupled` pairs
+            besides the masked canvas, random `blocks` or subsets of the `text`, or `groups` of denoising steps.
         fresh_views: every inner update has views of its own.
-        credit: what its advantages are made of: the `outcome`, or the outcome and a `process_reward`.
+        credit: what it makes of the rewards: the `outcome`, the outcome and a `process_reward`, the `leave_one_out`
+            advantage, the `z_score`, or weights, a `softmax` or an `opposed_softmax`.
+        few_views: settings for the fewest views that it takes.
+        many_views: settings for more of them.
+        compares: settings with which it compares with a reference model, if it ever does.
         applies: the properties that it claims.
     """
 
@@ -55,6 +74,9 @@ class Method:
     views: str = "drawn"
     fresh_views: bool = True
     credit: str = "outcome"
+    few_views: dict[str, Any] = field(default_factory=lambda: {"num_mc_samples": 1})
+    many_views: dict[str, Any] = field(default_factory=lambda: {"num_mc_samples": 8})
+    compares: dict[str, Any] = field(default_factory=lambda: {"loss_type": "dr_grpo", "beta": 0.1})
     applies: frozenset[int] = ALL_PROPERTIES
 
     def make(
@@ -108,6 +130,11 @@ def step_aware(reward: Callable) -> StepAwareReward:
 
 
 ONE_UPDATE = {"num_iterations": 1}
+PAIR = {"num_mc_samples": 2, "num_iterations": 1}
+PAIRS = {"num_mc_samples": 4, "num_iterations": 1}
+DMPO = PAIRS | {"alpha": 1.0}  # the paper's 0.04 leaves one completion per prompt
+IN_PAIRS: dict[str, Any] = {"few_views": {"num_mc_samples": 2}, "many_views": {"num_mc_samples": 8}}
+OWN_LOSS: dict[str, Any] = {"applies": ALL_PROPERTIES - {1}, "compares": {}}  # without ratios
 
 METHODS = [
     Method("trajectory_grpo", TrajectoryGRPOTrainer, TrajectoryGRPOConfig),
@@ -125,6 +152,52 @@ METHODS = [
     Method("diffu_grpo", DiffuGRPOTrainer, DiffuGRPOConfig, ONE_UPDATE, views="masked"),
     Method(
         "sapo", DiffuGRPOTrainer, DiffuGRPOConfig, ONE_UPDATE, wrap=step_aware, views="masked", credit="process_reward"
+    ),
+    Method("uni_grpo", UniGRPOTrainer, UniGRPOConfig, ONE_UPDATE, views="rate"),
+    Method(
+        "coupled_grpo",
+        CoupledGRPOTrainer,
+        CoupledGRPOConfig,
+        PAIR,
+        views="coupled",
+        credit="leave_one_out",
+        **IN_PAIRS,
+    ),
+    Method(
+        "espo",
+        ESPOTrainer,
+        ESPOConfig,
+        PAIRS,
+        views="pairs",
+        credit="leave_one_out",
+        compares={"beta": 0.1},
+        **IN_PAIRS,
+    ),
+    Method("wd1", WD1Trainer, WD1Config, ONE_UPDATE, views="masked", credit="opposed_softmax", **OWN_LOSS),
+    Method("spg", SPGTrainer, SPGConfig, PAIR, views="blocks", **OWN_LOSS),
+    Method("spg, random", SPGTrainer, SPGConfig, PAIR | {"noise": "random"}, views="text", **OWN_LOSS),
+    Method(
+        "tracerl",
+        TraceRLTrainer,
+        TraceRLConfig,
+        {"shrink": 2, "denoising_steps": 8, "num_mc_samples": 0, "num_iterations": 1},
+        views="groups",
+        fresh_views=False,
+        credit="z_score",
+        few_views={"shrink": 8},
+        many_views={"shrink": 1},
+        compares={"beta": 0.1},
+    ),
+    Method("dmpo", DMPOTrainer, DMPOConfig, DMPO, views="rate", credit="softmax", **OWN_LOSS, **IN_PAIRS),
+    Method(
+        "dmpo, wddo",
+        DMPOTrainer,
+        DMPOConfig,
+        DMPO | {"objective": "wddo", "weight_baseline": "none"},
+        views="pairs",
+        credit="softmax",
+        compares={},
+        **IN_PAIRS,
     ),
 ]
 

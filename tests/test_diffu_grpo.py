@@ -13,7 +13,7 @@ from scipy.stats import binomtest, chi2_contingency
 from tiny import MASK, TAIL, A, canvas_logits, forwards_of, tiny_model
 from trainer_helpers import hidden_by_row, largest_log_ratio, losses_seen, parameters_of, rollout_of
 
-from trl_diffusion.likelihood import prompt_masked_views
+from trl_diffusion.likelihood import noised_views
 from trl_diffusion.trainers import DiffuGRPOConfig
 
 DIFFU = method_named("diffu_grpo")
@@ -90,7 +90,10 @@ def prompt_masks(trainer, rows: int, padding: int = 0, first: int = 0, words: in
     ids[:, :padding] = TAIL
     own = torch.arange(first, first + rows)
     batch = {"prompt_ids": ids, "prompt_mask": (ids != TAIL).long(), "global_row": own}
-    return trainer._prompt_masks(where.get("mode", "train"), where.get("update", 0), batch)
+    batch["completion_ids"] = torch.full((rows, 8), A)
+    plan = trainer._noise(where.get("mode", "train"), where.get("update", 0), None, batch, None)
+    assert plan.hidden.all() and plan.hidden.shape == (rows, trainer.args.num_mc_samples, 8)
+    return plan.prompt_hidden
 
 
 def test_prompt_tokens_are_masked_independently_with_the_given_probability(tmp_path):
@@ -130,7 +133,8 @@ def test_7_prompt_masks_are_keyed_by_the_global_row_and_ignore_padding(tmp_path)
 def test_views_hide_the_canvas_and_the_chosen_prompt_tokens():
     completion_ids, targets = torch.tensor([[2, 3, 0, 0]]), torch.tensor([[True, True, True, False]])
     prompt_ids, hidden = torch.tensor([[0, 2, 3, 2]]), torch.tensor([[False, False, True, False]])
-    views = prompt_masked_views(completion_ids, targets, prompt_ids, hidden, MASK)
+    everywhere = torch.ones_like(targets)
+    views = noised_views(completion_ids, everywhere, targets, MASK, prompt_ids, hidden)
     assert views.canvas.tolist() == [[MASK] * 4] and torch.equal(views.targets, targets)
     assert views.prompt_ids.tolist() == [[0, 2, MASK, 2]]
     assert prompt_ids.tolist() == [[0, 2, 3, 2]]

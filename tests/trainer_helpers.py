@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from tiny import MASK
-from trl import GRPOTrainer
 
 
 def parameters_of(trainer) -> torch.Tensor:
@@ -18,30 +17,45 @@ def rollout_of(trainer, *prompts: str, copies: int = 4) -> dict[str, torch.Tenso
 
 
 def losses_seen(trainer, monkeypatch) -> list[dict[str, torch.Tensor]]:
-    """What every evaluation of the training loss is given, in order: compared log-probabilities as TRL's loss gets
-    them, those of the policy, and which tokens of prompt and canvas are hidden (from the right, so that rollouts with
-    other prompts compare)."""
-    seen = []
-    score, loss = trainer._score, GRPOTrainer._compute_loss
+    """Every view that the training loss scores, in order: log-probabilities of the policy and those compared with, the
+    targets, and which tokens of prompt and canvas are hidden (from the right, so that rollouts with other prompts
+    compare)."""
+    seen: list[dict[str, torch.Tensor]] = []
+    score, loss, now = trainer._score, trainer._compute_loss, {}
 
-    def record_loss(self, model, inputs):
-        seen.append({"old": inputs["old_per_token_logps"], "reference": inputs.get("ref_per_token_logps")})
-        return loss(self, model, inputs)
+    def record_loss(model, inputs):
+        now.update(rows=inputs, update=trainer._place_in_buffer()[0])
+        return loss(model, inputs)
+
+    def compared(name: str, view: int, targets: torch.Tensor) -> torch.Tensor | None:
+        values = now["rows"].get(name)
+        if values is None:
+            return None
+        return (values if values.dim() == 2 else values[:, now["update"], view]) * targets
 
     def record_scores(model, rows, views):
         scores = score(model, rows, views)
         if model.training:
+            count = len(now["rows"]["completion_ids"])  # views that are scored together come one after the other
             prompt = rows["prompt_ids"] if views.prompt_ids is None else views.prompt_ids
             hidden = (torch.cat([prompt, views.canvas], dim=1) == MASK).flip(1)
-            seen[-1] |= {
-                "logps": scores.logps.detach(),
-                "targets": views.targets,
-                "hidden": torch.nn.functional.pad(hidden, (0, 64 - hidden.size(1))),
-                "global_row": rows["global_row"],
-            }
+            hidden = torch.nn.functional.pad(hidden, (0, 64 - hidden.size(1)))
+            for place, start in enumerate(range(0, len(hidden), count)):
+                part = slice(start, start + count)
+                view, targets = trainer._view + place, views.targets[part]
+                seen.append(
+                    {
+                        "old": compared("old_per_token_logps", view, targets),
+                        "reference": compared("ref_per_token_logps", view, targets),
+                        "logps": scores.logps.detach()[part],
+                        "targets": targets,
+                        "hidden": hidden[part],
+                        "global_row": now["rows"]["global_row"],
+                    }
+                )
         return scores
 
-    monkeypatch.setattr(GRPOTrainer, "_compute_loss", record_loss)
+    monkeypatch.setattr(trainer, "_compute_loss", record_loss)
     monkeypatch.setattr(trainer, "_score", record_scores)
     return seen
 

@@ -1,5 +1,12 @@
 """Which advantages completions get, which denoising steps learn, and how much."""
 
+from trl_diffusion.credit.prompt_groups import (
+    effective_sample_size,
+    leave_one_out,
+    opposed_softmax,
+    population_z_score,
+    target_log_weights,
+)
 from trl_diffusion.credit.step_aware import StepAwareReward
 from trl_diffusion.credit.step_draws import StepDraws, draw_steps, eligible_steps, step_probabilities
 from trl_diffusion.credit.step_selection import (
@@ -21,8 +28,13 @@ __all__ = [
     "StepSignals",
     "Threshold",
     "draw_steps",
+    "effective_sample_size",
     "eligible_steps",
+    "leave_one_out",
+    "opposed_softmax",
+    "population_z_score",
     "selected_draws",
     "step_probabilities",
     "step_signals",
+    "target_log_weights",
 ]

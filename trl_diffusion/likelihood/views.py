@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -45,24 +46,36 @@ def trajectory_views(
     )
 
 
-def prompt_masked_views(
+def noised_views(
     completion_ids: torch.Tensor,
+    hidden: torch.Tensor,
     targets: torch.Tensor,
-    prompt_ids: torch.Tensor,
-    prompt_hidden: torch.Tensor,
     mask_token_id: int,
+    prompt_ids: torch.Tensor | None = None,
+    prompt_hidden: torch.Tensor | None = None,
 ) -> Views:
-    """d1's one-step view (2504.12216): the whole canvas masked, and some tokens of the prompt.
+    """One view of a noise plan.
 
     Args:
         completion_ids: long [R, L].
+        hidden: bool [R, L], positions to mask.
         targets: bool [R, L], the tokens to score.
-        prompt_ids: long [R, P].
-        prompt_hidden: bool [R, P], prompt tokens to mask.
         mask_token_id: the mask token.
+        prompt_ids: long [R, P]; needed with `prompt_hidden`.
+        prompt_hidden: bool [R, P], prompt tokens to mask.
     """
+    prompt = None
+    if prompt_hidden is not None:
+        assert prompt_ids is not None
+        prompt = prompt_ids.masked_fill(prompt_hidden, mask_token_id)
+    return Views(completion_ids.masked_fill(hidden, mask_token_id), targets, prompt)
+
+
+def stack_views(views: Sequence[Views]) -> Views:
+    """Several views of the same rows as one batch: first all rows of the first view, then those of the second …"""
+    prompts = [view.prompt_ids for view in views if view.prompt_ids is not None]
     return Views(
-        canvas=torch.full_like(completion_ids, mask_token_id),
-        targets=targets,
-        prompt_ids=prompt_ids.masked_fill(prompt_hidden, mask_token_id),
+        torch.cat([view.canvas for view in views]),
+        torch.cat([view.targets for view in views]),
+        torch.cat(prompts) if prompts else None,
     )

@@ -8,10 +8,10 @@ loss        clipped token ratio, summed over the step's tokens
 
 from __future__ import annotations
 
-import logging
 import textwrap
 from dataclasses import dataclass, field
 
+from trl_diffusion.trainers.quiet import no_luspo_hint
 from trl_diffusion.trainers.trajectory_grpo import TrajectoryGRPOConfig, TrajectoryGRPOTrainer
 
 
@@ -65,15 +65,5 @@ class AGRPOTrainer(TrajectoryGRPOTrainer):
     }
 
     def __init__(self, *args, **kwargs):
-        # TRL advises sequence ratios with "luspo" to whoever wants LUSPO; AGRPO only shares its normalisation.
-        logger, hint = logging.getLogger("trl.trainer.grpo_trainer"), _LuspoHint()
-        logger.addFilter(hint)
-        try:
+        with no_luspo_hint():
             super().__init__(*args, **kwargs)
-        finally:
-            logger.removeFilter(hint)
-
-
-class _LuspoHint(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return "When using `'luspo'` loss" not in record.getMessage()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import os
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -178,6 +179,7 @@ class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
     _tag_names = ["trl", "trl_diffusion", "diffusion-grpo"]
     _name = "DiffusionGRPO"
     config_class: type[DiffusionGRPOConfig] = DiffusionGRPOConfig
+    _compares_with_old: bool = True
     args: DiffusionGRPOConfig
     model: Any  # transformers types it as optional
     ref_model: Any
@@ -206,11 +208,13 @@ class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
         # wrong for one that changed since. So TRL is told that there is none, and gets a copy.
         args = copy.copy(args)
         beta, sync_ref_model, reference = args.beta, args.sync_ref_model, None
-        if beta != 0.0 and isinstance(model, PreTrainedModel) and kwargs.get("peft_config") is None:
+        compares = self._needs_reference(args)
+        args.beta = float(compares)  # TRL makes a reference model wherever beta is not 0
+        if compares and isinstance(model, PreTrainedModel) and kwargs.get("peft_config") is None:
             if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
                 raise ValueError(
-                    "With ZeRO-3 and beta != 0 pass the model as a path or hub id, not as an object: its weights are "
-                    "sharded and cannot be copied for the reference model."
+                    "With ZeRO-3, where a reference model is needed, pass the model as a path or hub id, not as an "
+                    "object: its weights are sharded and cannot be copied."
                 )
             reference = copy.deepcopy(model)
             args.beta, args.sync_ref_model = 0.0, False
@@ -224,8 +228,9 @@ class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
             processing_class=processing_class,
             **kwargs,
         )
+        args.beta, args.sync_ref_model = beta, sync_ref_model
+        self.beta = beta if compares else 0.0  # TRL looks for a reference model while it generates
         if reference is not None:
-            args.beta, args.sync_ref_model = beta, sync_ref_model
             self._adopt_reference(reference)
 
         launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -243,15 +248,19 @@ class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
         self._finished: FinishedBatch | None = None
         self._probe = StepAwareProbe.of(self)
         self._trajectory: Trajectory | None = None
-        self._scored: tuple[dict[str, torch.Tensor], Views] | None = None
+        self._scored: Scores | None = None
         self._window_rows: dict[str, torch.Tensor] | None = None
         if is_peft_model(self.model) and self.accelerator.is_main_process:
             Console().print(coverage_table(lora_coverage(self.model)))
 
+    @staticmethod
+    def _needs_reference(args: DiffusionGRPOConfig) -> bool:
+        """Whether completions are scored under a reference model."""
+        return args.beta != 0.0
+
     def _adopt_reference(self, reference: PreTrainedModel) -> None:
         if self.args.disable_dropout:
             disable_dropout_in_model(reference)
-        self.beta = self.args.beta
         if self.is_deepspeed_enabled:
             self.ref_model = prepare_deepspeed(reference, self.accelerator)
         elif self.is_fsdp_enabled:
@@ -357,10 +366,11 @@ class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
         rows |= self._plan_views(mode, trajectory, rows, learns)
         rows["num_items_in_batch"] = self.accelerator.gather(rows["completion_mask"].sum()).sum()
         self._rollouts[mode] += 1
-        if "old_per_token_logps" not in rows:
+        if self._compares_with_old and "old_per_token_logps" not in rows:
             rows["old_per_token_logps"] = self._logps_of_views(mode, self.model, rows)
         if self.beta != 0.0:
             rows["ref_per_token_logps"] = self._reference_logps(mode, rows)
+        self._assign_credit(mode, rows)
         return rows
 
     def _plan_views(
@@ -385,6 +395,20 @@ class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
         """One view of every row. Always the same for the same arguments."""
         raise NotImplementedError(f"{type(self).__name__} does not say in which views completions are scored.")
 
+    def _num_views(self) -> int:
+        """Views per completion and inner update."""
+        return self.args.num_mc_samples
+
+    def _assign_credit(self, mode: str, rows: dict[str, torch.Tensor]) -> None:
+        """Turn `rows["advantages"]` [B] into what the method learns from; by default they are that."""
+
+    def _over_groups(
+        self, mode: str, values: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """Apply a function of whole prompt groups [N, G], which may lie on several processes, to values [B]."""
+        results = function(self.accelerator.gather(values).view(-1, self.group_size(mode)))
+        return results.flatten()[self._global_rows(len(values))]
+
     # ---------------------------------------------------------------- likelihood
 
     def _score(self, model, rows: dict[str, torch.Tensor], views: Views) -> Scores:
@@ -403,36 +427,47 @@ class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
         """Temperature of the distribution that is scored: 1 but for trajectory methods."""
         return 1.0
 
-    def _reference_logps(self, mode: str, rows: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Log-probabilities [B, μ, M, L] of every view under the reference model, or without the adapter."""
+    def _reference_logps(
+        self, mode: str, rows: dict[str, torch.Tensor], updates: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Log-probabilities [B, μ, V, L] of every view under the reference model, or without the adapter."""
         if self.ref_model is not None:
-            return self._logps_of_views(mode, self.ref_model, rows)
+            return self._logps_of_views(mode, self.ref_model, rows, updates)
         peft_model = self.accelerator.unwrap_model(self.model)
         with use_adapter(peft_model, "ref" if "ref" in peft_model.peft_config else None):
-            return self._logps_of_views(mode, self.model, rows)
+            return self._logps_of_views(mode, self.model, rows, updates)
 
     @torch.no_grad()
-    def _logps_of_views(self, mode: str, model, rows: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Log-probabilities [B, μ, M, L] of the targets of every view, 0 elsewhere; no dropout, no autograd."""
-        updates, views = self._inner_updates(mode), self.args.num_mc_samples
+    def _logps_of_views(
+        self, mode: str, model, rows: dict[str, torch.Tensor], updates: Sequence[int] | None = None
+    ) -> torch.Tensor:
+        """Log-probabilities [B, μ, V, L] of the targets of every view, 0 elsewhere; no dropout, no autograd.
+
+        Args:
+            mode: `"train"` or `"eval"`.
+            model: the policy or the reference model.
+            rows: what `_plan_views` planned.
+            updates: inner updates whose views are scored; all of them if not given.
+        """
+        updates, views = range(self._inner_updates(mode)) if updates is None else updates, self._num_views()
         batch, length = rows["completion_ids"].shape
-        logps = torch.zeros(batch, updates, views, length, device=rows["completion_ids"].device)
+        logps = torch.zeros(batch, len(updates), views, length, device=rows["completion_ids"].device)
         size = self.args.per_device_train_batch_size
         was_training = model.training
         model.eval()
         try:
             with disable_gradient_checkpointing(self.model, self._checkpointing_kwargs):
                 # Always every view: where weights are sharded, all processes must run the same number of forwards.
-                for update in range(updates):
+                for place, update in enumerate(updates):
                     for view in range(views):
                         for start in range(0, batch, size):
                             part = {k: v[start : start + size] for k, v in rows.items() if v.dim() > 0}
                             scores = self._score(model, part, self._view_of(part, update, view))
-                            logps[start : start + size, update, view] = scores.logps
+                            logps[start : start + size, place, view] = scores.logps
         finally:
             model.train(was_training)
         if mode == "train":
-            self.count_forwards(updates * views * batch * self.accelerator.num_processes)
+            self.count_forwards(len(updates) * views * batch * self.accelerator.num_processes)
         return logps
 
     def _inner_updates(self, mode: str) -> int:
@@ -448,14 +483,8 @@ class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
         self._metrics["train"]["forward_units"] = [self.forward_units]
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        if self._scored is None:  # TRL asks while it makes a rollout; `_plan` attaches what it would have computed
-            return None, None, None
-        rows, views = self._scored
-        scores = self._score(model, rows, views)
-        inner_update, micro_batch = self._place_in_buffer()
-        if self.model.training and inner_update == 0 and micro_batch < self.current_gradient_accumulation_steps:
-            self._log_log_ratio(scores.logps.detach() - self._old_logps(rows, inner_update, self._view, views))
-        return scores.logps, scores.entropies, None
+        # TRL asks while it makes a rollout, where nothing reads the answer, and in its loss, once `_token_loss` scored
+        return (None, None, None) if self._scored is None else (self._scored.logps, self._scored.entropies, None)
 
     def _old_logps(self, rows: dict[str, torch.Tensor], update: int, view: int, views: Views) -> torch.Tensor:
         """Log-probabilities [B, L] of a view's targets before the first update, 0 elsewhere."""
@@ -467,8 +496,15 @@ class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
         passes, micro_batch = divmod(self._step, int(self.args.steps_per_generation or 1))
         return passes % self.num_iterations, micro_batch
 
-    def _log_log_ratio(self, log_ratio: torch.Tensor) -> None:
-        largest = self.accelerator.gather(log_ratio.abs().max()).max().item()
+    def _on_policy(self) -> bool:
+        """Whether the policy that is trained now still is the one that wrote the completions."""
+        inner_update, micro_batch = self._place_in_buffer()
+        return self.model.training and inner_update == 0 and micro_batch < self.current_gradient_accumulation_steps
+
+    def _log_log_ratio(self, logps: torch.Tensor, old: torch.Tensor) -> None:
+        if not self._on_policy():
+            return
+        largest = self.accelerator.gather((logps.detach() - old).abs().max()).max().item()
         metrics = self._metrics["train"]
         metrics["rollout/max_abs_log_ratio"] = [max([largest, *metrics["rollout/max_abs_log_ratio"]])]
 
@@ -484,38 +520,79 @@ class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
     def _compute_loss(self, model, inputs):
         if self.model.training:
             return self._view_loss(model, inputs, self._place_in_buffer()[0], self._view)
-        losses = [self._view_loss(model, inputs, 0, view) for view in range(self.args.num_mc_samples)]
+        losses = [self._view_loss(model, inputs, 0, view) for view in range(self._passes())]
         return torch.stack(losses).sum()
 
     def _view_loss(self, model, rows: dict[str, torch.Tensor], update: int, view: int) -> torch.Tensor:
-        """TRL's loss of one view, divided by the number of views."""
+        """The loss of one view, divided by the number of views."""
         views = self._view_of(rows, update, view)
-        targets = views.targets.long()
+        scores = self._score(model, rows, views)
+        self._count_training(len(views.targets))
+        return self._token_loss(
+            model,
+            rows,
+            scores,
+            views.targets,
+            self._old_logps(rows, update, view, views),
+            self._compared_logps(rows, update, view),
+            rows["view_weights"][:, update, view] if "view_weights" in rows else None,
+        )
+
+    def _compared_logps(self, rows: dict[str, torch.Tensor], update: int, view: int) -> torch.Tensor | None:
+        """Log-probabilities [B, L] that the KL term compares with; `None` without one."""
+        return rows["ref_per_token_logps"][:, update, view] if self.args.beta != 0.0 else None
+
+    def _token_loss(
+        self,
+        model,
+        rows: dict[str, torch.Tensor],
+        scores: Scores,
+        targets: torch.Tensor,
+        old: torch.Tensor,
+        compared: torch.Tensor | None,
+        weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """TRL's loss of token ratios, divided by the number of backward passes of an update.
+
+        Args:
+            model: the wrapped policy.
+            rows: the micro-batch.
+            scores: log-probabilities and entropies [B, L], with gradient.
+            targets: bool [B, L], the tokens that count.
+            old: log-probabilities [B, L] before the first update.
+            compared: log-probabilities [B, L] for the KL term.
+            weights: [B], weights of the completions' terms.
+        """
+        mask = targets.long()
         inputs = {
             "prompt_ids": rows["prompt_ids"],
             "prompt_mask": rows["prompt_mask"],
             "completion_ids": rows["completion_ids"],
-            "completion_mask": targets,
+            "completion_mask": mask,
             "num_items_in_batch": rows["num_items_in_batch"],
-            "old_per_token_logps": self._old_logps(rows, update, view, views),
-            "advantages": rows["advantages"].unsqueeze(1).expand_as(targets),
+            "old_per_token_logps": old,
+            "advantages": rows["advantages"].unsqueeze(1).expand_as(mask),
         }
-        if self.beta != 0.0:
-            inputs["ref_per_token_logps"] = rows["ref_per_token_logps"][:, update, view]
-        if "view_weights" in rows:
-            weights = rows["view_weights"][:, update, view].unsqueeze(1).expand_as(targets)
-            if self.beta != 0.0 and self.args.weighted_views:
+        if compared is not None:
+            inputs["ref_per_token_logps"] = compared
+        if weights is not None:
+            weights = weights.unsqueeze(1).expand_as(mask)
+            if compared is not None and self.args.weighted_views:
                 # The KL must be weighted too: a float mask does it for the loss types that the config lets through.
                 inputs["tool_mask"] = weights
             else:
                 inputs["advantages"] = inputs["advantages"] * weights
-        if model.training:
-            self.count_forwards(3 * len(targets) * self.accelerator.num_processes)
-        self._scored = rows, views
+        self._log_log_ratio(scores.logps, old)
+        self._scored, generating = scores, self.beta
+        self.beta = self.args.beta
         try:
-            return super()._compute_loss(model, inputs) / self.args.num_mc_samples
+            return super()._compute_loss(model, inputs) / self._passes()
         finally:
-            self._scored = None
+            self._scored, self.beta = None, generating
+
+    def _count_training(self, rows: int) -> None:
+        if self.model.training:
+            self.count_forwards(3 * rows * self.accelerator.num_processes)
 
     # ---------------------------------------------------------------- model card, data and checkpoints
 

@@ -20,8 +20,12 @@ class MonteCarloViews(Trainer):
     args: Any
     _view = 0
 
+    def _passes(self) -> int:
+        """Forward and backward passes of one update: one per view, unless views are scored together."""
+        return self.args.num_mc_samples
+
     def training_step(self, model, inputs, num_items_in_batch=None):
-        state, last = self.accelerator.gradient_state, self.args.num_mc_samples - 1
+        state, last = self.accelerator.gradient_state, self._passes() - 1
         sync = self.accelerator.sync_gradients
         # DeepSpeed takes its accumulation boundary from `sync_gradients`; `no_sync` is for the others
         hold = sync and self.accelerator.distributed_type != DistributedType.DEEPSPEED

@@ -1,0 +1,60 @@
+"""Estimates of a completion's log-likelihood from log-probabilities in its views."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def elbo_of_pairs(logps: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Unbiased Monte-Carlo estimate of the ELBO from subsets and their complements (ESPO, 2512.03759).
+
+    Mean over the views of (L + 1)/k Σ ℓ over the k positions a view hides, 0 for an empty view. It is unbiased when
+    the size of the subset is uniform on 0..L and the subset uniform given its size.
+
+    Args:
+        logps: float [B, V, L], log-probabilities of the hidden positions, 0 elsewhere.
+        hidden: bool [B, V, L]; views 2i and 2i + 1 are complements.
+
+    Returns:
+        [B], in nats.
+    """
+    count = hidden.sum(-1)
+    weights = (hidden.size(-1) + 1) / count.clamp(min=1)
+    return (weights * logps.sum(-1)).mean(1)
+
+
+def mean_of_targets(logps: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean log-probability [B, V] of each view's targets, 0 for a view without targets.
+
+    Args:
+        logps: float [B, V, L], 0 where a position is no target.
+        targets: bool [B, V, L].
+    """
+    return logps.sum(-1) / targets.sum(-1).clamp(min=1)
+
+
+def upper_bound_per_token(
+    logps: torch.Tensor, targets: torch.Tensor, length: torch.Tensor, power: float
+) -> torch.Tensor:
+    """SPG's upper bound of the log-likelihood per token (2510.09541).
+
+    (1/b) · mean over the positions that some view scores of log(mean over views of 1[scored] · pᵇ / t), where t is the
+    share of the text that a view scores.
+
+    Args:
+        logps: float [B, V, L], log p at the targets.
+        targets: bool [B, V, L].
+        length: long [B], n, tokens of the text.
+        power: b > 0.
+
+    Returns:
+        [B], in nats per token.
+    """
+    share = targets.sum(-1, keepdim=True) / length.view(-1, 1, 1)
+    terms = (power * logps - share.clamp(min=1e-9).log()).masked_fill(~targets, -torch.inf)
+    scored = targets.any(1)
+    # positions that no view scores would be log 0 and their gradient NaN
+    log_mean = torch.logsumexp(terms.masked_fill(~scored.unsqueeze(1), 0.0), dim=1) - math.log(logps.size(1))
+    return (log_mean * scored).sum(-1) / scored.sum(-1).clamp(min=1) / power
