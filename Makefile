@@ -1,5 +1,6 @@
 # Set-up and checks. `make demo` and `make test` work on a fresh machine: they create .venv and install into it.
 PYTHON ?= python3
+WORKERS ?= 2
 
 # DeepSpeed looks for ninja on the PATH when it compiles an operator.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -7,7 +8,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .PHONY: help demo test lint docs
 help:
 	@echo "make demo   train the embedded model with AGRPO; ARGS=\"--seed 1\" is passed to the recipe"
-	@echo "make test   run the tests; ARGS=\"-k sampling\" is passed to pytest"
+	@echo "make test   run the tests, WORKERS=2 files at a time; ARGS=\"-k sampling\" is passed to pytest"
 	@echo "make lint   check style, formatting and types"
 	@echo "make docs   build the documentation into site/"
 
@@ -16,8 +17,9 @@ demo: .venv/installed
 	.venv/bin/accelerate launch --config_file recipes/accelerate_configs/single_gpu.yaml --num_cpu_threads_per_process 2 \
 		recipes/gsm8k_agrpo.py $(ARGS)
 
+# One thread for each worker: together they already use the cores.
 test: .venv/installed-dev
-	.venv/bin/pytest $(ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check .

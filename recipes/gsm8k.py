@@ -1,15 +1,47 @@
-"""What the GSM8K recipes share: arguments, data and rewards."""
+r"""Any method on GSM8K, from prompts to a trained model or adapter.
+
+The embedded model on synthetic word problems (one to three minutes on two CPU cores):
+
+    accelerate launch recipes/gsm8k.py --method dmpo
+
+LLaDA-8B on GSM8K; the config names the method:
+
+    accelerate launch --config_file recipes/accelerate_configs/zero2.yaml recipes/gsm8k.py \
+        --config recipes/configs/llada_8b/gsm8k_dmpo.yaml
+
+Everything in a config can be overridden on the command line, for example `--seed 1 --max_steps 20`.
+`--method dmpo --help` shows every setting of a method.
+"""
 
 from __future__ import annotations
 
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import yaml
 from common import RecipeArguments, parse, run
 from datasets import Dataset
 
+from trl_diffusion import trainers
 from trl_diffusion.tasks.gsm8k import correctness_reward, format_reward, load_gsm8k
 from trl_diffusion.tasks.word_problems import load_word_problems
 from trl_diffusion.trainers import DiffusionGRPOConfig, DiffusionGRPOTrainer
+
+# A new method joins by a line here and its configs/embedded/gsm8k_NAME.yaml.
+METHODS: dict[str, tuple[type[DiffusionGRPOTrainer], type[DiffusionGRPOConfig]]] = {
+    "agrpo": (trainers.AGRPOTrainer, trainers.AGRPOConfig),
+    "atpo": (trainers.ATPOTrainer, trainers.ATPOConfig),
+    "diffu_grpo": (trainers.DiffuGRPOTrainer, trainers.DiffuGRPOConfig),
+    "dmpo": (trainers.DMPOTrainer, trainers.DMPOConfig),
+    "espo": (trainers.ESPOTrainer, trainers.ESPOConfig),
+    "coupled_grpo": (trainers.CoupledGRPOTrainer, trainers.CoupledGRPOConfig),
+    "wd1": (trainers.WD1Trainer, trainers.WD1Config),
+    "spg": (trainers.SPGTrainer, trainers.SPGConfig),
+    "uni_grpo": (trainers.UniGRPOTrainer, trainers.UniGRPOConfig),
+    "tracerl": (trainers.TraceRLTrainer, trainers.TraceRLConfig),
+}
 
 
 @dataclass
@@ -24,6 +56,13 @@ class GSM8KArguments(RecipeArguments):
         },
     )
     dataset_size: int = field(default=4000, metadata={"help": "Synthetic word problems to draw."})
+
+
+@dataclass
+class MethodArguments(GSM8KArguments):
+    """What to train on, and by which method."""
+
+    method: str | None = field(default=None, metadata={"help": f"The method: {', '.join(METHODS)}."})
 
 
 def load(args: GSM8KArguments, seed: int) -> tuple[Dataset, Dataset]:
@@ -47,15 +86,21 @@ def is_correct(text: str, row: dict) -> bool:
     return correctness_reward([text], answer=[row["answer"]]) == [1.0]
 
 
-def train(trainer: type[DiffusionGRPOTrainer], config: type[DiffusionGRPOConfig], embedded: str) -> None:
+def train(
+    trainer: type[DiffusionGRPOTrainer],
+    config: type[DiffusionGRPOConfig],
+    embedded: str,
+    script_arguments: type[GSM8KArguments] = GSM8KArguments,
+) -> None:
     """Train with a method.
 
     Args:
         trainer: the method's trainer.
         config: its config.
         embedded: config file of the embedded model, below `recipes/configs`.
+        script_arguments: dataclass of the recipe's own arguments.
     """
-    arguments = parse(GSM8KArguments, config, embedded)
+    arguments = parse(script_arguments, config, embedded)
     script_args, training_args = arguments[:2]
     rows, held_out = load(script_args, training_args.seed)
     run(
@@ -66,3 +111,38 @@ def train(trainer: type[DiffusionGRPOTrainer], config: type[DiffusionGRPOConfig]
         reward_funcs=[correctness_reward, format_reward],
         is_correct=is_correct,
     )
+
+
+def chosen_method(arguments: list[str]) -> str:
+    """The method that the command line names, or else the config file.
+
+    It decides which settings there are, so it is read before they are parsed.
+
+    Raises:
+        SystemExit: without a method or with an unknown one; without one, `--help` prints what this file is for.
+    """
+    parser = ArgumentParser(
+        description=__doc__, formatter_class=RawDescriptionHelpFormatter, add_help=False, allow_abbrev=False
+    )
+    parser.add_argument("--method", help=", ".join(METHODS))
+    parser.add_argument("--config", help="YAML file with settings, which may name the method")
+    given, others = parser.parse_known_args(arguments)
+    name = given.method
+    if name is None and given.config is not None:
+        name = (yaml.safe_load(Path(given.config).read_text()) or {}).get("method")
+    if name is None and {"-h", "--help"} & set(others):
+        parser.print_help()
+        parser.exit()
+    if name not in METHODS:
+        problem = "no method was given" if name is None else f"there is no method {name!r}"
+        parser.error(f"{problem}: set --method, or `method` in the config, to one of {', '.join(METHODS)}.")
+    return name
+
+
+def main() -> None:
+    name = chosen_method(sys.argv[1:])
+    train(*METHODS[name], f"embedded/gsm8k_{name}.yaml", MethodArguments)
+
+
+if __name__ == "__main__":
+    main()

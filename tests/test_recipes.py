@@ -17,6 +17,7 @@ from trl_diffusion.trainers import AGRPOConfig, ATPOConfig, DiffuGRPOConfig
 
 ROOT = Path(__file__).parent.parent
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k_train_first1000.jsonl"
+CONFIGS = ROOT / "recipes" / "configs"
 QUICK = ["--max_steps", "2", "--eval_size", "8", "--logging_steps", "1", "--num_mc_samples", "2"]
 
 pytestmark = pytest.mark.slow
@@ -114,15 +115,19 @@ def test_a_dataset_without_answers_is_refused_in_one_line(tmp_path):
     assert "GSM8K needs `question` and `answer`" in output
 
 
-def parsed(name: str, module: str, arguments: str, config: type) -> tuple:
-    """Script, training and model arguments of a LLaDA-8B config."""
+def recipe(module: str):
+    """A recipe as a module."""
     sys.path.insert(0, str(ROOT / "recipes"))
     try:
-        script = getattr(import_module(module), arguments)
+        return import_module(module)
     finally:
         sys.path.pop(0)
-    path = ROOT / "recipes" / "configs" / "llada_8b" / f"{name}.yaml"
-    return TrlParser((script, config, ModelConfig)).parse_args_and_config(["--config", str(path), "--use_cpu"])
+
+
+def parsed(name: str, module: str, arguments: str, config: type) -> tuple:
+    """Script, training and model arguments of a LLaDA-8B config."""
+    parser = TrlParser((getattr(recipe(module), arguments), config, ModelConfig))
+    return parser.parse_args_and_config(["--config", str(CONFIGS / "llada_8b" / f"{name}.yaml"), "--use_cpu"])
 
 
 def test_the_agrpo_config_parses_to_the_papers_settings():
@@ -157,6 +162,86 @@ def test_the_atpo_config_selects_eight_steps_by_the_hybrid_rule():
     _, config, _ = parsed("gsm8k_atpo", "gsm8k", "GSM8KArguments", ATPOConfig)
     assert (config.step_selector, config.num_mc_samples, config.denoising_steps) == ("roec_cm", 8, 128)
     assert (config.loss_type, config.step_reduction, config.beta) == ("grpo", "mean", 0.0)
+
+
+# By `recipes/gsm8k.py` alone: paper and, of the LLaDA-8B config, what the paper says.
+SHARED = {
+    "dmpo": ("2510.08233", dict(alpha=0.04, temperature=0.2, num_generations=16, num_iterations=8, num_mc_samples=4)),
+    "espo": ("2512.03759", dict(epsilon=0.2, beta=1e-3, denoising_steps=256, num_generations=6, num_iterations=8)),
+    "coupled_grpo": ("2506.20639", dict(learning_rate=1e-6, beta=0.01, num_generations=10, num_iterations=2)),
+    "wd1": ("2507.08838", dict(learning_rate=3e-6, temperature=0.9, num_generations=6, num_iterations=8)),
+    "spg": ("2510.09541", dict(bound_power=1.5, mix_weight=0.5, num_mc_samples=2, num_iterations=4)),
+    "uni_grpo": ("2505.15809", dict(epsilon=0.2, min_mask_rate=0.1, max_mask_rate=0.9, num_mc_samples=1)),
+    "tracerl": ("2509.06949", dict(shrink=8, num_mc_samples=16, epsilon=0.2, beta=0.01)),
+}
+
+
+def test_every_method_has_its_configs():
+    named = {
+        folder: {path.stem.removeprefix("gsm8k_") for path in (CONFIGS / folder).glob("gsm8k_*.yaml")}
+        for folder in ("embedded", "llada_8b")
+    }
+    methods = recipe("gsm8k").METHODS
+    assert named == {"embedded": set(methods), "llada_8b": set(methods)}
+    own_script = {path.stem.removeprefix("gsm8k_") for path in (ROOT / "recipes").glob("gsm8k_*.py")}
+    assert set(SHARED) == set(methods) - own_script
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_the_shared_recipe_trains_the_embedded_model(name, tmp_path, monkeypatch, capsys):
+    gsm8k, (paper, _) = recipe("gsm8k"), SHARED[name]
+    small = ["--max_steps", "2", "--save_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "16"]
+    small += ["--eval_size", "4", "--use_cpu", "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["gsm8k.py", "--method", name, *small])
+    gsm8k.main()
+    output = capsys.readouterr().out
+    assert "running on the embedded model" in output
+    assert f"{gsm8k.METHODS[name][0]._name}, 2 updates" in output and "gain" in output
+    assert paper in (tmp_path / "README.md").read_text()
+    assert [entry["grad_norm"] > 0 for entry in history(tmp_path) if "grad_norm" in entry] == [True, True]
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_llada_configs_of_the_shared_recipe_name_their_method_and_keep_the_papers_settings(name):
+    gsm8k = recipe("gsm8k")
+    path = str(CONFIGS / "llada_8b" / f"gsm8k_{name}.yaml")
+    assert gsm8k.chosen_method(["--config", path]) == name
+    _, config, model = parsed(f"gsm8k_{name}", "gsm8k", "MethodArguments", gsm8k.METHODS[name][1])
+    expected = SHARED[name][1]
+    assert {field: getattr(config, field) for field in expected} == expected
+    assert (config.max_completion_length, config.block_length, config.unmasking) == (256, 32, "low_confidence")
+    assert (config.max_grad_norm, model.lora_r, model.lora_alpha, model.lora_dropout) == (0.2, 128, 64, 0.0)
+
+
+def test_the_command_line_decides_about_the_method():
+    path = str(CONFIGS / "llada_8b" / "gsm8k_dmpo.yaml")
+    assert recipe("gsm8k").chosen_method(["--config", path, "--method", "wd1"]) == "wd1"
+    assert recipe("gsm8k").chosen_method(["--method=espo", "--max_steps", "3"]) == "espo"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        ([], "no method was given"),
+        (["--config", str(CONFIGS / "llada_8b" / "gsm8k_agrpo.yaml")], "no method was given"),
+        (["--method", "ppo"], "there is no method 'ppo'"),
+    ],
+)
+def test_without_a_known_method_the_names_are_listed(arguments, problem, capsys):
+    gsm8k = recipe("gsm8k")
+    with pytest.raises(SystemExit) as stopped:
+        gsm8k.chosen_method(arguments)
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and problem in message and ", ".join(gsm8k.METHODS) in message
+
+
+def test_help_works_with_and_without_a_method(monkeypatch, capsys):
+    gsm8k = recipe("gsm8k")
+    for arguments, shown in (["--help"], "--method dmpo"), (["--method", "dmpo", "--help"], "--weight_baseline"):
+        monkeypatch.setattr(sys, "argv", ["gsm8k.py", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            gsm8k.main()
+        assert stopped.value.code in (0, None) and shown in capsys.readouterr().out
 
 
 def test_memory_benchmark_runs():

@@ -55,7 +55,6 @@ COMMON = dict(
     weight_decay=0.0,
     max_grad_norm=1.0,
     scale_rewards="none",
-    epsilon=0.2,
     logging_steps=1,
 )
 LOGGED = (
@@ -70,6 +69,7 @@ LOGGED = (
 )
 # All trajectory arms share reduction, learning rate, clipping and K = M.
 TRAJECTORY = dict(
+    epsilon=0.2,
     num_iterations=2,
     num_mc_samples=4,
     step_scope="exact",
@@ -80,6 +80,9 @@ TRAJECTORY = dict(
     beta=0.0,
 )
 DIFFU = dict(num_iterations=4, epsilon=0.5, beta=0.04)
+NOISED = dict(num_iterations=4)
+# With the paper's α of 0.04 and rewards of 0 and 1, one completion of a prompt would take all the weight.
+DMPO = NOISED | dict(num_mc_samples=2, alpha=0.5)
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,11 @@ def _drawn(draws: str) -> Arm:
     return Arm("agrpo", ("uniform", "random"), TRAJECTORY | {"step_draws": draws})
 
 
+def _tuned(method: str, learning_rate: float, **settings: Any) -> Arm:
+    """An arm of the comparison of all methods, each at its own learning rate (see `docs/pages/results.md`)."""
+    return Arm(method, ("diffu_grpo_tuned", "agrpo_tuned"), settings | {"learning_rate": learning_rate})
+
+
 def fixed_steps(signals, count: int, noise):
     """The middle of each of K equal parts in every rollout: with K = 4 of 16 steps, the third step of every block."""
     from trl_diffusion.credit import StepSelection
@@ -143,6 +151,23 @@ ARMS: dict[str, Arm] = {
     "roec_cm_k8": _selected("roec_cm", num_mc_samples=8),
     "agrpo_uniform": _drawn("uniform"),
     "agrpo_entropy": _drawn("entropy"),
+    # All methods, at that learning rate of 3e-5, 1e-4 and 3e-4 which sampled best on word problems with seed 100.
+    "diffu_grpo_tuned": _tuned("diffu_grpo", 3e-4, **DIFFU),
+    "agrpo_tuned": _tuned("agrpo", 1e-4, **TRAJECTORY, step_draws="uniform"),
+    "roec_cm_tuned": _tuned("atpo", 1e-4, **TRAJECTORY, step_selector="roec_cm"),
+    "tracerl": _tuned("tracerl", 1e-4, num_iterations=2, shrink=4, epsilon=0.2, beta=0.01),
+    "uni_grpo": _tuned("uni_grpo", 3e-5, **NOISED, epsilon=0.2, beta=0.04),
+    "coupled_grpo": _tuned("coupled_grpo", 1e-4, **NOISED, epsilon=0.5, beta=0.01),
+    "espo": _tuned("espo", 3e-5, **NOISED, num_mc_samples=2, epsilon=0.2, beta=1e-3),
+    "espo_4_views": _tuned("espo", 3e-5, **NOISED, num_mc_samples=4, epsilon=0.2, beta=1e-3),
+    "wd1": _tuned("wd1", 1e-4, **NOISED),
+    "spg": _tuned("spg", 1e-4, **NOISED),
+    "spg_random": _tuned("spg", 1e-4, **NOISED, noise="random"),
+    "spg_elbo": _tuned("spg", 1e-4, **NOISED, negative_bound="lower"),
+    "dmpo": _tuned("dmpo", 3e-5, **DMPO),
+    "dmpo_individual": _tuned("dmpo", 3e-5, **DMPO, weight_baseline="individual"),
+    "dmpo_none": _tuned("dmpo", 3e-5, **DMPO, weight_baseline="none"),
+    "dmpo_wddo": _tuned("dmpo", 1e-4, **DMPO, weight_baseline="none", objective="wddo"),
 }
 
 
@@ -188,8 +213,13 @@ def blank_cells_right(text: str, row: dict[str, Any]) -> float:
     return 0.0 if grid is None else sum(grid[cell] == row["solution"][cell] for cell in blanks) / len(blanks)
 
 
-def train_and_evaluate(task_name: str, arm_name: str, seed: int, budget: float, eval_size: int) -> dict[str, Any]:
-    """One run: training until the budget is spent, then accuracy. An arm named `base` is not trained."""
+def train_and_evaluate(
+    task_name: str, arm_name: str, seed: int, budget: float, eval_size: int, learning_rate: float | None
+) -> dict[str, Any]:
+    """One run: training until the budget is spent, then accuracy. An arm named `base` is not trained.
+
+    `learning_rate` replaces the arm's own.
+    """
     import torch
     from datasets.utils.logging import disable_progress_bar
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
@@ -238,7 +268,7 @@ def train_and_evaluate(task_name: str, arm_name: str, seed: int, budget: float, 
                     gradient_checkpointing=False,
                     model_init_kwargs={"dtype": "float32"},
                     **quiet,
-                    **COMMON | arm.settings,
+                    **COMMON | arm.settings | ({} if learning_rate is None else {"learning_rate": learning_rate}),
                 ),
                 train_dataset=task.load("train", 2000, seed),
                 processing_class=tokenizer,
@@ -279,6 +309,13 @@ def methods() -> dict[str, tuple[type, type]]:
         "diffu_grpo": (trainers.DiffuGRPOTrainer, trainers.DiffuGRPOConfig),
         "agrpo": (trainers.AGRPOTrainer, trainers.AGRPOConfig),
         "atpo": (trainers.ATPOTrainer, trainers.ATPOConfig),
+        "coupled_grpo": (trainers.CoupledGRPOTrainer, trainers.CoupledGRPOConfig),
+        "dmpo": (trainers.DMPOTrainer, trainers.DMPOConfig),
+        "espo": (trainers.ESPOTrainer, trainers.ESPOConfig),
+        "spg": (trainers.SPGTrainer, trainers.SPGConfig),
+        "tracerl": (trainers.TraceRLTrainer, trainers.TraceRLConfig),
+        "uni_grpo": (trainers.UniGRPOTrainer, trainers.UniGRPOConfig),
+        "wd1": (trainers.WD1Trainer, trainers.WD1Config),
     }
 
 
@@ -290,13 +327,13 @@ def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     jobs = [(task, "base", 0) for task in args.tasks]
     jobs += [(task, arm, seed) for seed, task, arm in product(args.seeds, args.tasks, args.arms)]
     paths = {job: args.output_dir / "runs" / job[0] / job[1] / f"{job[2]}.json" for job in jobs}
-    setting = {"budget": args.budget, "eval_size": args.eval_size}
+    setting = {"budget": args.budget, "eval_size": args.eval_size, "learning_rate": args.learning_rate}
     missing = [job for job in jobs if not _finished(paths[job], setting)]
     with (
         ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool,
         tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc="runs") as progress,
     ):
-        started = {pool.submit(train_and_evaluate, *job, args.budget, args.eval_size): job for job in missing}
+        started = {pool.submit(train_and_evaluate, *job, *setting.values()): job for job in missing}
         for future in as_completed(started):
             result = future.result()
             _write(paths[started[future]], {**result, **setting})
@@ -310,7 +347,7 @@ def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
 def _finished(path: Path, setting: dict[str, Any]) -> bool:
     if not path.exists():
         return False
-    found = {name: json.loads(path.read_text())[name] for name in setting}
+    found = {name: json.loads(path.read_text()).get(name) for name in setting}
     if found != setting:
         raise SystemExit(f"{path} was made with {found}, not {setting}. Choose another --output_dir or delete it.")
     return True
@@ -463,6 +500,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--budget", type=float, default=16_000, help="forward units per run")
     parser.add_argument("--eval_size", type=int, default=256, help="held-out problems")
+    parser.add_argument("--learning_rate", type=float, help="for all arms, instead of their own")
     parser.add_argument("--workers", type=int, default=2, help="runs at the same time, one thread each")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare_methods"))
     args = parser.parse_args()

@@ -72,7 +72,8 @@ def stratified_counts(offsets: torch.Tensor, rows: torch.Tensor, num_rows: int, 
     Returns:
         Long [B, V].
     """
-    step = (rows.double() * (length + 1) / num_rows).round().long()
+    # halves up: `round` takes them to even numbers, which would fill every other stratum three times and the rest once
+    step = (rows.double() * (length + 1) / num_rows + 0.5).floor().long()
     return (offsets + step.unsqueeze(1)) % (length + 1)
 
 

@@ -52,7 +52,8 @@ class DiffusionGRPOConfig(GRPOConfig):
         record_signals: record entropy and confidence margin of every denoising step of the training rollouts. It
             costs no forward pass, but with `unmasking="random"` the LM head runs at every masked position of the
             active block.
-        num_mc_samples: Monte-Carlo views per completion and update. Memory does not grow with it.
+        num_mc_samples: Monte-Carlo views per completion and update. Memory does not grow with it, but for methods
+            that need a completion's views together (ESPO, coupled-GRPO, SPG, WDDO).
 
     Raises:
         ValueError: if settings do not fit together, or one cannot work with diffusion sampling.

@@ -139,6 +139,12 @@ class DMPOTrainer(CompletionLossTrainer):
         rates, noise = self._uniforms(streams, pairs), self._uniforms(streams, pairs, scope.size(1))
         return with_complements(bernoulli(rates, noise, self.args.min_mask_rate, self.args.max_mask_rate))
 
+    def _plan_views(self, mode, trajectory, rows, learns) -> dict[str, torch.Tensor]:
+        plan = super()._plan_views(mode, trajectory, rows, learns)
+        # what a group's weights are estimated on: completions that must not learn are weighed like the others
+        plan["targets"][:, -1] = plan["hidden"][:, -1]
+        return plan
+
     # ---------------------------------------------------------------- weights
 
     def _assign_credit(self, mode, rows) -> None:

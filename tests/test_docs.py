@@ -1,0 +1,26 @@
+"""The page on adding a method shows the real code."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "pages" / "adding_a_method.md"
+FENCE = re.compile(r"^```python(?: title=\"(?P<path>[^\"]+)\")?\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+SNIPPETS = [(match["path"], match["code"]) for match in FENCE.finditer(PAGE.read_text())]
+
+
+def test_every_block_of_python_names_its_file():
+    assert len(SNIPPETS) == PAGE.read_text().count("```python") >= 10
+    assert all(path is not None for path, _ in SNIPPETS)
+
+
+@pytest.mark.parametrize(("path", "code"), SNIPPETS)
+def test_snippets_are_whole_lines_of_their_file(path, code):
+    source = "\n" + (ROOT / path).read_text()
+    assert "\n" + code in source
+    assert "\n" + code.replace("(", "((", 1).replace('"', "'", 1) not in source
