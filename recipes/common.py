@@ -22,6 +22,7 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from trl_diffusion.evaluation import AccuracyCallback, ConfusionZoneCallback, evaluate_accuracy
 from trl_diffusion.models.embedded import EMBEDDED_MODEL
 from trl_diffusion.trainers import DiffusionGRPOTrainer
+from trl_diffusion.trainers.startup_report import print_report
 
 CONFIGS = Path(__file__).parent / "configs"
 # Metrics worth a line while training; the rest is in the logs.
@@ -41,6 +42,9 @@ class RecipeArguments:
     eval_block_length: int | None = field(default=None, metadata={"help": "Block length; training's if not given."})
     eval_denoising_steps: int | None = field(default=None, metadata={"help": "Steps; training's if not given."})
 
+    dry_run: bool = field(
+        default=False, metadata={"help": "Load everything, check it, print the start-up report and stop."}
+    )
     plot_every: int = field(
         default=0,
         metadata={
@@ -99,7 +103,7 @@ def run(
     reward_funcs: list[Callable],
     is_correct: Callable[[str, dict[str, Any]], bool],
 ) -> None:
-    """Train, with held-out accuracy before and after; save, report and push.
+    """Train, with held-out accuracy before and after; save, report and push. A dry run ends before the first of these.
 
     Args:
         trainer_class: the method's trainer.
@@ -122,6 +126,10 @@ def run(
         peft_config=get_peft_config(model_args),
         quantization_config=quantization_config,
     )
+    if script_args.dry_run:
+        print_report(trainer)
+        trainer.end()
+        return
     measure = partial(
         evaluate_accuracy, tokenizer=tokenizer, correct=is_correct, **script_args.decoding(training_args)
     )

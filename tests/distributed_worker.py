@@ -15,30 +15,60 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import DistributedType, set_seed
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from datasets import Dataset
 from methods import PROMPTS, Method, method_named, text_reward, with_property
 from peft import LoraConfig
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
 from transformers import TrainerCallback
 
 import trl_diffusion.trainers.diffusion_grpo as base
+from trl_diffusion.models import LLaDAModelLM
 from trl_diffusion.trainers import TrajectoryGRPOTrainer, step_aware_probe
 
-# distributed type, number of processes, ZeRO stage
+
+@dataclass(frozen=True)
+class Backend:
+    """What the processes must turn out to be.
+
+    Args:
+        kind: distributed type.
+        processes: how many.
+        stage: of ZeRO, 0 without DeepSpeed.
+        offload: optimizer state, and in stage 3 parameters too, are kept by DeepSpeed's CPU offload.
+    """
+
+    kind: DistributedType
+    processes: int = 2
+    stage: int = 0
+    offload: bool = False
+
+
 BACKENDS = {
-    "single": (DistributedType.NO, 1, 0),
-    "ddp": (DistributedType.MULTI_CPU, 2, 0),
-    "zero2": (DistributedType.DEEPSPEED, 2, 2),
-    "zero3": (DistributedType.DEEPSPEED, 2, 3),
+    "single": Backend(DistributedType.NO, processes=1),
+    "ddp": Backend(DistributedType.MULTI_CPU),
+    "zero1": Backend(DistributedType.DEEPSPEED, stage=1),
+    "zero2": Backend(DistributedType.DEEPSPEED, stage=2),
+    "zero2_offload": Backend(DistributedType.DEEPSPEED, stage=2, offload=True),
+    "zero3": Backend(DistributedType.DEEPSPEED, stage=3),
+    "zero3_offload": Backend(DistributedType.DEEPSPEED, stage=3, offload=True),
+    "fsdp2": Backend(DistributedType.FSDP),
 }
+EVERY = tuple(BACKENDS)
+# Every case runs on these; the others differ from one of them in where state lies, and run fewer.
+MAIN = ("single", "ddp", "zero2", "zero3")
+# Methods that also run on the others.
+COMPARED = ("agrpo", "diffu_grpo", "espo", "dmpo")
 
 
 @dataclass(frozen=True)
@@ -50,7 +80,8 @@ class Case:
         settings: fields of its config.
         rows: rows of a micro-batch, over all processes.
         backends: where it runs.
-        lora: train an adapter.
+        lora: what an adapter starts as: "random" matrices, or the "base" model; none without.
+        unsaved: the model is given as an object whose weights are not those of the checkpoint.
         evaluate: run an evaluation after training.
         resume: start again from the first checkpoint and record that run.
         fault: breaks the run on purpose. "local rows": noise is keyed by the row within the process. "step per
@@ -60,8 +91,9 @@ class Case:
     method: Method
     settings: dict[str, Any] = field(default_factory=dict)
     rows: int = 8
-    backends: tuple[str, ...] = tuple(BACKENDS)
-    lora: bool = False
+    backends: tuple[str, ...] = MAIN
+    lora: str | None = None
+    unsaved: bool = False
     evaluate: bool = False
     resume: bool = False
     fault: str | None = None
@@ -75,17 +107,46 @@ def cases() -> dict[str, Case]:
     # 24 completions, 12 per process: of the three groups the second lies on both.
     spread = {"num_generations": 8}
     three_updates = {"max_steps": 3, "learning_rate": 1e-2, "denoising_steps": 8}
+    five_updates = {"max_steps": 5, "learning_rate": 1e-2}
     two_updates = {"max_steps": 2, "learning_rate": 0.1}
     one_batch = {"gradient_accumulation_steps": 1}
     return {
-        **{f"{method.name}, one update": Case(method, spread, rows=12) for method in with_property(4)},
+        **{
+            f"{method.name}, one update": Case(
+                method, spread, rows=12, backends=EVERY if method.name in COMPARED else MAIN
+            )
+            for method in with_property(4)
+        },
         **{f"{method.name}, three updates": Case(method, three_updates | method.many_views) for method in counted},
         "agrpo, three updates, one view": Case(agrpo, three_updates | agrpo.few_views),
+        **{
+            f"{method.name}, five updates": Case(method, five_updates, backends=EVERY)
+            for method in with_property(5)
+            if method.name in COMPARED
+        },
         "one micro-batch": Case(agrpo, one_batch, rows=16),
         "groups over micro-batches and processes": Case(agrpo, {"gradient_accumulation_steps": 4}, rows=4),
         # Two updates: before the first, policy and reference are equal and the KL has no gradient.
-        "reference": Case(agrpo, two_updates | {"beta": 0.5}, evaluate=True),
-        "lora": Case(agrpo, lora=True),
+        "reference": Case(agrpo, two_updates | {"beta": 0.5}, backends=EVERY, evaluate=True),
+        "reference, unsaved model": Case(
+            agrpo,
+            two_updates | {"beta": 0.5},
+            backends=tuple(name for name, backend in BACKENDS.items() if backend.stage < 3),
+            evaluate=True,
+            unsaved=True,
+        ),
+        "reference, lora": Case(
+            agrpo, two_updates | {"beta": 0.5, "learning_rate": 1.0}, backends=EVERY, evaluate=True, lora="base"
+        ),
+        # With less than 1 the reference keeps a part of where it was, so that order and number of updates show.
+        "reference, synchronised": Case(
+            agrpo,
+            two_updates
+            | {"beta": 0.5, "sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.7},
+            backends=EVERY,
+            evaluate=True,
+        ),
+        "lora": Case(agrpo, lora="random", backends=EVERY),
         # Few rows and many blocks, so that one process has no row left while the other still writes.
         "sharded sampling": Case(
             agrpo,
@@ -93,14 +154,22 @@ def cases() -> dict[str, Case]:
             | one_batch
             | {"ds3_gather_for_generation": False, "num_generations": 2, "block_length": 1, "denoising_steps": 8},
             rows=4,
+            backends=EVERY,
         ),
         # One group on both processes, of which one has nothing to probe.
         "sharded probing": Case(
             method_named("sapo"),
             one_batch
             | {"ds3_gather_for_generation": False, "num_generations": 8, "block_length": 2, "denoising_steps": 8},
+            backends=(*MAIN, "fsdp2"),
         ),
-        "resumed": Case(agrpo, three_updates | {"save_strategy": "steps", "save_steps": 1}, resume=True),
+        # With momentum, because torch cannot load the state of an optimizer that has none under FSDP2.
+        "resumed": Case(
+            agrpo,
+            three_updates | {"save_strategy": "steps", "save_steps": 1, "optim_args": "momentum=0.5"},
+            backends=EVERY,
+            resume=True,
+        ),
         "fault: local rows": Case(agrpo, one_batch, rows=16, backends=("single", "ddp"), fault="local rows"),
         "fault: step per view": Case(agrpo, three_updates, backends=("zero2",), fault="step per view"),
     }
@@ -132,20 +201,23 @@ def run(name: str, case: Case, backend: str, model: str, out: Path) -> None:
         close(first, backend)
     trainer = make_trainer(case, backend, model, folder)
     check_processes(trainer, backend)
-    snapshots = record_parameters(trainer)
-    zero = backend.startswith("zero")
+    snapshots, updates = record_parameters(trainer)
+    zero = BACKENDS[backend].stage > 0
     with recorded_rollouts(trainer) as rollouts, fault(case.fault, trainer):
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-1") if case.resume else None)
         if zero:
-            check_engine(trainer, backend)
+            check_engine(trainer, BACKENDS[backend])
+        if BACKENDS[backend].kind == DistributedType.FSDP:
+            check_shards(trainer)
         if case.evaluate:
             trainer.evaluate(Dataset.from_dict({"prompt": PROMPTS}))
     result = {
         "rollouts": rollouts,
         "before": snapshots[0],
         "after": full_parameters(trainer),
+        "updates": updates,
         "backward_passes_and_updates": len(snapshots) - 1,
-        "views": trainer._passes(),
+        "passes": trainer._passes(),
         "changes": sum(differ(a, b) for a, b in pairwise(snapshots)),
         "trainer_steps": trainer.state.global_step,
         "engine_steps": trainer.model_wrapped.global_steps if zero else None,
@@ -155,18 +227,39 @@ def run(name: str, case: Case, backend: str, model: str, out: Path) -> None:
 
 
 def make_trainer(case: Case, backend: str, model: str, folder: Path):
-    per_process = case.rows // BACKENDS[backend][1]
-    # `use_cpu` would turn DeepSpeed off, and without gloo accelerate would count one process
-    device = {"use_cpu": False, "ddp_backend": "gloo"} if backend.startswith("zero") else {"use_cpu": True}
+    kind, method = BACKENDS[backend].kind, case.method
+    per_process = case.rows // BACKENDS[backend].processes
+    sharded = kind in (DistributedType.DEEPSPEED, DistributedType.FSDP)
+    # `use_cpu` would turn DeepSpeed and FSDP off, and without gloo accelerate would count one process
+    device = {"use_cpu": False, "ddp_backend": "gloo"} if sharded else {"use_cpu": True}
     batch = {"per_device_train_batch_size": per_process, "per_device_eval_batch_size": per_process}
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=case.lora == "base") if case.lora else None
+    if kind == DistributedType.FSDP:
+        method = replace(method, config=lambda **settings: with_fsdp(case.method.config(**settings)))
     set_seed(0)  # for the matrices of LoRA
-    return case.method.make(
+    return method.make(
         folder,
-        model=model,
+        model=changed(model) if case.unsaved else model,
         reward=never_ties if "max_steps" in case.settings else text_reward,
-        peft_config=LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if case.lora else None,
+        peft_config=lora,
         **device | batch | {"ddp_timeout": 120} | case.settings,
     )
+
+
+def with_fsdp(args):
+    """The config; accelerate 1.15 starts FSDP only where it found GPUs, and is told here that it did."""
+    assert PartialState().num_processes == 2 and PartialState().device.type == "cpu"
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    return args
+
+
+def changed(checkpoint: str) -> LLaDAModelLM:
+    """The model of a checkpoint with other weights, so that loading it again would give another one."""
+    model = LLaDAModelLM.from_pretrained(checkpoint)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.8)
+    return model
 
 
 def never_ties(completions, **kwargs) -> list[float]:
@@ -174,7 +267,7 @@ def never_ties(completions, **kwargs) -> list[float]:
 
 
 def close(trainer, backend: str) -> None:
-    if backend.startswith("zero"):
+    if BACKENDS[backend].stage:
         trainer.model_wrapped.destroy()
 
 
@@ -182,26 +275,38 @@ def close(trainer, backend: str) -> None:
 
 
 def check_processes(trainer, backend: str) -> None:
-    kind, processes, stage = BACKENDS[backend]
-    accelerator = trainer.accelerator
-    assert accelerator.distributed_type == kind, accelerator.distributed_type
-    assert accelerator.num_processes == processes, accelerator.num_processes
+    expected, accelerator = BACKENDS[backend], trainer.accelerator
+    assert accelerator.distributed_type == expected.kind, accelerator.distributed_type
+    assert accelerator.num_processes == expected.processes, accelerator.num_processes
     assert accelerator.device.type == "cpu", accelerator.device
-    if stage:
-        assert accelerator.state.deepspeed_plugin.zero_stage == stage
+    if expected.stage:
+        assert accelerator.state.deepspeed_plugin.zero_stage == expected.stage
+    if expected.kind == DistributedType.FSDP:
+        assert accelerator.is_fsdp2 and trainer.is_fsdp_enabled
 
 
-def check_engine(trainer, backend: str) -> None:
+def check_engine(trainer, backend: Backend) -> None:
     """DeepSpeed ran the stage asked for, plain SGD and no clipping; ZeRO-3 keeps no tensor whole."""
-    engine, (_, processes, stage) = trainer.model_wrapped, BACKENDS[backend]
-    assert engine.zero_optimization_stage() == stage and engine.world_size == processes
+    engine = trainer.model_wrapped
+    assert engine.zero_optimization_stage() == backend.stage and engine.world_size == backend.processes
     assert engine.gradient_clipping() == 0.0
     assert isinstance(engine.basic_optimizer, torch.optim.SGD), type(engine.basic_optimizer)
-    if stage == 3:
+    assert engine.zero_cpu_offload() == backend.offload
+    if backend.stage == 3:
+        assert (engine.zero_offload_param() is not None) == backend.offload
         assert engine.zero_param_persistence_threshold() == 0
         for name, parameter in engine.module.named_parameters():
             assert parameter.numel() == 0 and not parameter.ds_persist, name
-            assert parameter.ds_tensor.numel() == -(-parameter.ds_numel // processes), name
+            assert parameter.ds_tensor.numel() == -(-parameter.ds_numel // backend.processes), name
+
+
+def check_shards(trainer) -> None:
+    """FSDP2 wrapped the decoder layers and the rest, and every parameter is cut in two."""
+    assert isinstance(trainer.model_wrapped, FSDPModule)
+    assert sum(isinstance(module, FSDPModule) for module in trainer.model.modules()) > 1
+    for name, parameter in trainer.model.named_parameters():
+        assert isinstance(parameter, DTensor) and parameter.placements == (Shard(0),), name
+        assert parameter.to_local().numel() < parameter.numel(), name
 
 
 # ---------------------------------------------------------------- what is recorded
@@ -219,7 +324,7 @@ def recorded_rollouts(trainer) -> Iterator[list[dict[str, Any]]]:
     generate, sample, sampler, probing = trainer._generate_and_score_completions, base.sample, {}, Counter()
 
     def record_sample(model, *args, **kwargs):
-        whole = all(parameter.numel() > 0 for parameter in model.parameters())
+        whole = all(parameter.numel() > 0 and not isinstance(parameter, DTensor) for parameter in model.parameters())
         trajectory = sample(model, *args, **kwargs)
         sampler.update(forwards=trajectory.forwards, whole=whole)
         return trajectory
@@ -250,9 +355,11 @@ def recorded_rollouts(trainer) -> Iterator[list[dict[str, Any]]]:
         yield seen
 
 
-def record_parameters(trainer) -> list[dict[str, torch.Tensor]]:
-    """The parameters at the start, after every backward pass (DeepSpeed steps there) and after every update."""
+def record_parameters(trainer) -> tuple[list[dict[str, torch.Tensor]], list[dict[str, torch.Tensor]]]:
+    """The parameters at the start, after every backward pass (DeepSpeed steps there) and after every update; and those
+    after every update alone."""
     seen: list[dict[str, torch.Tensor]] = []
+    updates: list[dict[str, torch.Tensor]] = []
     backward = trainer.accelerator.backward
 
     def record_backward(*args, **kwargs):
@@ -265,10 +372,11 @@ def record_parameters(trainer) -> list[dict[str, torch.Tensor]]:
 
         def on_optimizer_step(self, args, state, control, **kwargs):
             seen.append(full_parameters(trainer))
+            updates.append(seen[-1])
 
     trainer.accelerator.backward = record_backward
     trainer.add_callback(Record())
-    return seen
+    return seen, updates
 
 
 def full_parameters(trainer) -> dict[str, torch.Tensor]:
@@ -280,7 +388,11 @@ def full_parameters(trainer) -> dict[str, torch.Tensor]:
 
         gathered = deepspeed.zero.GatheredParameters([parameter for _, parameter in named])
     with gathered:
-        return {name: parameter.detach().clone() for name, parameter in named}
+        return {name: whole(parameter.detach()).clone() for name, parameter in named}
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def differ(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:

@@ -1,4 +1,4 @@
-"""DDP, ZeRO-2 and ZeRO-3, two real processes each, against one process.
+"""DDP, ZeRO-1, 2 and 3, ZeRO with CPU offload and FSDP2, two real processes each, against one process.
 
 Every backend is launched once, with `accelerate launch` and the files of `recipes/accelerate_configs`, and runs the
 cases of `distributed_worker.py`. The loss proves nothing here: with advantages centred on their group it is 0 on
@@ -13,7 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -25,13 +25,23 @@ from distributed_worker import BACKENDS, cases
 from tiny import tiny_model
 
 REPOSITORY = Path(__file__).parents[1]
-CONFIGS = {"single": "single_gpu", "ddp": "cpu_ddp", "zero2": "cpu_zero2", "zero3": "cpu_zero3"}
+# The files for GPUs run where the CPU needs nothing else.
+CONFIGS = {
+    "single": "single_gpu",
+    "ddp": "cpu_ddp",
+    "zero1": "zero1",
+    "zero2": "cpu_zero2",
+    "zero2_offload": "cpu_zero2_offload",
+    "zero3": "cpu_zero3",
+    "zero3_offload": "cpu_zero3_offload",
+    "fsdp2": "fsdp2",
+}
 TIMEOUT = 600  # seconds for a backend: about 30 on two free cores, and a minute to compile DeepSpeed's operator
 
 CASES = cases()
 SOUND = [name for name, case in CASES.items() if case.fault is None]
-COUNTED = [name for name in SOUND if "three updates" in name]
 SEVERAL = [backend for backend in BACKENDS if backend != "single"]
+SHARDED = [backend for backend in BACKENDS if BACKENDS[backend].stage == 3 or backend == "fsdp2"]
 EQUAL = (
     *("completion_ids", "completion_mask", "unmask_step", "view_steps"),
     *("hidden", "targets", "prompt_hidden", "global_row"),
@@ -40,6 +50,12 @@ CLOSE = ("advantages", "weights", "view_weights", "old_per_token_logps", "ref_pe
 
 pytestmark = pytest.mark.slow
 several_backends = pytest.mark.parametrize("backend", SEVERAL)
+
+
+def where(cases: list[str], backends: Iterable[str] = SEVERAL) -> pytest.MarkDecorator:
+    """Every backend with every one of the cases that it runs."""
+    runs = [(backend, case) for backend in backends for case in cases if backend in CASES[case].backends]
+    return pytest.mark.parametrize(("backend", "case"), runs)
 
 
 @dataclass(frozen=True)
@@ -78,7 +94,8 @@ def launch(backend: str, checkpoint: Path, folder: Path) -> Launch:
     }
     command = [
         *(str(programs / "accelerate"), "launch", "--main_process_port", str(free_port())),
-        *("--config_file", f"recipes/accelerate_configs/{CONFIGS[backend]}.yaml", "tests/distributed_worker.py"),
+        *("--config_file", f"recipes/accelerate_configs/{CONFIGS[backend]}.yaml"),
+        *("--num_processes", str(BACKENDS[backend].processes), "tests/distributed_worker.py"),
         *("--backend", backend, "--model", str(checkpoint), "--out", str(folder), "--timeout", str(TIMEOUT - 20)),
     ]
     with (folder / "output.txt").open("w") as output:
@@ -108,11 +125,13 @@ def all_rows(ranks: list[dict[str, Any]], rollout: int) -> dict[str, torch.Tenso
     return {key: torch.cat([part[key] for part in parts]) for key in (*EQUAL, *CLOSE) if key in parts[0]}
 
 
-def update_error(ranks: list[dict[str, Any]], single: dict[str, Any]) -> float:
-    """Largest error of a tensor's change, less its float32 rounding, relative to the change in one process."""
+def update_error(run: dict[str, Any], single: dict[str, Any], update: int = -1) -> float:
+    """Largest error of a tensor's change up to an update (the last), less its float32 rounding, relative to the change
+    in one process."""
     errors = []
     for name, before in single["before"].items():
-        change, expected = ranks[0]["after"][name] - ranks[0]["before"][name], single["after"][name] - before
+        change = run["updates"][update][name] - run["before"][name]
+        expected = single["updates"][update][name] - before
         if expected.any():
             rounding = torch.finfo(torch.float32).eps * before.norm()
             errors.append((((change - expected).norm() - rounding) / expected.norm()).item())
@@ -128,11 +147,10 @@ def test_every_case_ran_on_the_processes_asked_for(backend, launched):
     assert result.code == 0, result.output[-8000:]
     for name, case in CASES.items():
         if backend in case.backends:
-            assert len(result.ranks(name)) == BACKENDS[backend][1]
+            assert len(result.ranks(name)) == BACKENDS[backend].processes
 
 
-@pytest.mark.parametrize("case", SOUND)
-@several_backends
+@where(SOUND)
 def test_rollouts_are_those_of_one_process(backend, case, launched):
     ranks, (single,) = launched(backend).ranks(case), launched("single").ranks(case)
     assert len(single["rollouts"]) >= 1
@@ -151,8 +169,7 @@ def test_rollouts_are_those_of_one_process(backend, case, launched):
             assert rank["rollouts"][rollout]["process_reward"] == whole["process_reward"]
 
 
-@pytest.mark.parametrize("case", SOUND)
-@several_backends
+@where(SOUND)
 def test_updates_are_those_of_one_process(backend, case, launched):
     ranks, (single,) = launched(backend).ranks(case), launched("single").ranks(case)
     for name, value in single["before"].items():
@@ -161,21 +178,21 @@ def test_updates_are_those_of_one_process(backend, case, launched):
         torch.testing.assert_close(ranks[0]["after"][name], single["after"][name], rtol=1e-4, atol=1e-6)
         if CASES[case].lora:
             assert torch.equal(single["after"][name], value) == ("lora_" not in name), name
-    assert update_error(ranks, single) <= 1e-4
+    for update in range(len(single["updates"])):
+        assert update_error(ranks[0], single, update) <= 1e-4
 
 
-@pytest.mark.parametrize("case", COUNTED)
-@pytest.mark.parametrize("backend", BACKENDS)
+@where([name for name in SOUND if "updates" in name], BACKENDS)
 def test_one_optimizer_step_per_update(backend, case, launched):
+    updates = CASES[case].settings["max_steps"]
     for rank in launched(backend).ranks(case):
-        passes = 3 * 2 * rank["views"]  # updates × micro-batches × views
-        assert rank["trainer_steps"] == 3
-        assert rank["engine_steps"] == (3 if backend.startswith("zero") else None)
-        assert rank["backward_passes_and_updates"] == passes + 3
-        assert rank["changes"] == 3
+        assert rank["trainer_steps"] == len(rank["updates"]) == rank["changes"] == updates
+        assert rank["engine_steps"] == (updates if BACKENDS[backend].stage else None)
+        assert rank["backward_passes_and_updates"] == updates * 2 * rank["passes"] + updates  # two micro-batches
 
 
-def test_with_sharded_weights_processes_sample_in_step(launched):
+@pytest.mark.parametrize("backend", SHARDED)
+def test_with_sharded_weights_processes_sample_in_step(backend, launched):
     def forwards(backend):
         return [[rollout["forwards"] for rollout in rank["rollouts"]] for rank in launched(backend).ranks(name)]
 
@@ -183,17 +200,18 @@ def test_with_sharded_weights_processes_sample_in_step(launched):
     alone = forwards("ddp")
     assert alone[0] != alone[1]  # one process is done before the other …
     most = [max(pair) for pair in zip(*alone, strict=True)]
-    assert forwards("zero3") == [most, most]  # … and goes on with it where weights are sharded
-    for case, whole in ((name, False), ("one micro-batch", True)):
-        for rank in launched("zero3").ranks(case):
+    assert forwards(backend) == [most, most]  # … and goes on with it where weights are sharded
+    for case, whole in ((name, False), ("agrpo, one update", BACKENDS[backend].stage == 3)):
+        for rank in launched(backend).ranks(case):
             assert all(rollout["whole"] == whole for rollout in rank["rollouts"])
 
 
-def test_with_sharded_weights_processes_probe_in_step(launched):
+@pytest.mark.parametrize("backend", ["zero3", "fsdp2"])
+def test_with_sharded_weights_processes_probe_in_step(backend, launched):
     def probing(backend):
         return [rank["rollouts"][0]["probing"] for rank in launched(backend).ranks("sharded probing")]
 
-    (alone,), apart, together = probing("single"), probing("ddp"), probing("zero3")
+    (alone,), apart, together = probing("single"), probing("ddp"), probing(backend)
     assert alone["sync_forwards"] == 0 and all(rank.get("sync_forwards", 0) == 0 for rank in apart)
     own = [rank.get("forwards", 0) for rank in apart]
     assert own[0] > 0 == own[1]  # one process has nothing to continue …
@@ -203,17 +221,27 @@ def test_with_sharded_weights_processes_probe_in_step(launched):
     assert 0 < sum(reward is not None for reward in rewards) < 8 and any(rewards)
 
 
-@several_backends
-def test_the_reference_stays_where_the_policy_started(backend, launched):
-    ranks = launched(backend).ranks("reference")
-    drift = []
-    for rollout in range(3):  # of the first update, the second, and the evaluation
-        rows = all_rows(ranks, rollout)
-        reference = rows["ref_per_token_logps"][:, 0]  # of every view
-        old = rows["old_per_token_logps"].unsqueeze(1).expand_as(reference)
-        scored = reference != 0
-        drift.append((reference - old)[scored].abs().max())
-    assert drift[0] < 1e-4 and drift[1] > 0.1 and drift[2] > 0.1
+def reference_drift(ranks: list[dict[str, Any]], rollout: int) -> float:
+    """Largest difference of the log-probabilities of the reference model and of the policy in a rollout."""
+    rows = all_rows(ranks, rollout)
+    reference = rows["ref_per_token_logps"][:, 0]  # of every view
+    old = rows["old_per_token_logps"].unsqueeze(1).expand_as(reference)
+    return (reference - old)[reference != 0].abs().max().item()
+
+
+@where(["reference", "reference, unsaved model", "reference, lora"], BACKENDS)
+def test_the_reference_stays_where_the_policy_started(backend, case, launched):
+    first, second, evaluation = (reference_drift(launched(backend).ranks(case), rollout) for rollout in range(3))
+    assert first < 1e-4 and second > 0.1 and evaluation > 0.1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_synchronised_reference_follows(backend, launched):
+    # that it is the reference of one process is among what rollouts are compared for
+    ranks, apart = (launched(backend).ranks(case) for case in ("reference, synchronised", "reference"))
+    assert reference_drift(ranks, 0) < 1e-4
+    for rollout in (1, 2):
+        assert 1e-4 < reference_drift(ranks, rollout) < 0.1 * reference_drift(apart, rollout)
 
 
 def test_negative_control_noise_keyed_by_the_local_row(launched):
@@ -221,7 +249,7 @@ def test_negative_control_noise_keyed_by_the_local_row(launched):
     ranks, (single,) = launched("ddp").ranks(name), launched("single").ranks(name)
     ids, expected = all_rows(ranks, 0)["completion_ids"], single["rollouts"][0]["rows"]["completion_ids"]
     assert torch.equal(ids[:8], expected[:8]) and not torch.equal(ids[8:], expected[8:])
-    assert update_error(ranks, single) > 1e-2
+    assert update_error(ranks[0], single) > 1e-2
 
 
 def test_negative_control_an_optimizer_step_per_view(launched):

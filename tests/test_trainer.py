@@ -288,9 +288,13 @@ def test_lora_trains_the_adapter_and_takes_the_base_as_reference(tmp_path):
     torch.testing.assert_close(fresh(input_ids=ids).logits, trainer.model(input_ids=ids).logits)
 
 
-def test_synchronised_reference(tmp_path):
+@pytest.mark.parametrize("given", ["object", "path"])
+def test_synchronised_reference(given, tmp_path):
+    model = tiny_model(seed=3)
+    model.save_pretrained(tmp_path / "model")
     trainer = AGRPO.make(
         tmp_path,
+        model=model if given == "object" else str(tmp_path / "model"),
         beta=0.1,
         loss_type="dr_grpo",
         learning_rate=0.3,
@@ -466,13 +470,27 @@ def test_trl_hooks_have_the_signatures_that_are_overridden():
         "_calculate_rewards": ["inputs", "prompts", "completions", "completion_ids_list"],
         "_prepare_inputs": ["generation_batch"],
         "_compute_loss": ["model", "inputs"],
+        "compute_loss": ["model", "inputs", "return_outputs", "num_items_in_batch"],
+        "_get_grad_norm": ["model", "grad_norm"],
+        "_tokenize_prompts": ["prompts"],
         "_get_train_sampler": ["dataset"],
         "_save_checkpoint": ["model", "trial"],
         "_load_optimizer_and_scheduler": ["checkpoint"],
+        "_load_from_checkpoint": ["resume_from_checkpoint", "model"],
+        "_push_from_checkpoint": ["checkpoint_folder"],
+        "_init_training_state": [
+            "max_steps",
+            "num_update_steps_per_epoch",
+            "num_train_epochs",
+            "resume_from_checkpoint",
+            "trial",
+        ],
+        "_finalize_training": ["trial", "num_train_samples", "start_time"],
         "training_step": ["model", "inputs", "num_items_in_batch"],
     }
     for name, parameters in expected.items():
         assert list(inspect.signature(getattr(GRPOTrainer, name)).parameters)[1:] == parameters, name
+    assert list(inspect.signature(GRPOTrainer._run_epoch).parameters)[1:3] == ["model", "epoch"]
     scoring = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
     assert scoring[1:5] == ["model", "input_ids", "attention_mask", "logits_to_keep"]
 

@@ -14,7 +14,10 @@ from trl_diffusion.evaluation.accuracy import Accuracy, wilson_interval
 
 
 class AccuracyCallback(TrainerCallback):
-    """Measures accuracy when training begins and ends, and every few updates between; logs it as `eval_accuracy`.
+    """Measures accuracy when training begins and ends, and every few updates between.
+
+    Logs it as `eval_accuracy`, `eval_correct` and `eval_total`. A resumed run takes what was measured before from its
+    log, and does not measure at its beginning again.
 
     Processes share the rows, except under FSDP, where all must run the same forwards and so decode the same rows.
 
@@ -25,7 +28,7 @@ class AccuracyCallback(TrainerCallback):
         every: updates between measurements; 0 for none in between.
 
     Attributes:
-        history: (update, accuracy), in the order measured.
+        history: (update, accuracy) of the run, in the order measured.
     """
 
     def __init__(self, trainer: Trainer, dataset: Dataset, measure: Callable[..., Accuracy], every: int = 0):
@@ -33,7 +36,13 @@ class AccuracyCallback(TrainerCallback):
         self.history: list[tuple[int, Accuracy]] = []
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._measure(state.global_step)
+        self.history = [
+            (entry["step"], _accuracy(entry["eval_correct"], entry["eval_total"]))
+            for entry in state.log_history
+            if "eval_total" in entry
+        ]
+        if not self.history:
+            self._measure(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
@@ -59,10 +68,14 @@ class AccuracyCallback(TrainerCallback):
                     own = self.measure(model, dataset=self.dataset.select(mine))
                     counts += torch.tensor([own.correct, own.total], device=counts.device)
                 correct, total = accelerator.reduce(counts, reduction="sum").tolist()
-                accuracy = Accuracy(correct, total, *wilson_interval(correct, total))
+                accuracy = _accuracy(correct, total)
         self.history.append((step, accuracy))
         # TRL files what is logged under "train" or "eval" by the mode of the model.
         training = trainer.model.training
         trainer.model.eval()
-        trainer.log({"eval_accuracy": accuracy.value})
+        trainer.log({"eval_accuracy": accuracy.value, "eval_correct": accuracy.correct, "eval_total": accuracy.total})
         trainer.model.train(training)
+
+
+def _accuracy(correct: int, total: int) -> Accuracy:
+    return Accuracy(correct, total, *wilson_interval(correct, total))

@@ -1,5 +1,6 @@
 """Diffusion language models as native transformers classes; importing this package registers them."""
 
+from trl_diffusion.models.adapters import export_adapter, import_adapter
 from trl_diffusion.models.diffusion_lm import DiffusionLM, DiffusionLMOutput, score_targets
 from trl_diffusion.models.dream import DreamConfig, DreamModel
 from trl_diffusion.models.family import DiffusionFamily, family_of
@@ -13,6 +14,8 @@ __all__ = [
     "DreamModel",
     "LLaDAConfig",
     "LLaDAModelLM",
+    "export_adapter",
     "family_of",
+    "import_adapter",
     "score_targets",
 ]

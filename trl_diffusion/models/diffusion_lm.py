@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.utils import ModelOutput
+from transformers.utils.quantization_config import QuantizationMethod
 
 from trl_diffusion.models.family import DiffusionFamily
 
@@ -69,7 +70,37 @@ class DiffusionLM:
     """
 
     config: Any
+    hf_quantizer: Any = None  # set by transformers on a quantised model
     logit_shift: int = 0
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any):
+        """transformers' `from_pretrained`; 4-bit layers compute exactly on a CPU too, see `ExactLinear4bit`."""
+        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
+        if model.uses_bitsandbytes:
+            from trl_diffusion.models.quantised_linear import make_exact  # bitsandbytes is optional
+
+            make_exact(model)
+        return loaded
+
+    @property
+    def uses_bitsandbytes(self) -> bool:
+        """Whether linear layers were quantised by bitsandbytes."""
+        quantizer = self.hf_quantizer
+        return quantizer is not None and (
+            quantizer.quantization_config.quant_method == QuantizationMethod.BITS_AND_BYTES
+        )
+
+    @staticmethod
+    def native_name(name: str) -> str:
+        """This class's name of a module or weight of the hub's checkpoint; its own names are returned as they are."""
+        return name
+
+    @staticmethod
+    def hub_name(name: str) -> str:
+        """The hub checkpoint's name of a module or weight of this class."""
+        return name
 
     @property
     def family(self) -> DiffusionFamily:

@@ -76,12 +76,26 @@ _WEIGHT_NAMES = [
     (rf"{_BLOCK}\.up_proj", r"model.layers.\1.mlp.up_proj"),
     (rf"{_BLOCK}\.ff_out", r"model.layers.\1.mlp.down_proj"),
 ]
+# the other way: (native name as a regular expression, hub name)
+_HUB_NAMES = [
+    (native.replace(".", r"\.").replace(r"\1", r"(\d+)"), hub.replace(r"\.", ".").replace(r"(\d+)", r"\1"))
+    for hub, native in _WEIGHT_NAMES
+]
 
 
 def native_weight_name(name: str) -> str:
-    """The native name of a LLaDA weight; native names are returned as they are."""
-    for hub, native in _WEIGHT_NAMES:
-        name, found = re.subn(rf"^{hub}(?=\.)", native, name)
+    """The native name of a LLaDA weight or module; native names are returned as they are."""
+    return _renamed(name, _WEIGHT_NAMES)
+
+
+def hub_weight_name(name: str) -> str:
+    """The hub's name of a LLaDA weight or module, given its native name."""
+    return _renamed(name, _HUB_NAMES)
+
+
+def _renamed(name: str, table: list[tuple[str, str]]) -> str:
+    for pattern, other in table:
+        name, found = re.subn(rf"^{pattern}(?=\.|$)", other, name)
         if found:
             break
     return name
@@ -186,6 +200,8 @@ class LLaDAModelLM(DiffusionLM, LlamaForCausalLM):  # type: ignore[misc]  # `gen
     """LLaDA with its LM head, under the class name of the hub's remote code."""
 
     config_class = LLaDAConfig
+    native_name = staticmethod(native_weight_name)
+    hub_name = staticmethod(hub_weight_name)
 
     def __init__(self, config: LLaDAConfig):
         super().__init__(config)

@@ -11,23 +11,27 @@ from peft.utils.other import ModulesToSaveWrapper
 from rich.table import Table
 from torch import nn
 
+from trl_diffusion.models.diffusion_lm import DiffusionLM
+
 # what PEFT puts inside an adapted layer
 PARTS = re.compile(r"\.(lora_\w+|base_layer|original_module|modules_to_save)\b")
 
 
 @dataclass(frozen=True)
 class LoraCoverage:
-    """How many of the linear layers of one kind carry an adapter.
+    """How many of the linear layers of one kind carry an adapter, and how many are quantised.
 
     Args:
         name: the layer's own name, for example `q_proj`.
         adapted: number of layers with an adapter, or trained whole (`modules_to_save`).
         total: number of layers of that name.
+        quantised: number of layers whose weights bitsandbytes holds in 4 or 8 bits.
     """
 
     name: str
     adapted: int
     total: int
+    quantised: int = 0
 
 
 def lora_coverage(model: PeftModel) -> list[LoraCoverage]:
@@ -39,20 +43,30 @@ def lora_coverage(model: PeftModel) -> list[LoraCoverage]:
     Returns:
         One entry per kind of linear layer, in the order in which the network uses them.
     """
+    base = model.get_base_model()
+    quantised_linear: tuple[type, ...] = ()
+    if isinstance(base, DiffusionLM) and base.uses_bitsandbytes:
+        from trl_diffusion.models.quantised_linear import QUANTISED_LINEAR  # bitsandbytes is optional
+
+        quantised_linear = QUANTISED_LINEAR
     counts: dict[str, list[int]] = {}
-    for name, module in model.get_base_model().named_modules():
+    for name, module in base.named_modules():
         adapted = isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))
         if not adapted and (not isinstance(module, nn.Linear) or PARTS.search(name)):
             continue
-        count = counts.setdefault(name.rpartition(".")[2], [0, 0])
+        weights = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        count = counts.setdefault(name.rpartition(".")[2], [0, 0, 0])
         count[0] += adapted
         count[1] += 1
+        count[2] += isinstance(weights, quantised_linear)
     return [LoraCoverage(name, *count) for name, count in counts.items()]
 
 
 def coverage_table(coverage: list[LoraCoverage]) -> Table:
-    """The counts as a `rich` table."""
-    table = Table("linear layer", "adapted", title="LoRA coverage")
+    """The counts as a `rich` table, with those of quantised layers if there are any."""
+    quantised = any(row.quantised for row in coverage)
+    table = Table("linear layer", "adapted", *["quantised"] * quantised, title="LoRA coverage")
     for row in coverage:
-        table.add_row(row.name, f"{row.adapted} of {row.total}")
+        cells = [f"{row.adapted} of {row.total}", f"{row.quantised} of {row.total}"]
+        table.add_row(row.name, *cells[: 1 + quantised])
     return table

@@ -97,6 +97,13 @@ class SamplingConfig:
         share, extra = divmod(self.block_length, self.steps_per_block)
         return [share + (step < extra) for step in range(self.steps_per_block)]
 
+    def head_positions(self) -> int:
+        """Positions at which the LM head runs for one completion that fills its canvas."""
+        if self.unmasking == "random" and not self.record_signals:
+            return self.canvas_length
+        commits = self.commits()
+        return self.num_blocks * sum(sum(commits[step:]) for step in range(len(commits)))
+
 
 @torch.no_grad()
 def sample(
@@ -130,6 +137,7 @@ def sample(
 
     Raises:
         ValueError: if there is not one generator per prompt, a prompt is empty, or the state is of another shape.
+        FloatingPointError: if the network's logits are not finite.
     """
     family = family_of(model)
     batch, prompt_length = input_ids.shape
@@ -300,11 +308,20 @@ class _Rollout:
         # An offset that only fills up a row with less to write, or keeps step, may lie behind the canvas; nothing of
         # what the network says there is read.
         positions = (self.block[rows].unsqueeze(1) * self.config.block_length + offsets).clamp(max=canvas.size(1) - 1)
-        return self.model(
+        logits = self.model(
             input_ids=torch.cat([self.input_ids[rows], canvas], dim=1),
             attention_mask=torch.cat([self.attention_mask[rows], visible.to(self.attention_mask)], dim=1),
             positions=prompt_length + positions,
         ).logits
+        finite = logits.amax(-1).isfinite().all(1)
+        if not finite.all():  # some id would be drawn all the same
+            raise FloatingPointError(
+                f"The network's logits are not finite for {int((~finite).sum())} of {len(rows)} rows in forward "
+                f"{self.forwards} of this rollout, so no token can be drawn. Its weights or activations have "
+                "overflowed: go back to a checkpoint with a lower learning_rate, or use bfloat16 or float32 in place "
+                "of float16."
+            )
+        return logits
 
     def _draw(self, logits: torch.Tensor, noise: torch.Tensor) -> _Drawn:
         """Draw a token from each distribution: logits [R, n, V], noise [R, n]."""

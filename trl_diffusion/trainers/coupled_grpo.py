@@ -91,6 +91,9 @@ class CoupledGRPOTrainer(NoisedGRPOTrainer):
     def _num_views(self) -> int:
         return self.args.num_mc_samples + 1
 
+    def _scored_share(self) -> float:
+        return (1 + self.args.num_mc_samples / 2) / self._num_views()  # each pair scores the canvas once
+
     def _noise(self, mode, update, trajectory, rows, scope) -> NoisePlan:
         streams, (batch, length) = self._streams(mode, update, rows), scope.shape
         pairs = self.args.num_mc_samples // 2

@@ -17,31 +17,36 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model, send_to_device
-from rich.console import Console
+from accelerate.utils import send_to_device
+from peft import PeftModel
 from transformers import PreTrainedModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOConfig, GRPOTrainer
 from trl.extras.profiling import profiling_context
 from trl.models import prepare_deepspeed, prepare_fsdp, unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.callbacks import SyncRefModelCallback
-from trl.trainer.utils import RepeatSampler, disable_dropout_in_model, get_config_model_id, pad, use_adapter
+from trl.trainer.utils import disable_dropout_in_model, get_config_model_id, pad, use_adapter
 
 from trl_diffusion.credit.step_aware import CITATION
 from trl_diffusion.likelihood import Scores, Views, score_views
 from trl_diffusion.models import family_of
-from trl_diffusion.models.lora import coverage_table, lora_coverage
 from trl_diffusion.sampling import SamplingConfig, Trajectory, row_generators, sample
+from trl_diffusion.trainers.adapter_setup import AdapterPrecision, native_peft_config
+from trl_diffusion.trainers.backends import check_backend, check_reference_loading
+from trl_diffusion.trainers.checkpoints import Checkpoints, is_plain
 from trl_diffusion.trainers.checks import check_arguments, check_columns
+from trl_diffusion.trainers.cost import CompletionCost
+from trl_diffusion.trainers.guards import GuardConfig, GuardedUpdates, RewardGuard
+from trl_diffusion.trainers.model_card import card_arguments, complete_card
 from trl_diffusion.trainers.monte_carlo_views import MonteCarloViews
 from trl_diffusion.trainers.random_streams import EVAL_ROLLOUT, TRAIN_ROLLOUT
+from trl_diffusion.trainers.startup_report import print_report
 from trl_diffusion.trainers.step_aware_probe import FinishedBatch, StepAwareProbe
 
 
 @dataclass
-class DiffusionGRPOConfig(GRPOConfig):
-    """What every method's config has: TRL's `GRPOConfig` and how the canvas is written.
+class DiffusionGRPOConfig(GuardConfig, GRPOConfig):
+    """What every method's config has: TRL's `GRPOConfig`, how the canvas is written, and the guards' policies.
 
     TRL's `max_completion_length` is the canvas length L, `temperature`, `top_k` and `top_p` are those of the sampler.
 
@@ -54,6 +59,7 @@ class DiffusionGRPOConfig(GRPOConfig):
             active block.
         num_mc_samples: Monte-Carlo views per completion and update. Memory does not grow with it, but for methods
             that need a completion's views together (ESPO, coupled-GRPO, SPG, WDDO).
+        resume_from_checkpoint: for recipes, what they pass to `train`; on the command line it needs no value.
 
     Raises:
         ValueError: if settings do not fit together, or one cannot work with diffusion sampling.
@@ -80,6 +86,15 @@ class DiffusionGRPOConfig(GRPOConfig):
         default=8, metadata={"help": "Monte-Carlo views (noised canvases) per completion and update."}
     )
     max_completion_length: int = field(default=256, metadata={"help": "Length of the canvas in tokens."})
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Go on from this checkpoint; without a value, from the last whole one in `output_dir`, or from "
+            "the start if there is none.",
+            "nargs": "?",
+            "const": "last",
+        },
+    )
     disable_dropout: bool = field(
         default=True,
         metadata={"help": "Turn dropout off, so that ratios start at 1; with dropout they measure its noise."},
@@ -99,6 +114,7 @@ class DiffusionGRPOConfig(GRPOConfig):
         self.sampling_config()
         if self.num_mc_samples < 1:
             raise ValueError(f"num_mc_samples must be at least 1, got {self.num_mc_samples}.")
+        self.check_guards()
         self._refuse_what_cannot_work()
 
     def sampling_config(self) -> SamplingConfig:
@@ -139,6 +155,10 @@ class DiffusionGRPOConfig(GRPOConfig):
                 "tools need several turns; a rollout here is one canvas",
             ),
             "use_liger_kernel": (self.use_liger_kernel, "it replaces the forward pass that scores noised views"),
+            "hub_token": (
+                self.hub_token is not None,
+                "it would be saved in training_args.bin and pushed with it; use `hf auth login` or HF_TOKEN",
+            ),
             "temperature=0": (self.temperature == 0, "greedy completions of one prompt are all equal"),
         }
         for name, (is_set, reason) in refused.items():
@@ -148,15 +168,7 @@ class DiffusionGRPOConfig(GRPOConfig):
                 )
 
 
-class _EpochRepeatSampler(RepeatSampler):
-    """`RepeatSampler` whose order is a function of (seed, epoch), so that a resumed run sees the order it left."""
-
-    def set_epoch(self, epoch: int) -> None:
-        if self.shuffle and self.seed is not None:
-            self.generator.manual_seed(self.seed + epoch)
-
-
-class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
+class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
     """GRPO for diffusion language models; a method says in which noised views its completions are scored.
 
     A subclass overrides `_plan_views` and `_view_of`. A `StepAwareReward` (SAPO, 2510.01544) among the reward
@@ -202,14 +214,19 @@ class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
             raise TypeError(f"args must be a {self.config_class.__name__}, got {type(args).__name__}.")
         check_arguments(model, processing_class, kwargs)
         check_columns(train_dataset, reward_funcs)
-        if args.sync_ref_model and (is_peft_model(model) or kwargs.get("peft_config") is not None):
+        check_backend(args)
+        kwargs["peft_config"] = native_peft_config(kwargs.get("peft_config"), model, args.model_init_kwargs)
+        adapter_precision = AdapterPrecision(model)
+        if args.sync_ref_model and (isinstance(model, PeftModel) or kwargs.get("peft_config") is not None):
             raise ValueError("sync_ref_model=True needs a separate reference model; a LoRA run has none. Turn it off.")
+        compares = self._needs_reference(args)
+        if compares and not isinstance(model, PeftModel) and kwargs.get("peft_config") is None:
+            check_reference_loading()
 
         # TRL would reload the reference model from disk by path, which fails for a model that was never saved and is
         # wrong for one that changed since. So TRL is told that there is none, and gets a copy.
         args = copy.copy(args)
         beta, sync_ref_model, reference = args.beta, args.sync_ref_model, None
-        compares = self._needs_reference(args)
         args.beta = float(compares)  # TRL makes a reference model wherever beta is not 0
         if compares and isinstance(model, PreTrainedModel) and kwargs.get("peft_config") is None:
             if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
@@ -240,6 +257,7 @@ class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
                 f"{launched} processes were launched, but each believes to be one of {self.accelerator.num_processes} "
                 "and would train alone. On a CPU pass --use_cpu true for DDP, or --ddp_backend gloo for DeepSpeed."
             )
+        adapter_precision.restore(self.model, args.deepspeed_plugin)
         self.family = family_of(self.model)
         self.eos_token_ids = sorted({*self.family.end_token_ids, self._tokenizer.eos_token_id})
         self._checkpointing_kwargs: Any = args.gradient_checkpointing_kwargs
@@ -247,12 +265,14 @@ class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
         self.forward_units = 0.0
         self.last_rollout: tuple[Trajectory, FinishedBatch] | None = None
         self._finished: FinishedBatch | None = None
+        self.check_update_policy()
+        self._reward_guard = RewardGuard(self)
+        self.reward_funcs = [self._reward_guard.wrap(function) for function in self.reward_funcs]
         self._probe = StepAwareProbe.of(self)
+        self._dataset_name: str | None = None
         self._trajectory: Trajectory | None = None
         self._scored: Scores | None = None
         self._window_rows: dict[str, torch.Tensor] | None = None
-        if is_peft_model(self.model) and self.accelerator.is_main_process:
-            Console().print(coverage_table(lora_coverage(self.model)))
 
     @staticmethod
     def _needs_reference(args: DiffusionGRPOConfig) -> bool:
@@ -270,6 +290,26 @@ class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
             self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
         if self.args.sync_ref_model:
             self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
+
+    # ---------------------------------------------------------------- start
+
+    def train(self, *args, **kwargs):
+        """TRL's `train`. With the progress bar (`disable_tqdm=False`) the start-up report is printed first."""
+        if not self.args.disable_tqdm:
+            print_report(self)
+        return super().train(*args, **kwargs)
+
+    def completion_cost(self) -> CompletionCost:
+        """What one completion costs, for the start-up report; a method overrides what is different with it."""
+        views = self.num_iterations * self._num_views()
+        return CompletionCost(
+            rollout=self.args.denoising_steps,
+            probe=0 if self._probe is None else self._probe.forwards_at_most(),
+            old=views if self._compares_with_old else 0,
+            reference=views if self.beta != 0.0 else 0,
+            training=views,
+            targets=self.args.max_completion_length,
+        )
 
     # ---------------------------------------------------------------- rollout
 
@@ -332,19 +372,22 @@ class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
                 sampled.sum().float(),
                 (self.family.is_end(trajectory.completion_ids) & sampled).sum().float(),
                 torch.tensor(float(len(sampled)), device=sampled.device),
+                self.family.is_end(trajectory.completion_ids[:, 0]).sum().float(),
             ]
         )
-        steps, tokens, ends, rows = self.accelerator.reduce(statistics, reduction="sum").tolist()
+        steps, tokens, ends, rows, empty = self.accelerator.reduce(statistics, reduction="sum").tolist()
         metrics = self._metrics[mode]
         metrics["rollout/denoising_steps"].append(steps / rows)
         metrics["rollout/tokens_per_forward"].append(tokens / steps)
         metrics["rollout/eos_share"].append(ends / tokens)
         metrics["rollout/seconds"].append(seconds)
+        metrics["completions/empty_share"].append(empty / rows)
         if mode == "train":
             self.count_forwards(steps)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        rewards = self._reward_guard.check_models(rewards)
         self._finished = FinishedBatch(inputs, prompts, completions, completion_ids_list, rewards)
         return rewards
 
@@ -361,6 +404,7 @@ class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
                 rows["advantages"] = self._probe.advantages(rows, trajectory, finished, self._rollouts[mode])
         elif self._probe is not None:
             self._probe.not_probed(finished)
+        self._reward_guard.log(mode, finished.rewards)
         # TRL empties the mask of a completion that `mask_truncated_completions` drops
         learns = rows["completion_mask"].any(1)
         rows["completion_ids"] = trajectory.completion_ids
@@ -595,65 +639,39 @@ class DiffusionGRPOTrainer(GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
         if self.model.training:
             self.count_forwards(3 * rows * self.accelerator.num_processes)
 
-    # ---------------------------------------------------------------- model card, data and checkpoints
+    # ---------------------------------------------------------------- model card, evaluation and checkpoints
 
-    def create_model_card(self, *args, **kwargs):
-        super().create_model_card(*args, **kwargs)
-        if self._probe is not None and self.is_world_process_zero():
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):  # type: ignore[override]  # as TRL's
+        self._dataset_name = dataset_name or self._dataset_name  # TRL does not repeat it with every checkpoint
+        super().create_model_card(**card_arguments(self, model_name, self._dataset_name), tags=tags)
+        if not self.is_world_process_zero():
+            return
+        args = self.args
+        complete_card(
+            self,
+            self._dataset_name,
+            {
+                "max_new_tokens": args.max_completion_length,
+                "block_length": args.block_length,
+                "denoising_steps": args.denoising_steps,
+            },
+        )
+        if self._probe is not None:
             with open(os.path.join(str(self.args.output_dir), "README.md"), "a") as card:
                 card.write(f"\nThe reward is step-aware (SAPO). Cite it as:\n\n```bibtex\n{CITATION}\n```\n")
-
-    def _get_train_sampler(self, dataset=None):
-        of_trl: Any = super()._get_train_sampler(dataset)
-        return _EpochRepeatSampler(
-            data_source=of_trl.data_source,
-            mini_repeat_count=of_trl.mini_repeat_count,
-            batch_size=of_trl.batch_size,
-            repeat_count=of_trl.repeat_count,
-            shuffle=of_trl.shuffle,
-            seed=of_trl.seed,
-        )
 
     def evaluate(self, *args, **kwargs):
         self._rollouts["eval"] = 0  # every evaluation draws with the same noise
         return super().evaluate(*args, **kwargs)
 
-    def _save_checkpoint(self, model, trial):
-        # TRL forgets where it is inside a rollout batch. Written first: a checkpoint with a trainer state has it.
-        folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        os.makedirs(folder, exist_ok=True)
-        state = {
-            "step": self._step,
-            "rollouts": self._rollouts,
-            "forward_units": self.forward_units,
-            "buffer": self._buffered_inputs,
-        } | self._extra_state()
-        torch.save(state, os.path.join(folder, self._rollout_state_name()))
-        super()._save_checkpoint(model, trial)
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        path = os.path.join(checkpoint, self._rollout_state_name())
-        if not os.path.isfile(path):
-            raise ValueError(
-                f"{checkpoint} has no {self._rollout_state_name()}, so the run cannot go on where it left off. Resume "
-                "with the number of processes that wrote it, from a checkpoint written by this trainer."
-            )
-        # by way of the CPU: torch.load does not know accelerate's device `cpu:0`
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        self._step, self._rollouts = state["step"], state["rollouts"]
-        self.forward_units = state["forward_units"]
-        self._load_extra_state(state)
-        self._buffered_inputs = send_to_device(state["buffer"], self.accelerator.device)
-
     def _extra_state(self) -> dict[str, Any]:
-        """What a method must remember in a checkpoint."""
-        return {}
+        # Only `ConfusionZoneCallback` looks at a rollout again.
+        if self.last_rollout is None or not self.args.record_signals or not self._buffer_in_use():
+            return {}
+        trajectory, finished = self.last_rollout
+        return {"last_rollout": (vars(trajectory), vars(finished))} if is_plain(vars(finished)) else {}
 
     def _load_extra_state(self, state: dict[str, Any]) -> None:
-        """Take back what `_extra_state` gave."""
-
-    def _rollout_state_name(self) -> str:
-        return f"rollout_state_{self.accelerator.process_index}.pt"
+        if "last_rollout" in state:
+            trajectory, finished = send_to_device(state["last_rollout"], self.accelerator.device)
+            self.last_rollout = Trajectory(**trajectory), FinishedBatch(**finished)

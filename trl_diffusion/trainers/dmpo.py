@@ -10,7 +10,7 @@ loss        −weight · mean log-probability of the masked tokens, summed over 
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -19,6 +19,7 @@ from trl_diffusion.credit import effective_sample_size, target_log_weights
 from trl_diffusion.likelihood import NoisePlan, elbo_of_pairs, mean_of_targets
 from trl_diffusion.likelihood.noise_plans import bernoulli, with_complements
 from trl_diffusion.trainers.completion_loss import CompletionLossConfig, CompletionLossTrainer
+from trl_diffusion.trainers.cost import CompletionCost, updates_per_rollout
 from trl_diffusion.trainers.noised_grpo import MaskRateConfig
 
 CHOICES = {"objective": ("cross_entropy", "wddo"), "weight_baseline": ("group", "individual", "model", "none")}
@@ -130,6 +131,15 @@ class DMPOTrainer(CompletionLossTrainer):
 
     def _planned_updates(self, mode: str) -> int:
         return self._inner_updates(mode) + 1  # the last ones are those that the weights are estimated on
+
+    def _scored_share(self) -> float:
+        return 0.5  # each pair scores the canvas once
+
+    def completion_cost(self) -> CompletionCost:
+        cost, views, args = super().completion_cost(), self._num_views(), self.args
+        weights = views if args.alpha != 0.0 or args.weight_baseline == "model" else 0
+        refreshed = views * (updates_per_rollout(self) - 1) if args.weight_baseline == "model" else 0
+        return replace(cost, old=cost.old + weights + refreshed, reference=views if args.alpha != 0.0 else 0)
 
     def _noise(self, mode, update, trajectory, rows, scope) -> NoisePlan:
         pairs = self._num_views() // 2

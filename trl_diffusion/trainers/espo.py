@@ -88,6 +88,9 @@ class ESPOTrainer(CompletionLossTrainer):
         # the ELBO is that of the whole canvas, the end tokens behind the text included
         return torch.ones_like(trajectory.completion_ids, dtype=torch.bool)
 
+    def _scored_share(self) -> float:
+        return 0.5  # each pair scores the canvas once
+
     def _noise(self, mode, update, trajectory, rows, scope) -> NoisePlan:
         return self._subset_pairs(mode, update, rows, self.args.num_mc_samples // 2)
 

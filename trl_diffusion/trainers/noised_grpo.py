@@ -21,6 +21,7 @@ from trl_diffusion.likelihood.noise_plans import (
 )
 from trl_diffusion.sampling import Trajectory, row_generators
 from trl_diffusion.sampling.noise import uniforms
+from trl_diffusion.trainers.cost import CompletionCost
 from trl_diffusion.trainers.diffusion_grpo import DiffusionGRPOConfig, DiffusionGRPOTrainer
 from trl_diffusion.trainers.random_streams import EVAL_VIEWS, TRAIN_VIEWS, VIEW_COUNTS
 
@@ -188,6 +189,15 @@ class NoisedGRPOTrainer(DiffusionGRPOTrainer):
         scores = self._score(model, repeated, stacked)
         self._count_training(len(stacked.canvas))
         return Scores(*(values.unflatten(0, (len(views), -1)).transpose(0, 1) for values in scores))
+
+    def _scored_share(self) -> float:
+        """Share of the canvas that a view scores on average when the text fills it; for estimates of cost."""
+        return 1.0
+
+    def completion_cost(self) -> CompletionCost:
+        cost, length = super().completion_cost(), self.args.max_completion_length
+        planned = self._planned_updates("train") * self._num_views()
+        return replace(cost, targets=self._scored_share() * length, buffer_bytes=2.0 * length * planned)
 
     # ---------------------------------------------------------------- noise
 

@@ -27,6 +27,9 @@ from trl.trainer.base_trainer import _BaseTrainer
 
 from trl_diffusion.models import DiffusionFamily, family_of
 from trl_diffusion.sampling import row_generators
+from trl_diffusion.trainers.adapter_setup import native_peft_config
+from trl_diffusion.trainers.backends import check_backend
+from trl_diffusion.trainers.model_card import card_arguments, complete_card
 
 # Keeps the noise of training and of evaluation apart.
 _TRAIN, _EVAL = 0, 1
@@ -111,13 +114,15 @@ class SFTTrainer(_BaseTrainer):
         peft_config: PeftConfig | None = None,
     ):
         args = args or SFTConfig()
+        check_backend(args)
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
         self.family = family_of(model)
         if processing_class is None:
             processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
         if peft_config is not None:
-            model = get_peft_model(model, peft_config)  # type: ignore[assignment]
+            peft_config = native_peft_config(peft_config, model, args.model_init_kwargs)
+            model = get_peft_model(model, peft_config)  # type: ignore[assignment, arg-type]
             if args.gradient_checkpointing:
                 model.enable_input_require_grads()
         model.config.use_cache = False
@@ -139,6 +144,11 @@ class SFTTrainer(_BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+
+    def create_model_card(self, model_name=None, dataset_name=None, tags=None):  # type: ignore[override]  # as TRL's
+        super().create_model_card(**card_arguments(self, model_name, dataset_name), tags=tags)
+        if self.is_world_process_zero():
+            complete_card(self, dataset_name, {"max_new_tokens": self.args.max_completion_length})
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["prompt_ids", "completion_ids", "row"]  # type: ignore[assignment]

@@ -123,6 +123,14 @@ class SPGTrainer(CompletionLossTrainer):
             }"""),
     }
 
+    def _scored_share(self) -> float:
+        length = self.args.max_completion_length
+        block = length if self.args.noise == "random" else self.args.noise_block_length or self.args.block_length
+        behind = (
+            (length - block) / 2 if self.args.scored == "hidden" else 0.0
+        )  # blocks after the drawn one, on average
+        return ((block + 1) / 2 + behind) / length
+
     def _noise(self, mode, update, trajectory, rows, scope) -> NoisePlan:
         args, streams, views = self.args, self._streams(mode, update, rows), self._num_views()
         length = self.family.effective_length(trajectory.completion_ids)

@@ -119,6 +119,16 @@ class StepAwareProbe:
         self._log(all_rewards, all_success, continuations, time.perf_counter() - start)
         return settings.advantages(all_advantages, all_rewards, group)[mine]
 
+    def forwards_at_most(self) -> int:
+        """Forward passes per completion if every one is continued, on whole canvases."""
+        config, settings = self.trainer.args.sampling_config(), self.settings
+        steps = config.denoising_steps
+        if settings.state != "keep":
+            # masks that begin inside of a block (`prefix`) reach into one more
+            blocks = -(-settings.num_mask_tokens // config.block_length) + (settings.state == "prefix")
+            steps = min(steps, blocks * config.steps_per_block)
+        return steps * settings.num_rollouts * (2 if settings.baseline == "earlier_state" else 1)
+
     def not_probed(self, finished: FinishedBatch) -> None:
         """Keep the column of process rewards in line with the others when completions of an evaluation are logged."""
         logs: Any = self.trainer._logs

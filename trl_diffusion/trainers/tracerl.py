@@ -10,13 +10,14 @@ loss        clipped token ratio, mean over a view's tokens, mean over a completi
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from trl_diffusion.credit import population_z_score
 from trl_diffusion.likelihood import NoisePlan
 from trl_diffusion.likelihood.noise_plans import trajectory_groups
+from trl_diffusion.trainers.cost import CompletionCost
 from trl_diffusion.trainers.noised_grpo import NoisedGRPOConfig, NoisedGRPOTrainer
 from trl_diffusion.trainers.quiet import no_luspo_hint
 
@@ -97,6 +98,12 @@ class TraceRLTrainer(NoisedGRPOTrainer):
     @staticmethod
     def _needs_reference(args) -> bool:
         return False  # its KL compares with the policy that wrote the completions
+
+    def _scored_share(self) -> float:
+        return 1 / self._num_views()
+
+    def completion_cost(self) -> CompletionCost:
+        return replace(super().completion_cost(), old=0) if self.args.shrink == 1 else super().completion_cost()
 
     def _noise(self, mode, update, trajectory, rows, scope) -> NoisePlan:
         return trajectory_groups(trajectory.unmask_step, self.args.denoising_steps, self.args.shrink)

@@ -8,7 +8,7 @@ loss        TRL's token-ratio losses
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from trl_diffusion.credit.step_selection import SIGNAL_AVERAGES
 from trl_diffusion.likelihood import Views, trajectory_views
 from trl_diffusion.sampling import Trajectory, row_generators
 from trl_diffusion.sampling.noise import uniforms
+from trl_diffusion.trainers.cost import CompletionCost
 from trl_diffusion.trainers.diffusion_grpo import DiffusionGRPOConfig, DiffusionGRPOTrainer
 from trl_diffusion.trainers.random_streams import EVAL_VIEWS, SELECTION, TRAIN_VIEWS
 
@@ -323,11 +324,24 @@ class TrajectoryGRPOTrainer(DiffusionGRPOTrainer):
     def _scoring_temperature(self) -> float:
         return self.temperature
 
+    def completion_cost(self) -> CompletionCost:
+        # The rollout recorded the old log-probabilities, and a view scores what its step committed.
+        length, steps, args = self.args.max_completion_length, self.args.denoising_steps, self.args
+        views = self.num_iterations * args.num_mc_samples
+        return replace(
+            super().completion_cost(),
+            old=0,
+            targets=length / steps,
+            buffer_bytes=4.0 * length * (2 + args.top_k) + 12.0 * views,
+        )
+
     def _extra_state(self) -> dict[str, Any]:
-        signals = self._running_signals
-        return {} if signals is None else {"running_signals": asdict(signals)}
+        signals = {} if self._running_signals is None else {"running_signals": asdict(self._running_signals)}
+        return super()._extra_state() | {"last_selection": self.last_selection} | signals
 
     def _load_extra_state(self, state: dict[str, Any]) -> None:
+        super()._load_extra_state(state)
+        self.last_selection = send_to_device(state["last_selection"], self.accelerator.device)
         if "running_signals" in state:
             signals = send_to_device(state["running_signals"], self.accelerator.device)
             self._running_signals = StepSignals(**signals)

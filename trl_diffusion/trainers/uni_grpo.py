@@ -59,6 +59,9 @@ class UniGRPOTrainer(NoisedGRPOTrainer):
             }"""),
     }
 
+    def _scored_share(self) -> float:
+        return (self.args.min_mask_rate + self.args.max_mask_rate) / 2
+
     def _noise(self, mode, update, trajectory, rows, scope) -> NoisePlan:
         streams, views = self._streams(mode, update, rows), self._num_views()
         rates, noise = self._uniforms(streams, views), self._uniforms(streams, views, scope.size(1))

@@ -1,0 +1,182 @@
+"""The files of `recipes/accelerate_configs` give the backend that they promise; launches that lose it are refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from accelerate import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from methods import method_named
+from tiny import tiny_model
+
+from trl_diffusion.trainers import AGRPOConfig
+from trl_diffusion.trainers.backends import check_backend, check_reference_loading
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "recipes" / "accelerate_configs"
+AGRPO = method_named("agrpo")
+
+# stage, device of the optimizer state, device of the parameters
+ZERO = {
+    "zero1": (1, "none", "none"),
+    "zero2": (2, "none", "none"),
+    "zero2_offload": (2, "cpu", "none"),
+    "zero3": (3, "none", "none"),
+    "zero3_offload": (3, "cpu", "cpu"),
+    "multi_node": (3, "none", "none"),
+    "multi_node_hostfile": (3, "none", "none"),
+    "cpu_zero2": (2, "none", "none"),
+    "cpu_zero2_offload": (2, "cpu", "none"),
+    "cpu_zero3": (3, "none", "none"),
+    "cpu_zero3_offload": (3, "cpu", "cpu"),
+}
+OTHERS = {
+    "single_gpu": DistributedType.NO,
+    "multi_gpu": DistributedType.MULTI_GPU,
+    "cpu_ddp": DistributedType.MULTI_GPU,
+    "fsdp2": DistributedType.FSDP,
+}
+
+
+@pytest.fixture(autouse=True)
+def repository(monkeypatch):
+    monkeypatch.chdir(ROOT)  # DeepSpeed's files are named from there
+
+
+def launch_of(name: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
+    """The command and the environment in which `accelerate launch` would start the processes."""
+    command = ["--config_file", str(CONFIGS / f"{name}.yaml"), *arguments, "recipes/gsm8k_agrpo.py"]
+    parsed, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(command))
+    if parsed.use_deepspeed:
+        parsed.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        return prepare_deepspeed_cmd_env(parsed)
+    return [], prepare_multi_gpu_env(parsed)
+
+
+def use(environment: dict[str, str], monkeypatch) -> None:
+    for key, value in environment.items():
+        if key.startswith(("ACCELERATE_", "FSDP_")):
+            monkeypatch.setenv(key, value)
+
+
+def test_every_file_is_tested():
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*ZERO, *OTHERS}
+
+
+@pytest.mark.parametrize("name", [*ZERO, *OTHERS])
+def test_accelerate_reads_the_file(name):
+    config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
+    assert config.distributed_type == OTHERS.get(name, DistributedType.DEEPSPEED)
+    written = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    assert {key: getattr(config, key) for key in written if key != "distributed_type"} == {
+        key: value for key, value in written.items() if key != "distributed_type"
+    }
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_deepspeed_plugins(name, monkeypatch):
+    use(launch_of(name, "--machine_rank", "0")[1], monkeypatch)
+    zero = DeepSpeedPlugin().deepspeed_config["zero_optimization"]
+    devices = [zero.get(f"offload_{what}", {}).get("device", "none") for what in ("optimizer", "param")]
+    assert (zero["stage"], *devices) == ZERO[name]
+    if zero["stage"] == 3:
+        assert zero["stage3_gather_16bit_weights_on_model_save"] is True
+
+
+def test_the_fsdp_plugin(monkeypatch):
+    use(launch_of("fsdp2")[1], monkeypatch)
+    plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+    assert plugin.cpu_ram_efficient_loading is False  # a reference model needs the weights in every process
+    plugin.set_auto_wrap_policy(tiny_model())
+    assert plugin.auto_wrap_policy is not None and "FULL" in str(plugin.state_dict_type)
+
+
+def test_several_machines():
+    _, environment = launch_of("multi_node", "--machine_rank", "1", "--main_process_ip", "10.0.0.1")
+    assert environment["ACCELERATE_USE_DEEPSPEED"] == "true"
+    command, _ = launch_of("multi_node_hostfile")
+    assert "--hostfile" in command and command[command.index("--launcher") + 1] == "pdsh"
+    hosts = Path(command[command.index("--hostfile") + 1]).read_text().split("\n")[:2]
+    assert hosts == ["node-1 slots=8", "node-2 slots=8"]
+
+
+def test_the_slurm_script_launches_every_machine(tmp_path):
+    """With stand-ins for Slurm's programs and for `accelerate`, on two machines."""
+    programs = {
+        "scontrol": 'echo "first-host"; echo "second-host"',
+        # what srun does: the same command on every machine
+        "srun": 'shift; for node in 0 1; do SLURM_NODEID=$node "$@"; done',
+        "accelerate": f'printf "%s\\n" "$@" > {tmp_path}/machine-$SLURM_NODEID',
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_NODELIST": "some[1-2]"}
+    environment = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    arguments = ["recipes/gsm8k_agrpo.py", "--run_name", "two words"]
+    subprocess.run(["bash", "recipes/slurm/train.sbatch", *arguments], env=environment, check=True)
+    for node in range(2):
+        written = (tmp_path / f"machine-{node}").read_text().splitlines()
+        assert written[0] == "launch" and written[-3:] == arguments
+        parsed, _, _ = _validate_launch_command(launch_command_parser().parse_args(written[1:]))
+        assert (parsed.num_machines, parsed.num_processes, int(parsed.machine_rank)) == (2, 8, node)
+        assert parsed.main_process_ip == "first-host" and parsed.use_deepspeed
+
+
+# ---------------------------------------------------------------- launches that lose the backend
+
+
+def config(tmp_path, **settings: Any) -> AGRPOConfig:
+    return AGRPOConfig(str(tmp_path), bf16=False, report_to=[], **settings)
+
+
+def test_deepspeed_without_deepspeed_is_refused(tmp_path, monkeypatch):
+    args = config(tmp_path, use_cpu=True)
+    check_backend(args)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    check_backend(args)
+    args.deepspeed_plugin = DeepSpeedPlugin(zero_stage=3)
+    with pytest.raises(RuntimeError, match="ACCELERATE_USE_CPU"):
+        check_backend(args)
+    monkeypatch.delenv("LOCAL_RANK")
+    check_backend(args)  # not launched: nothing was asked for
+
+
+def test_fsdp_without_fsdp_is_refused(tmp_path, monkeypatch):
+    args = config(tmp_path, use_cpu=True)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_backend(args)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(RuntimeError, match="FSDP was launched, but accelerate started"):
+        check_backend(args)
+
+
+def test_an_optimizer_that_offload_would_replace_is_refused(tmp_path):
+    plugin = DeepSpeedPlugin(zero_stage=2, offload_optimizer_device="cpu")
+    for optimizer, refused in (("adamw_torch", False), ("sgd", True)):
+        args = config(tmp_path, use_cpu=True, optim=optimizer)
+        args.deepspeed_plugin = plugin
+        if refused:
+            with pytest.raises(ValueError, match="optim='sgd' would silently become DeepSpeed's Adam"):
+                check_backend(args)
+            plugin.deepspeed_config["zero_force_ds_cpu_optimizer"] = False
+        check_backend(args)
+
+
+def test_a_reference_of_empty_weights_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+    with pytest.raises(ValueError, match="fsdp_cpu_ram_efficient_loading"):
+        AGRPO.make(tmp_path, beta=0.1, loss_type="dr_grpo")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "false")
+    check_reference_loading()

@@ -1,0 +1,61 @@
+"""Adapters before and after TRL builds them: checked names of layers, and weights that small steps can move."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate.utils import DeepSpeedPlugin
+from peft import LoraConfig, PeftConfig, PeftModel
+
+from trl_diffusion.models.lora_targets import native_lora_config
+from trl_diffusion.models.skeleton import skeleton
+
+
+def native_peft_config(
+    config: PeftConfig | None, model: Any, model_init_kwargs: dict[str, Any] | str | None
+) -> PeftConfig | None:
+    """The config with native names of layers, see `native_lora_config`; other adapters than LoRA as they are.
+
+    Args:
+        config: the trainer's argument.
+        model: path, hub id or native model.
+        model_init_kwargs: arguments of `from_pretrained`, for the revision of a hub id.
+    """
+    if not isinstance(config, LoraConfig) or isinstance(model, PeftModel):  # TRL refuses the latter, with its reason
+        return config
+    if isinstance(model, str):
+        assert not isinstance(model_init_kwargs, str)  # transformers parses the command line's
+        model = skeleton(model, (model_init_kwargs or {}).get("revision"))
+    return native_lora_config(config, model)
+
+
+class AdapterPrecision:
+    """Keeps the weights of an adapter in the precision they had before TRL, float32 if TRL makes the adapter.
+
+    Over a quantised model TRL casts what is trained to bfloat16. A weight there takes no step smaller than about
+    1/256 of itself, so that with the learning rates of reinforcement learning (5e-6) the A matrices never move, and
+    an adapter that is trained further would be rounded first.
+
+    Args:
+        model: the trainer's argument.
+    """
+
+    def __init__(self, model: Any):
+        given = model.named_parameters() if isinstance(model, PeftModel) else ()
+        self.values = {name: weight.data for name, weight in given if weight.requires_grad}
+
+    def restore(self, model: Any, deepspeed: DeepSpeedPlugin | None) -> None:
+        """Undo the cast, in place.
+
+        Args:
+            model: the trainer's model, before an optimizer knows its weights.
+            deepspeed: the plugin in use. ZeRO-3 needs one dtype for all weights, and so keeps TRL's.
+        """
+        if not isinstance(model, PeftModel) or not model.get_base_model().uses_bitsandbytes:
+            return
+        if deepspeed is not None and deepspeed.zero_stage == 3:
+            return
+        for name, weight in model.named_parameters():
+            if weight.requires_grad and weight.dtype == torch.bfloat16:
+                weight.data = self.values.get(name, weight.data.float())

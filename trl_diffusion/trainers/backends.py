@@ -1,0 +1,59 @@
+"""Launches that would silently train on another backend, or with another optimizer, than was asked for."""
+
+from __future__ import annotations
+
+import os
+
+from accelerate.utils import DistributedType, parse_flag_from_env
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
+
+# What accelerate makes of an optimizer under DeepSpeed's offload; every other becomes Adam.
+_OFFLOADED = ("adam", "adagrad", "lion")
+
+
+def check_backend(args: TrainingArguments) -> None:
+    """Refuse to start where accelerate dropped the backend that was launched.
+
+    Raises:
+        RuntimeError: if DeepSpeed or FSDP was launched and this process is not part of it.
+        ValueError: if the optimizer would silently become another one under DeepSpeed's offload.
+    """
+    launched = "LOCAL_RANK" in os.environ
+    started = args.distributed_state.distributed_type if args.distributed_state else DistributedType.NO
+    plugin = args.deepspeed_plugin
+    if launched and plugin is not None and started != DistributedType.DEEPSPEED:
+        raise RuntimeError(
+            f"DeepSpeed was launched, but accelerate started {started.value}: with `use_cpu` or the environment "
+            "variable ACCELERATE_USE_CPU it leaves DeepSpeed out. The weights would stay in shards ('weight' must be "
+            "2-D). Unset both; on a CPU pass --ddp_backend gloo --bf16 false instead."
+        )
+    fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP") and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if launched and fsdp and started in (DistributedType.NO, DistributedType.MULTI_CPU):
+        raise RuntimeError(
+            f"FSDP was launched, but accelerate started {started.value}, because it shards on accelerators only. "
+            "Every process would hold the whole model. Launch with recipes/accelerate_configs/cpu_zero3.yaml on a CPU."
+        )
+    if plugin is not None:
+        offload = plugin.deepspeed_config.get("zero_optimization", {}).get("offload_optimizer", {})
+        replaced = plugin.deepspeed_config.get("zero_force_ds_cpu_optimizer", True)
+        optimizer = OptimizerNames(args.optim).value
+        if offload.get("device", "none") != "none" and replaced and not optimizer.startswith(_OFFLOADED):
+            raise ValueError(
+                f"optim={optimizer!r} would silently become DeepSpeed's Adam, because its state is offloaded. Use "
+                "adamw_torch, or set `zero_force_ds_cpu_optimizer: false` in a DeepSpeed config file."
+            )
+
+
+def check_reference_loading() -> None:
+    """Refuse a reference model that would be made of empty weights.
+
+    Raises:
+        ValueError: if FSDP loads the checkpoint in the first process only.
+    """
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
+        raise ValueError(
+            "With `fsdp_cpu_ram_efficient_loading: true` only the first process loads weights, and FSDP hands them "
+            "over for the policy but not for the reference model that beta != 0 needs. Set it to false in the "
+            "accelerate config, or train an adapter, which needs no second model."
+        )

@@ -1,0 +1,185 @@
+"""What a run is about to do, in one panel: model, method, batch, the cost of an update, and what is off or refused."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from peft import LoraConfig, PeftModel, PeftType
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.table import Table
+
+from trl_diffusion.models.lora import coverage_table, lora_coverage
+from trl_diffusion.trainers import cost
+
+if TYPE_CHECKING:
+    from trl_diffusion.trainers.diffusion_grpo import DiffusionGRPOTrainer
+
+_PURPOSES = {
+    "rollout": "rollout",
+    "probe": "continuations, at most",
+    "old": "old log-probabilities",
+    "reference": "reference model",
+    "training": "forward and backward",
+}
+
+
+def print_report(trainer: DiffusionGRPOTrainer) -> None:
+    """Print the panel, on the main process only."""
+    if trainer.accelerator.is_main_process:
+        Console().print(startup_report(trainer))
+
+
+def startup_report(trainer: DiffusionGRPOTrainer) -> Panel:
+    """The panel for a trainer that is about to train."""
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold", no_wrap=True)
+    facts.add_column()
+    for name, text in {
+        **_model(trainer),
+        **_method(trainer),
+        **_batch(trainer),
+        **_memory(trainer),
+        **_off(trainer),
+    }.items():
+        facts.add_row(name, text)
+    tables = Table.grid(padding=(0, 4))
+    parts = [_cost_table(trainer)]
+    if isinstance(trainer.model, PeftModel):
+        parts.append(coverage_table(lora_coverage(trainer.model)))
+    tables.add_row(*parts)
+    return Panel(Group(facts, "", tables), title=f"trl_diffusion · {trainer._name}", expand=False)
+
+
+def _model(trainer: DiffusionGRPOTrainer) -> dict[str, str]:
+    family, model = trainer.family, trainer.model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    total = cost.parameter_count(model)
+    trained = sum(cost.numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    attention = "full" if family.attention_block is None else f"causal over blocks of {family.attention_block}"
+    return {
+        "model": f"{base.config._name_or_path or type(base).__name__}, {_count(total)} parameters, "
+        f"{_count(trained)} of them trained",
+        "family": f"{family.name}: mask id {family.mask_token_id}, end ids {', '.join(map(str, family.end_token_ids))}"
+        + (", logits shifted by one" if family.logit_shift else ""),
+        "attention": f"{attention}, {base.config._attn_implementation}, {str(base.dtype).removeprefix('torch.')}"
+        + _autocast(trainer),
+        "adapter": _adapter(model),
+        "quantisation": _quantisation(base),
+    }
+
+
+def _autocast(trainer: DiffusionGRPOTrainer) -> str:
+    precision = trainer.accelerator.mixed_precision
+    return "" if precision == "no" else f" (computed in {precision})"
+
+
+def _adapter(model) -> str:
+    if not isinstance(model, PeftModel):
+        return "none, all weights are trained"
+    config = model.active_peft_config
+    if isinstance(config, LoraConfig):
+        return f"LoRA, rank {config.r}, alpha {config.lora_alpha}, dropout {config.lora_dropout:g}"
+    return PeftType(config.peft_type).value
+
+
+def _quantisation(base) -> str:
+    quantizer = base.hf_quantizer
+    if quantizer is None:
+        return "none"
+    config = quantizer.quantization_config.to_dict()
+    if config.get("load_in_4bit"):
+        twice = ", double quantisation" if config["bnb_4bit_use_double_quant"] else ""
+        return f"4 bit {config['bnb_4bit_quant_type']}{twice}, computed in {config['bnb_4bit_compute_dtype']}"
+    return str(quantizer.quantization_config.quant_method.value)
+
+
+def _method(trainer: DiffusionGRPOTrainer) -> dict[str, str]:
+    args, paper = trainer.args, trainer._paper
+    source = f", arXiv {paper['id']}: {paper['title']}" if paper else ""
+    views = trainer._num_views()
+    together = ", scored together" if trainer._passes() < views else ""
+    step_aware = "" if trainer._probe is None else "; step-aware reward (SAPO, arXiv 2510.01544)"
+    return {
+        "method": f"{trainer._name}{source}{step_aware}",
+        "canvas": f"{args.max_completion_length} tokens in blocks of {args.block_length}, {args.denoising_steps} "
+        f"denoising steps, {args.unmasking} unmasking",
+        "views": f"{views} per completion and update{together}",
+    }
+
+
+def _batch(trainer: DiffusionGRPOTrainer) -> dict[str, str]:
+    args, processes, group = trainer.args, trainer.accelerator.num_processes, trainer.group_size("train")
+    completions, updates = int(args.generation_batch_size or 0), cost.updates_per_rollout(trainer)
+    per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    return {
+        "rollout": f"{completions // group} prompts × {group} completions = {completions} completions, "
+        f"{updates:g} update{'' if updates == 1 else 's'} from each",
+        "update": f"{args.per_device_train_batch_size} per device × {args.gradient_accumulation_steps} micro-batches "
+        f"× {processes} process{'' if processes == 1 else 'es'} = {per_update} completions",
+    }
+
+
+def _cost_table(trainer: DiffusionGRPOTrainer) -> Table:
+    units, flop = cost.forward_units(trainer), cost.update_flop(trainer)
+    table = Table("one update, all processes", title="Cost if no text ends early")
+    table.add_column("forward units", justify="right")
+    table.add_column("TFLOP", justify="right")
+    for purpose, count in asdict(units).items():
+        if count:
+            table.add_row(_PURPOSES[purpose], f"{count:,.0f}", _significant(asdict(flop)[purpose] / 1e12))
+    table.add_section()
+    table.add_row("total", f"{units.total:,.0f}", _significant(flop.total / 1e12))
+    return table
+
+
+def _memory(trainer: DiffusionGRPOTrainer) -> dict[str, str]:
+    memory = cost.memory(trainer)
+    parts = {
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "reference": memory.reference,
+        "rollout batch": memory.buffer,
+    }
+    listed = " + ".join(
+        f"{name} {'unknown' if size is None else _bytes(size)}" for name, size in parts.items() if size != 0
+    )
+    return {"memory": f"{_bytes(memory.total)} per process without activations: {listed}"}
+
+
+def _off(trainer: DiffusionGRPOTrainer) -> dict[str, str]:
+    args = trainer.args
+    off = {
+        "dropout": args.disable_dropout,
+        "KL": trainer.beta == 0.0,
+        "truncated completions (they do not learn)": args.mask_truncated_completions,
+        "gradient clipping": not args.max_grad_norm,
+        "gradient checkpointing": not args.gradient_checkpointing,
+        "time limit of rewards": args.reward_timeout is None,
+    }
+    return {
+        "off": ", ".join(name for name, is_off in off.items() if is_off),
+        "refused": "vLLM, continuous batching, tools, environments, images, Liger kernels",
+        "guards": f"reward_error={args.reward_error}, reward_nonfinite={args.reward_nonfinite}, "
+        f"nonfinite_update={args.nonfinite_update}",
+    }
+
+
+def _count(number: float) -> str:
+    for size, unit in ((1e9, "billion"), (1e6, "million")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:,.0f}"
+
+
+def _bytes(number: float) -> str:
+    for size, unit in ((2**30, "GiB"), (2**20, "MiB")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number / 2**10:.3g} KiB"
+
+
+def _significant(number: float) -> str:
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
