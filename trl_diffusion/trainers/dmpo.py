@@ -70,7 +70,7 @@ class DMPOConfig(CompletionLossConfig, MaskRateConfig):
             raise ValueError(
                 f"objective='wddo' has no weight baseline; set weight_baseline='none', got {self.weight_baseline!r}."
             )
-        if self.scale_rewards not in ("none", False):
+        if self.scale_rewards != "none":
             raise ValueError(
                 f"DMPO's target is defined by the rewards themselves, so scale_rewards must be 'none'; got "
                 f"{self.scale_rewards!r}. Change alpha instead."
