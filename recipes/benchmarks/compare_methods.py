@@ -465,9 +465,10 @@ def plot(runs: list[dict[str, Any]], task: str, path: Path) -> None:
 
     groups = sorted({ARMS[run["arm"]].baselines for run in runs if run["arm"] in ARMS})
     figure, axes = plt.subplots(
-        1, len(groups), figsize=(6.5 * len(groups), 4), sharey=True, squeeze=False, layout="constrained"
+        1, len(groups), figsize=(8 * len(groups), 4.5), sharey=True, squeeze=False, layout="constrained"
     )
     for axis, baselines in zip(axes[0], groups, strict=True):
+        axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)
         for arm in (name for name in ARMS if ARMS[name].baselines == baselines):
             curves = [run["curve"] for run in runs if run["task"] == task and run["arm"] == arm]
             if curves:
@@ -476,10 +477,10 @@ def plot(runs: list[dict[str, Any]], task: str, path: Path) -> None:
                 error = values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.zeros_like(grid)
                 (line,) = axis.plot(grid, values.mean(0), label=arm, lw=2.5 if arm in baselines else 1.3)
                 axis.fill_between(
-                    grid, values.mean(0) - error, values.mean(0) + error, color=line.get_color(), alpha=0.12
+                    grid, values.mean(0) - error, values.mean(0) + error, color=line.get_color(), alpha=0.07
                 )
-        axis.set(xlabel="forward units", title=f"{task}: {' and '.join(baselines)}, and what is compared with them")
-        axis.legend(fontsize=8)
+        axis.set(xlabel="forward units", title=f"{task}: compared with {' and '.join(baselines)}")
+        axis.legend(fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
     axes[0][0].set_ylabel("mean reward of the rollouts (± standard error)")
     figure.savefig(path, dpi=110)
     plt.close(figure)
