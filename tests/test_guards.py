@@ -26,7 +26,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCal
 from trl_diffusion.credit import StepAwareReward
 from trl_diffusion.sampling.distribution import draw
 from trl_diffusion.trainers import AGRPOTrainer
-from trl_diffusion.trainers.guards import RewardError, all_tied
+from trl_diffusion.trainers.reward_guard import RewardError, all_tied
 
 AGRPO, SAPO = method_named("agrpo"), method_named("sapo")
 ROOT = Path(__file__).parent.parent
@@ -479,4 +479,4 @@ def test_deepspeed_stops_before_the_step_and_refuses_to_skip(tmp_path):
 
 
 def test_warnings_reach_the_console_without_any_set_up():
-    assert logging.getLogger("trl_diffusion.trainers.guards").getEffectiveLevel() <= logging.WARNING
+    assert logging.getLogger("trl_diffusion.trainers.reward_guard").getEffectiveLevel() <= logging.WARNING

@@ -36,12 +36,14 @@ from trl_diffusion.trainers.backends import check_backend, check_reference_loadi
 from trl_diffusion.trainers.checkpoints import Checkpoints, is_plain
 from trl_diffusion.trainers.checks import check_arguments, check_columns
 from trl_diffusion.trainers.cost import CompletionCost
-from trl_diffusion.trainers.guards import GuardConfig, GuardedUpdates, RewardGuard
+from trl_diffusion.trainers.guards import GuardConfig
 from trl_diffusion.trainers.model_card import card_arguments, complete_card
 from trl_diffusion.trainers.monte_carlo_views import MonteCarloViews
 from trl_diffusion.trainers.random_streams import EVAL_ROLLOUT, TRAIN_ROLLOUT
+from trl_diffusion.trainers.reward_guard import RewardGuard
 from trl_diffusion.trainers.startup_report import print_report
 from trl_diffusion.trainers.step_aware_probe import FinishedBatch, StepAwareProbe
+from trl_diffusion.trainers.update_guard import GuardedUpdates
 
 
 @dataclass

@@ -1,0 +1,267 @@
+"""Rewards under the policies of `GuardConfig`: functions that raise or hang, values that are not finite, and ties."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import functools
+import inspect
+import logging
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from trl.trainer.utils import get_callable_name, is_async_callable
+
+from trl_diffusion.credit import StepAwareReward
+
+if TYPE_CHECKING:
+    from trl_diffusion.trainers.diffusion_grpo import DiffusionGRPOTrainer
+
+logger = logging.getLogger(__name__)  # each process tells of its own rows
+_SHOWN = 200  # characters of a prompt or completion in a message
+
+
+class RewardError(RuntimeError):
+    """A reward function raised, took too long, or returned a value that is no finite number."""
+
+
+class _TimeUp(BaseException):
+    """Raised inside a reward function; no `Exception`, which the function may catch."""
+
+
+@contextmanager
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """Interrupt what runs inside after some seconds.
+
+    An alarm signal interrupts Python code, sleeping and waiting for sockets, locks or processes, but neither a
+    computation inside a C extension (before it returns) nor code that sets alarms itself.
+
+    Args:
+        seconds: the limit; none if `None`.
+
+    Raises:
+        TimeoutError: when the time is up.
+        RuntimeError: outside of the main thread, where Python handles no signals.
+    """
+    if seconds is None:
+        yield
+        return
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError(
+            "reward_timeout needs reward functions to be called in the main thread; this is "
+            f"{threading.current_thread().name}. Train in the main thread, or leave reward_timeout out."
+        )
+
+    def stop(*_) -> None:
+        raise _TimeUp
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except _TimeUp:
+        raise TimeoutError(_too_long(seconds)) from None
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+
+
+def _too_long(seconds: float) -> str:
+    return f"it took longer than reward_timeout={seconds} seconds"
+
+
+class RewardGuard:
+    """Applies the policies to a trainer's reward functions and counts what happened.
+
+    Args:
+        trainer: whose reward functions these are.
+    """
+
+    def __init__(self, trainer: DiffusionGRPOTrainer):
+        self.trainer, self.args = trainer, trainer.args
+        self._calls = self._errors = self._values = self._nonfinite = 0
+        self._told: set[tuple[str, str]] = set()
+        self._tied_rollouts = 0
+
+    def wrap(self, function, convert: Callable[[Any], float] = float):
+        """A reward function under the policies; the functions inside of a `StepAwareReward`; a reward model as it is.
+
+        Args:
+            function: as TRL takes it.
+            convert: makes a number of what it returns for a completion.
+        """
+        if isinstance(function, torch.nn.Module):
+            return function
+        if isinstance(function, StepAwareReward):
+            guarded = copy.copy(function)
+            guarded.reward = self.wrap(function.reward)
+            if function.success is not None:
+                guarded.success = self.wrap(function.success, _truth)
+            return guarded
+        name = get_callable_name(function)
+
+        async def wait(value, prompts, completions) -> list:
+            limit = self.args.reward_timeout
+            try:
+                values, numbers = _numbers(await asyncio.wait_for(value, limit), convert)
+            except Exception as error:  # whatever a user's function may raise
+                if limit is not None and isinstance(error, asyncio.TimeoutError) and not error.args:
+                    error = TimeoutError(_too_long(limit))
+                return self._failed(name, prompts, error)
+            return self._finite(name, values, numbers, prompts, completions)
+
+        if is_async_callable(function):
+
+            @functools.wraps(function, updated=())
+            async def guarded_async(prompts, completions, **columns):
+                return await wait(function(prompts=prompts, completions=completions, **columns), prompts, completions)
+
+            return guarded_async
+
+        @functools.wraps(function, updated=())
+        def guarded_sync(prompts, completions, **columns):
+            try:
+                with time_limit(self.args.reward_timeout):
+                    value = function(prompts=prompts, completions=completions, **columns)
+                    if not inspect.isawaitable(value):
+                        values, numbers = _numbers(value, convert)
+            except Exception as error:  # whatever a user's function may raise
+                return self._failed(name, prompts, error)
+            if inspect.isawaitable(value):
+                return wait(value, prompts, completions)
+            return self._finite(name, values, numbers, prompts, completions)
+
+        return guarded_sync
+
+    def _failed(self, name: str, prompts: list, error: Exception) -> list[None]:
+        self._calls += 1
+        self._errors += 1
+        what = (
+            f"The reward function {name} failed on a batch of {len(prompts)} completions, the first of them for the "
+            f"prompt {_shown(prompts[0])}: {type(error).__name__}: {error}"
+        )
+        if self.args.reward_error == "raise":
+            raise RewardError(
+                f"{what}. Repair the function, or set reward_error='none' to go on without its rewards for such a "
+                "batch."
+            ) from error
+        self._tell_once(name, "errors", f"{what}. These completions get no reward from it (reward_error='none').")
+        return [None] * len(prompts)
+
+    def _finite(self, name: str, values: list, numbers: torch.Tensor, prompts: list, completions: list) -> list:
+        self._calls += 1
+        self._values += len(values)
+        bad = (~numbers.isfinite()).nonzero().flatten().tolist()
+        if not bad or len(values) != len(prompts):  # TRL refuses another number of rewards
+            return values
+        self._nonfinite += len(bad)
+        row = bad[0]
+        what = (
+            f"The reward function {name} returned {values[row]} for row {row} of its batch, prompt "
+            f"{_shown(prompts[row])}, completion {_shown(completions[row])} ({len(bad)} of {len(values)} rewards are "
+            "not finite in float32)"
+        )
+        self._nonfinite_rewards(name, what)
+        return [None if index in bad else value for index, value in enumerate(values)]
+
+    def _nonfinite_rewards(self, name: str, what: str) -> None:
+        if self.args.reward_nonfinite == "raise":
+            raise RewardError(
+                f"{what}. Return None where the function does not apply, or set reward_nonfinite='none' to take such "
+                "values for None."
+            )
+        self._tell_once(name, "nonfinite", f"{what}. They count as None (reward_nonfinite='none').")
+
+    def _tell_once(self, name: str, kind: str, message: str) -> None:
+        if (name, kind) not in self._told:
+            self._told.add((name, kind))
+            logger.warning("%s This is said once; the metric guards/reward_%s counts.", message, kind)
+
+    def check_models(self, rewards: torch.Tensor) -> torch.Tensor:
+        """Apply the policy for non-finite rewards to the columns of reward models.
+
+        Args:
+            rewards: float [rows of all processes, reward functions].
+        """
+        for index, function in enumerate(self.trainer.reward_funcs):
+            if isinstance(function, torch.nn.Module):
+                bad = ~rewards[:, index].isfinite()
+                count, mine = int(bad.sum()), self.trainer.accelerator.is_main_process
+                self._values += len(bad) * mine
+                if count:
+                    self._nonfinite += count * mine
+                    name = self.trainer.reward_func_names[index]
+                    what = f"The reward model {name} returned {count} of {len(bad)} rewards that are not finite"
+                    self._nonfinite_rewards(name, what)
+                    rewards[bad, index] = torch.nan
+        return rewards
+
+    def log(self, mode: str, rewards: torch.Tensor) -> None:
+        """Log what happened since the last rollout, and warn when rollouts keep teaching nothing.
+
+        Args:
+            mode: `"train"` or `"eval"`.
+            rewards: float [rows of all processes, reward functions], NaN for none.
+        """
+        accelerator, metrics = self.trainer.accelerator, self.trainer._metrics[mode]
+        if "none" in (self.args.reward_error, self.args.reward_nonfinite):
+            counts = torch.tensor([self._errors, self._calls, self._nonfinite, self._values])
+            errors, calls, nonfinite, values = accelerator.reduce(counts.to(accelerator.device), "sum").tolist()
+            self._calls = self._errors = self._values = self._nonfinite = 0
+            metrics["guards/reward_errors"].append(errors / max(calls, 1))
+            metrics["guards/reward_nonfinite"].append(nonfinite / max(values, 1))
+        metrics["guards/unscored_completions"].append(rewards.isnan().all(1).float().mean().item())
+        if mode == "train":
+            self._watch_ties(rewards)
+
+    def _watch_ties(self, rewards: torch.Tensor) -> None:
+        tied = all_tied(rewards, self.trainer.reward_weights.to(rewards.device), self.trainer.group_size("train"))
+        self.trainer._metrics["train"]["guards/tied_rollouts"].append(float(tied))
+        self._tied_rollouts = self._tied_rollouts + 1 if tied else 0
+        patience = self.args.tied_rollouts_patience
+        if tied and patience and self._tied_rollouts % patience == 0 and self.trainer.accelerator.is_main_process:
+            logger.warning(
+                "In the last %d rollouts the rewards were equal in every group, so no completion was better than "
+                "another and nothing was learned from them. Look at the completions (log_completions=True) and at "
+                "what the reward functions return; raise the temperature or num_generations, or choose problems that "
+                "the model sometimes solves.",
+                self._tied_rollouts,
+            )
+
+
+def all_tied(rewards: torch.Tensor, weights: torch.Tensor, group: int) -> bool:
+    """Whether the weighted rewards are equal, up to rounding, in every group.
+
+    Args:
+        rewards: float [B, reward functions], whole groups; NaN for none.
+        weights: float [reward functions].
+        group: completions per prompt.
+    """
+    scored = ~rewards.isnan().all(1).view(-1, group)
+    total = (rewards * weights).nansum(1).view(-1, group)
+    highest = total.masked_fill(~scored, -torch.inf).amax(1)
+    lowest = total.masked_fill(~scored, torch.inf).amin(1)
+    scale = (rewards * weights).abs().nansum(1).max()
+    return bool(((highest - lowest) <= 1e-6 * scale).all())
+
+
+def _numbers(values: Any, convert: Callable[[Any], float]) -> tuple[list, torch.Tensor]:
+    """The values as a list, and as float32 in which TRL keeps them; 0 for `None`."""
+    values = list(values)
+    return values, torch.tensor([0.0 if value is None else convert(value) for value in values], dtype=torch.float32)
+
+
+def _truth(value: Any) -> float:
+    """What a success function says, as a number; NaN is no truth value."""
+    return value if isinstance(value, float) else float(bool(value))
+
+
+def _shown(text: Any) -> str:
+    text = repr(text)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
