@@ -473,7 +473,7 @@ WRITTEN_OUT: dict[str, tuple[str, Callable[[Batch], torch.Tensor], dict[str, Any
     "dmpo, individual": ("dmpo", dmpo, {"weight_baseline": "individual", "alpha": 0.5}),
     "dmpo, none": ("dmpo", dmpo, {"weight_baseline": "none"}),
     "dmpo, model": ("dmpo", dmpo, {"weight_baseline": "model"}),
-    "dmpo, wddo": ("dmpo, wddo", wddo, {}),
+    "dmpo, wddo": ("dmpo, wddo", wddo, {"learning_rate": 1.0}),
     "spg": ("spg", spg, MORE_WORDS),
     "spg, upper": ("spg", spg, MORE_WORDS | {"negative_bound": "upper", "bound_power": 1.0}),
     "spg, lower": ("spg", spg, MORE_WORDS | {"negative_bound": "lower"}),
@@ -523,7 +523,7 @@ def test_the_trainers_loss_is_the_written_out_one(name, tmp_path):
 GROUPED = {
     "wd1": ("wd1", wd1, MORE_WORDS),
     "dmpo": ("dmpo", dmpo, {}),
-    "dmpo, wddo": ("dmpo, wddo", wddo, {}),
+    "dmpo, wddo": ("dmpo, wddo", wddo, {"learning_rate": 1.0}),
 }
 # 4 prompts × 3 completions. B = G; B ≠ G: all, two prompts, and micro-batches that cut through groups
 SPLITS = [(3, 4), (12, 1), (6, 2), (4, 3), (2, 6)]
