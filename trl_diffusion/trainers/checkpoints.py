@@ -184,6 +184,8 @@ class Checkpoints(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder):
         self._seal(Path(checkpoint_folder))  # so that the uploaded copy is whole, too
+        if self.args.hub_always_push:
+            self._finish_current_push()  # transformers would overwrite the files that are still being uploaded
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _seal(self, folder: Path) -> None:
