@@ -9,6 +9,8 @@ from itertools import combinations, product
 import torch
 from tiny import END, MASK, TAIL
 
+from trl_diffusion.sampling import Trajectory
+
 WORD_IDS = (0, 1, 2, 3)
 
 
@@ -62,3 +64,22 @@ def enumerate_paths(model, prompt: list[int], length: int, block: int, steps_per
 
     grow([MASK] * length, [-1] * length, [None] * length, [0.0] * length, 0.0, 0)
     return finished
+
+
+def trajectory_of(paths: list[Path], temperature: float) -> Trajectory:
+    """What a sampler that had taken these paths would have recorded."""
+    scores = [[0.0 if logp is None else float(logp.detach()) for logp in path.token_logps] for path in paths]
+    return Trajectory(
+        completion_ids=torch.tensor([path.tokens for path in paths]),
+        unmask_step=torch.tensor([path.steps for path in paths], dtype=torch.int32),
+        logps=torch.tensor(scores),
+        entropies=torch.tensor([path.entropies for path in paths]),
+        support=None,
+        temperature=temperature,
+        step_entropy=None,
+        step_margin=None,
+        row_forwards=torch.zeros(len(paths), dtype=torch.long),
+        row_units=torch.zeros(len(paths)),
+        forwards=0,
+        sync_forwards=0,
+    )

@@ -10,10 +10,9 @@ from itertools import product
 import pytest
 import torch
 from datasets import Dataset
-from enumeration import enumerate_paths
+from enumeration import enumerate_paths, trajectory_of
 from tiny import END, MASK, TAIL, A, B, tiny_model, tiny_tokenizer
 
-from trl_diffusion.sampling import Trajectory
 from trl_diffusion.trainers import AGRPOConfig, AGRPOTrainer
 
 PROMPT = [A, B, A]
@@ -56,20 +55,7 @@ def make_trainer(model, tmp_path, rows: int, **settings) -> AGRPOTrainer:
 
 def as_rows(trainer: AGRPOTrainer, paths) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """The trainer's buffer rows for given trajectories, without advantages, and the eligible steps [B]."""
-    scores = [[0.0 if logp is None else float(logp) for logp in path.token_logps] for path in paths]
-    trajectory = Trajectory(
-        completion_ids=torch.tensor([path.tokens for path in paths]),
-        unmask_step=torch.tensor([path.steps for path in paths], dtype=torch.int32),
-        logps=torch.tensor(scores),
-        entropies=torch.tensor([path.entropies for path in paths]),
-        support=None,
-        temperature=trainer.args.temperature,
-        step_entropy=None,
-        step_margin=None,
-        row_forwards=torch.zeros(len(paths), dtype=torch.long),
-        forwards=0,
-        sync_forwards=0,
-    )
+    trajectory = trajectory_of(paths, trainer.args.temperature)
     rows = {"completion_ids": trajectory.completion_ids, "global_row": torch.arange(len(paths))}
     rows |= trainer._plan_views("train", trajectory, rows, torch.ones(len(paths), dtype=torch.bool))
     rows["prompt_ids"] = torch.tensor([PROMPT] * len(paths))

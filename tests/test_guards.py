@@ -5,11 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -18,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from launching import accelerate_launch, run
 from methods import PROMPTS, method_named, text_reward
 from tiny import MASK, tiny_model, tiny_tokenizer
 from trainer_helpers import parameters_of, rollout_of
@@ -29,7 +26,6 @@ from trl_diffusion.trainers import AGRPOTrainer
 from trl_diffusion.trainers.reward_guard import RewardError, all_tied
 
 AGRPO, SAPO = method_named("agrpo"), method_named("sapo")
-ROOT = Path(__file__).parent.parent
 TIMEOUT = 600  # seconds; on two idle cores a launch takes about 20
 
 
@@ -350,18 +346,17 @@ class Steps(TrainerCallback):
 
 def breaks(trainer, what: str, update: int) -> None:
     """Make the loss, or only one gradient, not finite in one update."""
-    head = trainer.model.lm_head
 
     def now() -> bool:
         return trainer.state.global_step == update - 1
 
-    def spoil(module, args, logits):
-        return logits * torch.nan if now() and torch.is_grad_enabled() else None
+    def spoil(module, args, hidden):
+        return hidden * torch.nan if now() and torch.is_grad_enabled() else None
 
     if what == "loss":
-        head.register_forward_hook(spoil)
+        trainer.model.model.norm.register_forward_hook(spoil)
     else:
-        head.weight.register_hook(lambda gradient: gradient * torch.inf if now() else None)
+        trainer.model.lm_head.weight.register_hook(lambda gradient: gradient * torch.inf if now() else None)
 
 
 ADAM = dict(optim="adamw_torch", weight_decay=0.5, learning_rate=0.01, max_steps=3, logging_steps=1)
@@ -433,28 +428,10 @@ def test_unknown_policies_are_refused(settings, message, tmp_path):
 
 def launch(processes: str, policy: str, folder: Path) -> list[dict]:
     """What both processes of `guard_worker.py` wrote down."""
-    programs = Path(sys.executable).parent  # DeepSpeed looks for ninja on the PATH
-    environment = os.environ | {
-        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-    }
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-    command = [str(programs / "accelerate"), "launch", "--main_process_port", port, "--config_file"]
-    command += [f"recipes/accelerate_configs/{processes}.yaml", "tests/guard_worker.py", policy, str(folder)]
-    with (folder / "output.txt").open("w") as output:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            process.wait(TIMEOUT)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGTERM)  # the launcher stops its processes
-            process.wait(60)
-    assert process.returncode == 0, (folder / "output.txt").read_text()[-6000:]
+    returncode, output = run(
+        accelerate_launch(processes, "tests/guard_worker.py", policy, str(folder)), folder, TIMEOUT
+    )
+    assert returncode == 0, output[-6000:]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

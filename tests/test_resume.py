@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -19,9 +17,9 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
+from launching import accelerate_launch, free_port, run
 from methods import PROMPTS, method_named
 from resume_worker import IN_A_CHECKPOINT, SETTINGS, accuracy_of, cases, without_times
-from test_distributed import REPOSITORY, free_port
 from tiny import tiny_model
 from trainer_helpers import parameters_of
 from trl import TrlParser
@@ -44,40 +42,13 @@ def killed(tmp_path_factory):
     @cache
     def launch(zero: int | None) -> tuple[Path, str]:
         out = tmp_path_factory.mktemp(f"zero{zero}")
-        programs = Path(sys.executable).parent
-        command = [sys.executable]
-        if zero:
-            config = f"recipes/accelerate_configs/cpu_zero{zero}.yaml"
-            command = [str(programs / "accelerate"), "launch", "--main_process_port", str(free_port())]
-            command += ["--config_file", config]
         names = [name for name in CASES if ("two processes" in name) == bool(zero)]
-        command += ["tests/resume_worker.py", "--cases", *names, "--out", str(out)]
+        arguments = ["tests/resume_worker.py", "--cases", *names, "--out", str(out)]
         if zero:
             ports = [str(free_port()) for name in names for _ in range(len(CASES[name].kills) + 2)]
-            command += ["--zero", str(zero), "--ports", *ports]
-        environment = os.environ | {
-            "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
-            "CUDA_VISIBLE_DEVICES": "",
-            "DS_ACCELERATOR": "cpu",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONWARNINGS": "ignore",
-            "HF_HUB_OFFLINE": "1",
-        }
-        with (out / "output.txt").open("w") as output:
-            process = subprocess.Popen(
-                command,
-                cwd=REPOSITORY,
-                env=environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            try:
-                process.wait(TIMEOUT)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGTERM)  # the tests fail and show the output
-                process.wait(60)
-        return out, (out / "output.txt").read_text()
+            arguments += ["--zero", str(zero), "--ports", *ports]
+        command = accelerate_launch(f"cpu_zero{zero}", *arguments) if zero else [sys.executable, *arguments]
+        return out, run(command, out, TIMEOUT)[1]
 
     return launch
 
