@@ -191,7 +191,8 @@ def main() -> None:
 
     steps_per_block = args.sampling_config().steps_per_block
     frame = signal_frame(entropy, margin, steps, success, steps_per_block)
-    signals = step_signals(entropy, margin, steps, steps_per_block)
+    taken = torch.arange(entropy.size(1)) < steps.unsqueeze(1)
+    signals = step_signals(entropy, margin, taken, steps_per_block)
     chosen = SELECTORS["roec_cm"](signals, args.num_selected, torch.zeros_like(signals.entropy)).steps
     selected = chosen[chosen >= 0].tolist()
 

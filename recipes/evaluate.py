@@ -80,6 +80,14 @@ class EvaluateArguments:
     )
     block_length: int = field(default=32, metadata={"help": "Positions per block."})
     unmasking: str = field(default="max_prob", metadata={"help": "See trl_diffusion.sampling.SamplingConfig."})
+    confidence_threshold: float | None = field(
+        default=None, metadata={"help": "Commit every position whose largest probability reaches this."}
+    )
+    entropy_bound: float | None = field(
+        default=None, metadata={"help": "Commit positions up to this much entropy, in nats."}
+    )
+    cache: str = field(default="auto", metadata={"help": "Reused keys and values: auto (exact), none, prefix, dual."})
+    cache_refresh: int = field(default=0, metadata={"help": "Steps between full passes with prefix or dual."})
     temperature: float = field(default=0.0, metadata={"help": "0 is greedy."})
     top_k: int = field(default=0, metadata={"help": "Tokens to draw from; 0 for all."})
     top_p: float = field(default=1.0, metadata={"help": "Probability mass to draw from; below 1 it needs top_k."})
@@ -110,6 +118,10 @@ class EvaluateArguments:
                 top_k=self.top_k,
                 top_p=self.top_p,
                 unmasking=self.unmasking,
+                confidence_threshold=self.confidence_threshold,
+                entropy_bound=self.entropy_bound,
+                cache=self.cache,
+                cache_refresh=self.cache_refresh,
             )
             for canvas in self.canvas_lengths
             for steps in self.denoising_steps or [canvas // 2]

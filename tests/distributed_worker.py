@@ -117,8 +117,11 @@ def cases() -> dict[str, Case]:
             )
             for method in with_property(4)
         },
-        **{f"{method.name}, three updates": Case(method, three_updates | method.many_views) for method in counted},
-        "agrpo, three updates, one view": Case(agrpo, three_updates | agrpo.few_views),
+        **{
+            f"{method.name}, three updates, {name}": Case(method, three_updates | views)
+            for method in counted
+            for name, views in (("few views", method.few_views), ("many views", method.many_views))
+        },
         **{
             f"{method.name}, five updates": Case(method, five_updates, backends=EVERY)
             for method in with_property(5)
@@ -178,7 +181,7 @@ def cases() -> dict[str, Case]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--backend", choices=BACKENDS, required=True)
-    parser.add_argument("--model", required=True, help="checkpoint of the model")
+    parser.add_argument("--models", type=Path, required=True, help="folder with a checkpoint of every network")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds after which a stuck process says where")
     arguments = parser.parse_args()
@@ -188,7 +191,8 @@ def main() -> None:
     for name, case in cases().items():
         if arguments.backend in case.backends:
             start = time.perf_counter()
-            run(name, case, arguments.backend, arguments.model, arguments.out)
+            model = arguments.models / case.method.network.__name__
+            run(name, case, arguments.backend, str(model), arguments.out)
             print(f"{name}: {time.perf_counter() - start:.1f} s", flush=True)
 
 

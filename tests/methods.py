@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datasets import Dataset
-from tiny import tiny_model, tiny_tokenizer
+from tiny import tiny_model, tiny_sdar, tiny_tokenizer
 
 from trl_diffusion.credit import StepAwareReward
 from trl_diffusion.trainers import (
@@ -24,6 +24,8 @@ from trl_diffusion.trainers import (
     DiffuGRPOTrainer,
     DiffusionGRPOConfig,
     DiffusionGRPOTrainer,
+    DiPOConfig,
+    DiPOTrainer,
     DMPOConfig,
     DMPOTrainer,
     ESPOConfig,
@@ -44,6 +46,14 @@ ALL_PROPERTIES = frozenset(range(1, 9))
 PROMPTS = ["a b", "b a a", "a", "b b a b", "a a", "b", "b a", "a b b"]
 
 
+def full_attention(**fields):
+    return tiny_model(seed=3, **fields)
+
+
+def block_causal(**fields):
+    return tiny_sdar(seed=21, **fields)
+
+
 @dataclass(frozen=True)
 class Method:
     """A trainer, the settings that make it small, and what it claims.
@@ -53,16 +63,19 @@ class Method:
         trainer: its trainer.
         config: its config.
         settings: fields of the config.
+        network: makes the model, which ends half of its texts in the first block; takes fields of its config.
         wrap: turns the reward function into another one, as a `StepAwareReward` does.
         views: what its views show, and so what they must cover: `drawn` denoising steps, steps `chosen` or `sampled`
             by a selector, the `masked` canvas, masks at a random `rate`, complementary `pairs`, `coupled` pairs
-            besides the masked canvas, random `blocks` or subsets of the `text`, or `groups` of denoising steps.
+            besides the masked canvas, random `blocks` or subsets of the `text`, `groups` of denoising steps, or groups
+            of those `within` every block.
         fresh_views: every inner update has views of its own.
         credit: what it makes of the rewards: the `outcome`, the outcome and a `process_reward`, the `leave_one_out`
             advantage, the `z_score`, or weights, a `softmax` or an `opposed_softmax`.
         few_views: settings for the fewest views that it takes.
         many_views: settings for more of them.
         compares: settings with which it compares with a reference model, if it ever does.
+        rounding: absolute tolerance of a parameter when updates of the same rows are compared.
         applies: the properties that it claims.
     """
 
@@ -70,6 +83,7 @@ class Method:
     trainer: type[DiffusionGRPOTrainer]
     config: type[DiffusionGRPOConfig]
     settings: dict[str, Any] = field(default_factory=dict)
+    network: Callable[..., Any] = full_attention
     wrap: Callable[[Callable], Callable] = lambda reward: reward
     views: str = "drawn"
     fresh_views: bool = True
@@ -77,6 +91,7 @@ class Method:
     few_views: dict[str, Any] = field(default_factory=lambda: {"num_mc_samples": 1})
     many_views: dict[str, Any] = field(default_factory=lambda: {"num_mc_samples": 8})
     compares: dict[str, Any] = field(default_factory=lambda: {"loss_type": "dr_grpo", "beta": 0.1})
+    rounding: float = 1e-6
     applies: frozenset[int] = ALL_PROPERTIES
 
     def make(
@@ -110,7 +125,7 @@ class Method:
             disable_tqdm=True,
         )
         return self.trainer(
-            model if model is not None else tiny_model(seed=3),  # ends half of its texts in the first block
+            model if model is not None else self.network(),
             self.wrap(reward or text_reward),
             self.config(**defaults | self.settings | settings),
             Dataset.from_dict({"prompt": PROMPTS}),
@@ -134,6 +149,7 @@ PAIR = {"num_mc_samples": 2, "num_iterations": 1}
 PAIRS = {"num_mc_samples": 4, "num_iterations": 1}
 DMPO = PAIRS | {"alpha": 1.0}  # the paper's 0.04 leaves one completion per prompt
 IN_PAIRS: dict[str, Any] = {"few_views": {"num_mc_samples": 2}, "many_views": {"num_mc_samples": 8}}
+WITHIN_BLOCKS = {"denoising_steps": 8, "num_mc_samples": 0, "num_iterations": 1}
 OWN_LOSS: dict[str, Any] = {"applies": ALL_PROPERTIES - {1}, "compares": {}}  # without ratios
 
 METHODS = [
@@ -188,16 +204,44 @@ METHODS = [
         many_views={"shrink": 1},
         compares={"beta": 0.1},
     ),
+    Method(
+        "tracerl, block",
+        TraceRLTrainer,
+        TraceRLConfig,
+        WITHIN_BLOCKS | {"block_causal": True, "shrink": 2, "unmasking": "random"},
+        network=block_causal,
+        views="within",
+        fresh_views=False,
+        credit="z_score",
+        few_views={"shrink": 4},
+        many_views={"shrink": 1},
+        compares={"beta": 0.1},
+    ),
+    Method(
+        "dipo",
+        DiPOTrainer,
+        DiPOConfig,
+        WITHIN_BLOCKS,
+        network=block_causal,
+        views="within",
+        fresh_views=False,
+        credit="z_score",
+        few_views={"shrink": 4},
+        many_views={"shrink": 1},
+        compares={},
+    ),
     Method("dmpo", DMPOTrainer, DMPOConfig, DMPO, views="rate", credit="softmax", **OWN_LOSS, **IN_PAIRS),
     Method(
         "dmpo, wddo",
         DMPOTrainer,
         DMPOConfig,
-        # a tenth of the others' rate, because its gradient is ten times as large
-        DMPO | {"objective": "wddo", "weight_baseline": "none", "learning_rate": 0.1},
+        DMPO | {"objective": "wddo", "weight_baseline": "none"},
         views="pairs",
         credit="softmax",
         compares={},
+        # Its D is a difference of sums that weigh single tokens by up to L + 1, old against new: relative to the
+        # update, rounding is 1.5e-6, and at most 1e-6 in all other methods.
+        rounding=5e-6,
         **IN_PAIRS,
     ),
 ]

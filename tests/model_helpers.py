@@ -8,7 +8,15 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 VOCABULARY, NUM_TOKENS, MASK, EOS = 64, 60, 57, 55
 
@@ -114,7 +122,50 @@ DREAM_GENERATION_CONFIG = {
     "top_p": None,
     "transformers_version": "4.46.2",
 }
-HUB_CONFIGS = {"llada": LLADA_CONFIG, "dream": DREAM_CONFIG}
+# config.json of JetLM/SDAR-1.7B-Chat with other sizes
+SDAR_CONFIG = {
+    "architectures": ["SDARForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "attn_implementation": "flex_attention",
+    "auto_map": {
+        "AutoConfig": "configuration_sdar.SDARConfig",
+        "AutoModel": "modeling_sdar.SDARModel",
+        "AutoModelForCausalLM": "modeling_sdar.SDARForCausalLM",
+    },
+    "block_size": 4,
+    "bos_token_id": EOS,
+    "debug": False,
+    "eos_token_id": EOS,
+    "ep_size": 1,
+    "fuse_cross_entropy": True,
+    "head_dim": 8,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "initializer_range": 0.02,
+    "intermediate_size": 48,
+    "mask_token_id": MASK,
+    "max_position_embeddings": 128,
+    "max_window_layers": 3,
+    "micro_forward": False,
+    "model_type": "sdar",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "skip_checkpoint": False,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "transformers_version": "4.52.4",
+    "use_cache": False,
+    "use_deepep": False,
+    "use_sliding_window": False,
+    "vocab_size": VOCABULARY,
+}
+HUB_CONFIGS = {"llada": LLADA_CONFIG, "dream": DREAM_CONFIG, "sdar": SDAR_CONFIG}
 
 # hub → stock, written independently of trl_diffusion.models.llada
 LLADA_TO_LLAMA = {
@@ -136,6 +187,7 @@ def stock_model(family: str, tied: bool = False, **kwargs) -> PreTrainedModel:
     config_class, model_class = {
         "llada": (LlamaConfig, LlamaForCausalLM),
         "dream": (Qwen2Config, Qwen2ForCausalLM),
+        "sdar": (Qwen3Config, Qwen3ForCausalLM),
     }[family]
     config = config_class(
         vocab_size=VOCABULARY,
@@ -144,6 +196,7 @@ def stock_model(family: str, tied: bool = False, **kwargs) -> PreTrainedModel:
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=8,
         max_position_embeddings=128,
         rms_norm_eps=hub["rms_norm_eps"],
         rope_parameters={"rope_type": "default", "rope_theta": hub["rope_theta"]},
@@ -152,6 +205,18 @@ def stock_model(family: str, tied: bool = False, **kwargs) -> PreTrainedModel:
     )
     config.is_causal = False
     return model_class(config).eval()
+
+
+def stock_mask(family: str, attention_mask: torch.Tensor) -> torch.Tensor:
+    """What the stock model needs to see what the family sees: for SDAR, additive masks of blocks from column 0."""
+    if family != "sdar":
+        return attention_mask
+    columns = attention_mask.size(1)
+    bias = torch.full((attention_mask.size(0), 1, columns, columns), torch.finfo(torch.float32).min)
+    for row, query, key in attention_mask.new_ones(bias[:, 0].shape).nonzero().tolist():
+        if (attention_mask[row, key] and key < (query // 4 + 1) * 4) or key == query:
+            bias[row, 0, query, key] = 0.0
+    return bias
 
 
 def random_weights(family: str, tied: bool = False, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -170,7 +235,7 @@ def random_weights(family: str, tied: bool = False, seed: int = 0) -> dict[str, 
 
 def hub_names(family: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights under the names that they have on the hub."""
-    if family == "dream":
+    if family != "llada":
         return weights
     names = {
         "model.embed_tokens.weight": "model.transformer.wte.weight",

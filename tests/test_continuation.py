@@ -15,7 +15,7 @@ from tiny import END, MASK, TAIL, A, B, canvas_logits, coded_prompts, coded_row,
 from trl_diffusion.credit.probe_states import probe_state
 from trl_diffusion.models import family_of
 from trl_diffusion.sampling import CanvasState, SamplingConfig, Trajectory, row_generators, sample
-from trl_diffusion.sampling.sampler import UNMASKING
+from trl_diffusion.sampling.config import UNMASKING
 
 ROWS = 20_000
 KEPT, REJECTED = 1e-3, 1e-6  # p-values, as in test_sampling.py

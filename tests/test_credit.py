@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare
 from tiny import END, MASK, TAIL, A, B
 
-from trl_diffusion.credit import draw_steps, eligible_steps, step_probabilities
+from trl_diffusion.credit import draw_steps, eligible_steps, step_probabilities, taken_steps
 from trl_diffusion.models import DiffusionFamily
 from trl_diffusion.sampling import SamplingConfig, row_generators
 from trl_diffusion.sampling.noise import uniforms
@@ -120,13 +120,18 @@ UNMASK_STEP = torch.tensor([[1, 0, 0, 2, -1, -1], [0, 1, 2, 3, 4, 4], [0, 1, 2, 
 ELIGIBLE = torch.tensor([3, 4, 2])
 
 
+def leading(counts: torch.Tensor, steps: int) -> torch.Tensor:
+    """The first steps of each completion, bool [B, steps]."""
+    return torch.arange(steps) < counts.unsqueeze(1)
+
+
 def test_step_probabilities_by_hand():
-    probabilities = step_probabilities(ENTROPIES, UNMASK_STEP, ELIGIBLE, 5, "entropy")
+    probabilities = step_probabilities(ENTROPIES, UNMASK_STEP, leading(ELIGIBLE, 5), "entropy")
     assert probabilities.dtype == torch.float64
     expected = [[0.25, 0.25, 0.5, 0, 0], [0.25] * 4 + [0], [0.1 / 0.9, 0.8 / 0.9, 0, 0, 0]]
     assert torch.allclose(probabilities, torch.tensor(expected, dtype=torch.float64), atol=1e-7)
-    rounded = step_probabilities(torch.full_like(ENTROPIES, -1e-6), UNMASK_STEP, ELIGIBLE, 5, "entropy")
-    uniform = step_probabilities(ENTROPIES, UNMASK_STEP, ELIGIBLE, 5, "uniform")
+    rounded = step_probabilities(torch.full_like(ENTROPIES, -1e-6), UNMASK_STEP, leading(ELIGIBLE, 5), "entropy")
+    uniform = step_probabilities(ENTROPIES, UNMASK_STEP, leading(ELIGIBLE, 5), "uniform")
     assert torch.equal(rounded, uniform)  # entropies that rounding left below zero count as zero
     assert torch.allclose(uniform[:, :4] * ELIGIBLE[:, None], (torch.arange(4) < ELIGIBLE[:, None]).double())
     assert not uniform[:, 4].any()
@@ -142,7 +147,7 @@ def test_step_probabilities_of_anything(entropies, data, draws):
     steps = data.draw(st.lists(st.integers(-1, 7), min_size=len(entropies), max_size=len(entropies)))
     eligible = data.draw(st.integers(1, 8))
     (q,) = step_probabilities(
-        torch.tensor([entropies]), torch.tensor([steps]), torch.tensor([eligible]), 8, draws
+        torch.tensor([entropies]), torch.tensor([steps]), leading(torch.tensor([eligible]), 8), draws
     ).tolist()
     mass = [1e-8 + sum(max(h, 0) for h, u in zip(entropies, steps, strict=True) if u == s) for s in range(eligible)]
     if draws == "uniform":
@@ -161,7 +166,7 @@ VALUES = torch.tensor([3.0, -1.0, 4.0, 1.5, -9.0, 1e6, 1e6, 1e6], dtype=torch.fl
 
 def draws_of(num_draws: int, uniform: torch.Tensor, reduction: str = "mean"):
     assert uniform.size(1) == num_draws
-    return draw_steps(Q.expand(len(uniform), -1), N.expand(len(uniform)), uniform, reduction)
+    return draw_steps(Q.expand(len(uniform), -1), uniform, reduction)
 
 
 def p_value(steps: torch.Tensor, probabilities: torch.Tensor) -> float:
@@ -182,14 +187,14 @@ def test_steps_are_drawn_from_q(num_draws):
     for m in range(num_draws):
         inside = edges.clamp(m / num_draws, (m + 1) / num_draws).diff() * num_draws
         assert p_value(steps[:, m], inside) > KEPT
-    uniform = step_probabilities(torch.zeros(1, 1), torch.full((1, 1), -1), N, 8, "uniform")[0]
+    uniform = step_probabilities(torch.zeros(1, 1), torch.full((1, 1), -1), leading(N, 8), "uniform")[0]
     assert p_value(steps[:, 0], uniform) < REJECTED
 
 
 @pytest.mark.parametrize("v", [0.0, 0.5, 1 - 2.0**-20])
 def test_as_many_uniform_draws_as_steps_take_each_step_once(v):
-    q = step_probabilities(torch.zeros(1, 1), torch.full((1, 1), -1), torch.tensor([4]), 8, "uniform")
-    drawn = draw_steps(q, torch.tensor([4]), torch.full((1, 4), v, dtype=torch.float64), "mean")
+    q = step_probabilities(torch.zeros(1, 1), torch.full((1, 1), -1), leading(torch.tensor([4]), 8), "uniform")
+    drawn = draw_steps(q, torch.full((1, 4), v, dtype=torch.float64), "mean")
     assert drawn.steps.tolist() == [[0, 1, 2, 3]]
     assert drawn.weights.tolist() == [[1.0] * 4]
 
@@ -237,10 +242,10 @@ def test_no_draw_falls_behind_the_last_eligible_step(extreme, num_draws):
     entropies = torch.rand(300, 128, generator=generator) ** 8 * (torch.rand(300, 1, generator=generator) > 0.2)
     steps = torch.arange(128).expand(300, -1)
     for draws in ("uniform", "entropy"):
-        q = step_probabilities(entropies, steps, num_eligible, 128, draws)
+        q = step_probabilities(entropies, steps, leading(num_eligible, 128), draws)
         uniform = torch.full((300, num_draws), extreme, dtype=torch.float64)
         for scale in (1.0, 1 - 1e-15, 1 + 1e-15):  # sums that rounding leaves
-            drawn = draw_steps(q * scale, num_eligible, uniform, "mean")
+            drawn = draw_steps(q * scale, uniform, "mean")
             assert (drawn.steps >= 0).all() and (drawn.steps < num_eligible[:, None]).all()
             assert drawn.weights.isfinite().all() and (drawn.weights > 0).all()
     if extreme == JUST_BELOW_ONE:
@@ -252,13 +257,12 @@ def test_no_draw_falls_behind_the_last_eligible_step(extreme, num_draws):
 def test_draws_of_a_row_depend_on_its_stream_alone():
     probabilities = step_probabilities(
         torch.rand(6, 12, generator=torch.Generator().manual_seed(0)), torch.arange(12).expand(6, -1),
-        torch.tensor([12, 1, 5, 8, 12, 3]), 12, "entropy",
+        leading(torch.tensor([12, 1, 5, 8, 12, 3]), 12), "entropy",
     )  # fmt: skip
-    num_eligible = (probabilities > 0).sum(1)
 
     def run(rows: list[int], streams: list[int]):
         noise = uniforms(row_generators(3, 2, 0, rows=streams), 8)
-        return draw_steps(probabilities[rows], num_eligible[rows], noise, "mean")
+        return draw_steps(probabilities[rows], noise, "mean")
 
     together = run(list(range(6)), list(range(6)))
     for rows in ([4, 2, 0, 5, 1, 3], [3], [0, 0]):
@@ -267,3 +271,26 @@ def test_draws_of_a_row_depend_on_its_stream_alone():
         assert torch.equal(apart.weights, together.weights[rows])
     assert not torch.equal(run([4, 2, 0], [0, 1, 2]).steps, together.steps[[4, 2, 0]])
     assert len(Counter(map(tuple, run([0] * 50, list(range(50))).steps.tolist()))) > 25
+
+
+# ------------------------------------------- steps that committed nothing
+
+
+def test_steps_that_committed_nothing_are_never_drawn():
+    """Two blocks of three steps: the first is finished after two, the second after one."""
+    unmask_step = torch.tensor([[0, 1, 1, 3, 3, -1], [3, 0, 4, 1, 2, 5]], dtype=torch.int32)
+    taken = taken_steps(unmask_step, 6)
+    assert taken.tolist() == [[True, True, False, True, False, False], [True] * 6]
+    noise = uniforms(row_generators(0, rows=range(2)), 3000)
+    for draws in ("uniform", "entropy"):
+        q = step_probabilities(torch.ones(2, 6), unmask_step, taken, draws)
+        assert torch.equal(q > 0, taken)
+        drawn = draw_steps(q, noise, "mean")
+        shares = torch.stack([row.bincount(minlength=6) for row in drawn.steps]) / 3000
+        torch.testing.assert_close(shares.double(), q, rtol=0, atol=2e-3)
+        # the mean and the sum over the steps that were taken
+        values = torch.tensor([2.0, 5.0, 1e6, -1.0, 1e6, 1e6])
+        assert (drawn.weights * values[drawn.steps])[0].mean() == pytest.approx(2.0, abs=0.02)
+        assert (draw_steps(q, noise, "sum").weights * values[drawn.steps])[0].mean() == pytest.approx(6.0, abs=0.06)
+    extreme = draw_steps(q * (1 - 1e-15), torch.full((2, 3), JUST_BELOW_ONE, dtype=torch.float64), "mean")
+    assert extreme.steps[:, -1].tolist() == [3, 5]

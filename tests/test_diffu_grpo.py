@@ -75,7 +75,7 @@ def test_1_negative_control_the_masks_of_the_first_update_for_all(tmp_path):
         views = trainer._view_of(rows, update, 0)
         with torch.no_grad():
             logps = trainer._score(trainer.model, rows, views).logps
-        old = trainer._old_logps(rows, update, 0, views)
+        old = trainer._old_logps(rows, update, 0, views.targets)
         assert (logps - old)[views.targets].abs().max() <= 1e-4
         assert (logps - rows["ref_per_token_logps"][:, update, 0])[views.targets].abs().max() <= 1e-4
         assert ((logps - first)[views.targets].abs().max() > 1e-4) == (update > 0)

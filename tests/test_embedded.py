@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_diffusion.evaluation import evaluate_accuracy
-from trl_diffusion.models import LLaDAModelLM
-from trl_diffusion.models.embedded import EMBEDDED_MODEL
+from trl_diffusion.models import LLaDAModelLM, SDARForCausalLM
+from trl_diffusion.models.embedded import EMBEDDED_MODEL, EMBEDDED_SDAR_MODEL
 from trl_diffusion.tasks.word_problems import correctness_reward, load_word_problems
 
 SETTINGS = {"canvas_length": 32, "denoising_steps": 16, "block_length": 8, "batch_size": 128, "progress": False}
@@ -32,8 +32,9 @@ def is_right(text: str, row: dict) -> bool:
     return correctness_reward([text], [row["answer"]]) == [1.0]
 
 
-def test_it_is_small():
-    assert sum(path.stat().st_size for path in Path(EMBEDDED_MODEL).iterdir()) <= 6_000_000
+@pytest.mark.parametrize("checkpoint", [EMBEDDED_MODEL, EMBEDDED_SDAR_MODEL])
+def test_it_is_small(checkpoint):
+    assert sum(path.stat().st_size for path in Path(checkpoint).iterdir()) <= 3_000_000
 
 
 def test_it_loads_as_the_native_class_with_its_facts(model, tokenizer):
@@ -88,3 +89,15 @@ def test_evaluation_is_deterministic(model, tokenizer):
     sampling = {**SETTINGS, "temperature": 1.0, "completions_per_prompt": 2}
     counts = {evaluate_accuracy(model, tokenizer, rows, is_right, seed=3, **sampling).correct for _ in range(2)}
     assert len(counts) == 1
+
+
+def test_the_block_causal_model_has_the_same_tokens_and_room_above_its_greedy_answers(model, tokenizer):
+    network = AutoModelForCausalLM.from_pretrained(EMBEDDED_SDAR_MODEL).eval()
+    assert type(network) is SDARForCausalLM and network.family.attention_block == 4
+    files = [Path(folder) / "tokenizer.json" for folder in (EMBEDDED_MODEL, EMBEDDED_SDAR_MODEL)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    facts = ("mask_token_id", "num_tokens", "end_token_ids", "tail_token_id")
+    assert [getattr(network.family, fact) for fact in facts] == [getattr(model.family, fact) for fact in facts]
+    rows = load_word_problems("test", 64, seed=1)
+    greedy = evaluate_accuracy(network, tokenizer, rows, is_right, **SETTINGS | {"block_length": 4})
+    assert 0.25 < greedy.value < 0.75

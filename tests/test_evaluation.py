@@ -127,6 +127,10 @@ def test_every_sample_says_what_was_measured_and_how(embedded, measurement, fini
             "top_k": 0,
             "top_p": 1.0,
             "unmasking": "max_prob",
+            "confidence_threshold": None,
+            "entropy_bound": None,
+            "cache": "auto",
+            "cache_refresh": 0,
         }
     assert result.scores["accuracy"].value == sum(one["scores"]["accuracy"] for one in samples) / ROWS
     assert {path.name for path in folder.iterdir()} == {"samples.jsonl", "settings.json"}
@@ -339,6 +343,8 @@ def test_decoding_settings_stand_beside_every_number(tmp_path):
     drawn = fake_settings(canvas_length=64, temperature=0.6, top_k=150, top_p=0.99, unmasking="random")
     results = [greedy, summarise(drawn, fake_samples([0.5, 0.5], [0, 1]))]
     assert describe_decoding(drawn["decoding"]).endswith("random, temperature 0.6, top-k 150, top-p 0.99")
+    fast = fake_settings(confidence_threshold=0.9, cache="dual", cache_refresh=4)["decoding"]
+    assert describe_decoding(fast).endswith("max_prob, threshold 0.9, dual cache renewed every 4 steps, greedy")
     rows = [line.split(" | ") for line in markdown_table(results).splitlines()[2:]]
     assert [row[1:6] for row in rows] == [
         ["accuracy", "50.0 [9.5, 90.5]", "2 × 2", "canvas 32, 16 steps, block 8, max_prob, greedy", "4.0"],

@@ -11,7 +11,7 @@ from tiny import MASK, TAIL, A, canvas_logits, coded_prompts, coded_row, forward
 from trl_diffusion.likelihood import Views, score_views, trajectory_views
 from trl_diffusion.models import DreamModel
 from trl_diffusion.sampling import SamplingConfig, row_generators, sample
-from trl_diffusion.sampling.sampler import UNMASKING
+from trl_diffusion.sampling.config import UNMASKING
 
 ROWS, LENGTH, STEPS, BLOCK = 32, 9, 6, 3
 FAMILIES = ["llada", "dream"]

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from enumeration import enumerate_paths
+from enumeration import enumerate_paths, trajectory_of
 from methods import method_named
 from tiny import END, MASK, TAIL, A, B, canvas_logits, tiny_model
 
@@ -29,7 +29,6 @@ from trl_diffusion.likelihood import (
     upper_bound_per_token,
 )
 from trl_diffusion.likelihood.noise_plans import random_subsets, random_text, with_complements
-from trl_diffusion.sampling import Trajectory
 from trl_diffusion.trainers.coupled_grpo import coupled_statistic
 
 PROMPT, LENGTH = (A, B, A), 5
@@ -411,9 +410,10 @@ def test_spg_upper_bound_averaged_over_all_pairs_of_views_is_its_formula(power):
 def without_ends(seed: int = 3):
     """A network that never ends a text, so that every completion has all views."""
     model = tiny_model(seed=seed).double()
-    bias = torch.zeros(5).double()
-    bias[[TAIL, END]] = -1e4
-    model.lm_head.register_forward_hook(lambda module, args, output: output + bias)
+    # the first hidden feature is 1, so its column of the head is a bias
+    model.model.norm.register_forward_hook(lambda module, args, output: output.index_fill(-1, torch.tensor([0]), 1.0))
+    with torch.no_grad():
+        model.lm_head.weight[:, 0] = torch.tensor([-1e4, -1e4, 0.0, 0.0, 0.0])
     return model
 
 
@@ -427,19 +427,7 @@ def gradient(model, loss) -> torch.Tensor:
 
 
 def rows_of(trainer, paths) -> dict[str, torch.Tensor]:
-    trajectory = Trajectory(
-        completion_ids=torch.tensor([path.tokens for path in paths]),
-        unmask_step=torch.tensor([path.steps for path in paths], dtype=torch.int32),
-        logps=torch.tensor([[logp.item() for logp in path.token_logps] for path in paths]),
-        entropies=torch.tensor([path.entropies for path in paths]),
-        support=None,
-        temperature=trainer.args.temperature,
-        step_entropy=None,
-        step_margin=None,
-        row_forwards=torch.zeros(len(paths), dtype=torch.long),
-        forwards=0,
-        sync_forwards=0,
-    )
+    trajectory = trajectory_of(paths, trainer.args.temperature)
     rows = {"completion_ids": trajectory.completion_ids, "global_row": torch.arange(len(paths))}
     rows["prompt_ids"] = torch.tensor([PROMPT] * len(paths))
     rows["prompt_mask"] = torch.ones_like(rows["prompt_ids"])

@@ -473,7 +473,7 @@ WRITTEN_OUT: dict[str, tuple[str, Callable[[Batch], torch.Tensor], dict[str, Any
     "dmpo, individual": ("dmpo", dmpo, {"weight_baseline": "individual", "alpha": 0.5}),
     "dmpo, none": ("dmpo", dmpo, {"weight_baseline": "none"}),
     "dmpo, model": ("dmpo", dmpo, {"weight_baseline": "model"}),
-    "dmpo, wddo": ("dmpo, wddo", wddo, {"learning_rate": 1.0}),
+    "dmpo, wddo": ("dmpo, wddo", wddo, {}),
     "spg": ("spg", spg, MORE_WORDS),
     "spg, upper": ("spg", spg, MORE_WORDS | {"negative_bound": "upper", "bound_power": 1.0}),
     "spg, lower": ("spg", spg, MORE_WORDS | {"negative_bound": "lower"}),

@@ -18,6 +18,7 @@ from model_helpers import (
     VOCABULARY,
     hub_names,
     random_weights,
+    stock_mask,
     stock_model,
     write_checkpoint,
     write_tokenizer,
@@ -41,15 +42,18 @@ from trl_diffusion.models import (
     DreamModel,
     LLaDAConfig,
     LLaDAModelLM,
+    SDARConfig,
+    SDARForCausalLM,
     family_of,
     score_targets,
 )
 from trl_diffusion.models.llada import native_weight_name
 from trl_diffusion.models.lora import LoraCoverage, coverage_table, lora_coverage
 
-CLASSES = {"llada": LLaDAModelLM, "dream": DreamModel}
+CLASSES = {"llada": LLaDAModelLM, "dream": DreamModel, "sdar": SDARForCausalLM}
+CONFIGS = {"llada": LLaDAConfig, "dream": DreamConfig, "sdar": SDARConfig}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-families = pytest.mark.parametrize("family", ["llada", "dream"])
+families = pytest.mark.parametrize("family", ["llada", "dream", "sdar"])
 
 
 @pytest.fixture
@@ -121,7 +125,8 @@ def test_hub_checkpoint_loads_into_native_class(tmp_path, family, loader):
     assert (config.vocab_size, config.max_position_embeddings) == (VOCABULARY, 128)
     assert config.rope_parameters["rope_theta"] == HUB_CONFIGS[family]["rope_theta"]
     assert config.rms_norm_eps == HUB_CONFIGS[family]["rms_norm_eps"]
-    assert (config.mask_token_id, config.eos_token_id, config.pad_token_id) == (MASK, EOS, EOS)
+    assert (config.mask_token_id, config.eos_token_id) == (MASK, EOS)
+    assert config.pad_token_id == HUB_CONFIGS[family].get("pad_token_id")
     assert config.bos_token_id == HUB_CONFIGS[family].get("bos_token_id")
     assert model.model.embed_tokens.padding_idx is None
     # sdpa and flash read this where there is no mask
@@ -137,14 +142,19 @@ def test_logits_equal_those_of_the_stock_class(load, ids, family, attention, pad
     stock = stock_model(family, attn_implementation=attention)
     stock.load_state_dict(weights)
     mask = {None: None, "left": left_padded(ids), "right": left_padded(ids).flip(1)}[padding]
+    seen = (
+        mask
+        if mask is None and family != "sdar"
+        else stock_mask(family, torch.ones_like(ids) if mask is None else mask)
+    )
     logits = model(input_ids=ids, attention_mask=mask).logits
     assert model.config._attn_implementation == stock.config._attn_implementation == attention
     assert logits.shape == (3, 11, VOCABULARY)
     assert logits.abs().max() > 1
-    assert (logits - stock(input_ids=ids, attention_mask=mask).logits).abs().max() == 0.0
+    assert (logits - stock(input_ids=ids, attention_mask=seen).logits).abs().max() == 0.0
 
 
-@families
+@pytest.mark.parametrize("family", ["llada", "dream"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_attention_is_bidirectional(load, ids, family, attention, padded):
@@ -189,8 +199,8 @@ def test_save_pretrained_gives_back_the_hub_checkpoint(load, tmp_path, family, s
 
     config = json.loads((tmp_path / "saved" / "config.json").read_text())
     for key, value in HUB_CONFIGS[family].items():
-        # torch_dtype is now called dtype
-        if value is not None and key not in ("transformers_version", "torch_dtype"):
+        # torch_dtype is now called dtype; the attention implementation is a choice at loading
+        if value is not None and key not in ("transformers_version", "torch_dtype", "attn_implementation"):
             assert config[key] == value, key
     assert config["num_tokens"] == NUM_TOKENS
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
@@ -231,12 +241,13 @@ def test_native_weight_name_is_idempotent():
 @families
 def test_tied_embeddings(load, tmp_path, ids, family):
     weights = random_weights(family, tied=True)
-    key = {"llada": "weight_tying", "dream": "tie_word_embeddings"}[family]
+    key = "weight_tying" if family == "llada" else "tie_word_embeddings"
     model = load(family, weights, **{key: True})
     assert model.lm_head.weight is model.model.embed_tokens.weight
     stock = stock_model(family, tied=True)
     stock.load_state_dict({**weights, "lm_head.weight": weights["model.embed_tokens.weight"]})
-    assert (model(input_ids=ids).logits - stock(input_ids=ids).logits).abs().max() == 0.0
+    seen = stock_mask(family, torch.ones_like(ids))
+    assert (model(input_ids=ids).logits - stock(input_ids=ids, attention_mask=seen).logits).abs().max() == 0.0
 
     model.save_pretrained(tmp_path / "saved")
     assert all_equal(load_file(tmp_path / "saved" / "model.safetensors"), hub_names(family, weights))
@@ -340,7 +351,7 @@ def test_deepcopy_and_pickle(load, ids, family):
                 "mask_token_id": 126336,
             },
             (8_015_581_184, 128),
-            (126336, 126349, (126081, 126348), 126081, 0),
+            (126336, 126349, (126081, 126348), 126081, 0, None),
         ),
         (
             "dream",
@@ -358,12 +369,29 @@ def test_deepcopy_and_pickle(load, ids, family):
                 "mask_token_id": 151666,
             },
             (7_615_616_512, 128),
-            (151666, 151667, (151643, 151645), 151643, 1),
+            (151666, 151667, (151643, 151645), 151643, 1, None),
+        ),
+        (
+            "sdar",
+            {
+                "hidden_size": 4096,
+                "num_hidden_layers": 36,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+                "head_dim": 128,
+                "intermediate_size": 12288,
+                "max_position_embeddings": 32768,
+                "vocab_size": 151936,
+                "eos_token_id": 151643,
+                "mask_token_id": None,  # known from the vocabulary
+            },
+            (8_190_735_360, 128),
+            (151669, 151670, (151643, 151645), 151643, 0, 4),
         ),
     ],
 )
 def test_published_sizes(family, published, sizes, facts):
-    config = {"llada": LLaDAConfig, "dream": DreamConfig}[family].from_dict({**HUB_CONFIGS[family], **published})
+    config = CONFIGS[family].from_dict({**HUB_CONFIGS[family], **published})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert type(model) is CLASSES[family]
@@ -376,15 +404,14 @@ def test_published_sizes(family, published, sizes, facts):
         known.end_token_ids,
         known.tail_token_id,
         known.logit_shift,
+        known.attention_block,
     ) == facts
-    assert known.attention_block is None
     assert config.to_dict() == type(config).from_dict(config.to_dict()).to_dict()
 
 
 @families
 def test_config_without_hub_keys(tmp_path, ids, family):
-    config_class = {"llada": LLaDAConfig, "dream": DreamConfig}[family]
-    config = config_class(
+    config = CONFIGS[family](
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
@@ -781,6 +808,9 @@ def test_config_without_a_special_token_is_refused(load, family, key):
         ("dream", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling of type 'linear'"),
         ("dream", {"use_sliding_window": True}, "use_sliding_window=True"),
         ("dream", {"full_attn_mask": False}, "full_attn_mask=False"),
+        ("sdar", {"use_sliding_window": True}, "This SDAR variant has use_sliding_window=True"),
+        ("sdar", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling of type 'yarn'"),
+        ("sdar", {"block_size": 0}, "block_size must be at least 1, got 0"),
     ],
 )
 def test_unsupported_variant_is_refused(tmp_path, family, keys, message):

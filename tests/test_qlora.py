@@ -24,6 +24,7 @@ from trl_diffusion.evaluation import evaluate_accuracy
 from trl_diffusion.models.embedded import EMBEDDED_MODEL
 from trl_diffusion.models.lora import LoraCoverage, coverage_table, lora_coverage
 from trl_diffusion.models.quantised_linear import ExactLinear4bit
+from trl_diffusion.models.scoring_head import ScoringHead
 from trl_diffusion.tasks.gsm8k import correctness_reward, format_reward
 from trl_diffusion.tasks.word_problems import load_word_problems
 from trl_diffusion.trainers import AGRPOConfig, AGRPOTrainer
@@ -130,7 +131,7 @@ def test_qlora_moves_the_adapter_and_nothing_else(base, tmp_path):
         LoraCoverage("lm_head", 0, 1, quantised=0),
     ]
     inner = model.get_base_model()
-    assert type(inner.lm_head) is nn.Linear and type(inner.model.embed_tokens) is nn.Embedding
+    assert type(inner.lm_head) is ScoringHead and type(inner.model.embed_tokens) is nn.Embedding
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(coverage_table(lora_coverage(model)))
     assert any(line.count("2 of 2") == 2 and "down_proj" in line for line in console.export_text().splitlines())

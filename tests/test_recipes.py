@@ -126,10 +126,10 @@ def recipe(module: str):
         sys.path.pop(0)
 
 
-def parsed(name: str, module: str, arguments: str, config: type) -> tuple:
-    """Script, training and model arguments of a LLaDA-8B config."""
+def parsed(name: str, module: str, arguments: str, config: type, folder: str = "llada_8b") -> tuple:
+    """Script, training and model arguments of a config of a large model."""
     parser = TrlParser((getattr(recipe(module), arguments), config, ModelConfig))
-    return parser.parse_args_and_config(["--config", str(CONFIGS / "llada_8b" / f"{name}.yaml"), "--use_cpu"])
+    return parser.parse_args_and_config(["--config", str(CONFIGS / folder / f"{name}.yaml"), "--use_cpu"])
 
 
 def test_the_agrpo_config_parses_to_the_papers_settings():
@@ -181,24 +181,27 @@ SHARED = {
 def test_every_method_has_its_configs():
     named = {
         folder: {path.stem.removeprefix("gsm8k_") for path in (CONFIGS / folder).glob("gsm8k_*.yaml")}
-        for folder in ("embedded", "llada_8b")
+        for folder in ("embedded", "llada_8b", "sdar_8b")
     }
     methods = recipe("gsm8k").METHODS
     expected = {*methods, "agrpo_qlora"}
-    assert named == {"embedded": expected, "llada_8b": expected}
+    assert named == {"embedded": expected, "llada_8b": expected - {"dipo"}, "sdar_8b": {"dipo"}}
     own_script = {path.stem.removeprefix("gsm8k_") for path in (ROOT / "recipes").glob("gsm8k_*.py")}
-    assert set(SHARED) == set(methods) - own_script
+    assert {*SHARED, "dipo"} == set(methods) - own_script
 
 
-@pytest.mark.parametrize("name", SHARED)
+@pytest.mark.parametrize("name", [*SHARED, "dipo"])
 def test_the_shared_recipe_trains_the_embedded_model(name, tmp_path, monkeypatch, capsys):
-    gsm8k, (paper, _) = recipe("gsm8k"), SHARED[name]
+    gsm8k, (paper, _) = recipe("gsm8k"), (SHARED | {"dipo": ("2512.22234", {})})[name]
     small = ["--max_steps", "2", "--save_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "16"]
     small += ["--eval_size", "4", "--use_cpu", "--output_dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["gsm8k.py", "--method", name, *small])
     gsm8k.main()
     output = capsys.readouterr().out
     assert "running on the embedded model" in output
+    assert f"recipes/configs/{'sdar_8b' if name == 'dipo' else 'llada_8b'}/gsm8k_{name}.yaml" in output.replace(
+        "\n", ""
+    )
     assert f"{gsm8k.METHODS[name][0]._name}, 2 updates" in output and "gain" in output
     assert paper in (tmp_path / "README.md").read_text()
     assert [entry["grad_norm"] > 0 for entry in history(tmp_path) if "grad_norm" in entry] == [True, True]
@@ -214,6 +217,17 @@ def test_llada_configs_of_the_shared_recipe_name_their_method_and_keep_the_paper
     assert {field: getattr(config, field) for field in expected} == expected
     assert (config.max_completion_length, config.block_length, config.unmasking) == (256, 32, "low_confidence")
     assert (config.max_grad_norm, model.lora_r, model.lora_alpha, model.lora_dropout) == (0.2, 128, 64, 0.0)
+
+
+def test_the_sdar_config_names_dipo_and_keeps_the_papers_settings():
+    gsm8k = recipe("gsm8k")
+    assert gsm8k.chosen_method(["--config", str(CONFIGS / "sdar_8b" / "gsm8k_dipo.yaml")]) == "dipo"
+    _, config, model = parsed("gsm8k_dipo", "gsm8k", "MethodArguments", gsm8k.METHODS["dipo"][1], "sdar_8b")
+    assert model.model_name_or_path == "JetLM/SDAR-8B-Chat"
+    assert (config.epsilon, config.epsilon_high, config.beta, config.num_iterations) == (0.2, 0.28, 0.0, 1)
+    assert (config.block_length, config.sampling_config().steps_per_block, config.num_mc_samples) == (4, 4, 4)
+    assert (config.temperature, config.top_k, config.num_generations, config.learning_rate) == (1.0, 50, 8, 1e-6)
+    assert (config.unmasking, config.confidence_threshold) == ("max_prob", 0.9)
 
 
 def test_the_command_line_decides_about_the_method():

@@ -19,9 +19,9 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from trl_diffusion.models import DreamModel, score_targets
 from trl_diffusion.sampling import SamplingConfig, row_generators, sample
+from trl_diffusion.sampling.config import UNMASKING
 from trl_diffusion.sampling.distribution import draw, truncate
 from trl_diffusion.sampling.noise import uniforms
-from trl_diffusion.sampling.sampler import UNMASKING
 
 WORD_IDS = range(4)
 ENDS = {TAIL, END}
@@ -619,14 +619,14 @@ def test_finished_rows_leave_the_batch():
     assert (text_behind_the_end & (trajectory.unmask_step[:, 1:] >= 0)).any()  # a block is always written to its end
 
 
-def always(*words: int):
+def always(*words: int, model=None):
     """A network that all but surely writes one of `words`, wherever it is asked."""
-    model = network()
+    model = model or network()
 
-    def favour(_, __, logits):
-        return logits + 50.0 * torch.isin(torch.arange(5), torch.tensor(words))
-
-    model.lm_head.register_forward_hook(favour)
+    # the first hidden feature is 1, so its column of the head is a bias
+    model.model.norm.register_forward_hook(lambda _, __, hidden: hidden.index_fill(-1, torch.tensor([0]), 1.0))
+    with torch.no_grad():
+        model.lm_head.weight[:, 0] = 50.0 * torch.isin(torch.arange(5), torch.tensor(words))
     return model
 
 
@@ -678,6 +678,26 @@ def test_prompt_shorter_than_a_block():
 # ------------------------------------------- sharded weights
 
 
+def lockstep(run) -> list:
+    """Results of `run(rank, any_process)` on two threads, which stand for processes that share their weights."""
+    barrier, votes = threading.Barrier(2, timeout=60), [False, False]
+
+    def collective(rank: int):
+        def any_process(here: bool) -> bool:
+            votes[rank] = here
+            barrier.wait()
+            answer = any(votes)
+            barrier.wait()
+            return answer
+
+        return any_process
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(lambda rank: run(rank, collective(rank)), range(2)))
+    assert not barrier.broken and votes == [False, False]  # both asked equally often, up to the last answer
+    return results
+
+
 def test_processes_run_the_same_number_of_forwards():
     model, config = network(), SamplingConfig(12, 6, 4, 1.3)
     prompts, mask = coded_prompts(16)
@@ -694,22 +714,7 @@ def test_processes_run_the_same_number_of_forwards():
 
     alone = [run(rows) for rows in shares]
     assert [trajectory.forwards for trajectory, _ in alone] == [2, 4]
-
-    barrier, votes = threading.Barrier(2, timeout=60), [False, False]
-
-    def collective(rank: int):
-        def any_process(here: bool) -> bool:
-            votes[rank] = here
-            barrier.wait()
-            answer = any(votes)
-            barrier.wait()
-            return answer
-
-        return any_process
-
-    with ThreadPoolExecutor(2) as pool:
-        together = list(pool.map(lambda rank: run(shares[rank], collective(rank)), range(2)))
-    assert not barrier.broken and votes == [False, False]  # both asked equally often, up to the last answer
+    together = lockstep(lambda rank, any_process: run(shares[rank], any_process))
     assert [trajectory.forwards for trajectory, _ in together] == [4, 4]  # and not the 6 that no row needs
     assert [len(call["input_ids"]) for call in together[0][1]] == [len(shares[0])] * 2 + [1, 1]
     for (trajectory, _), (expected, _) in zip(together, alone, strict=True):

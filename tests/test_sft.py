@@ -78,7 +78,7 @@ def test_loss_is_cross_entropy_over_t_by_hand():
     masked = torch.tensor([[True, False, True, False], [False, True, True, True]])
     level = torch.tensor([0.4, 0.8])
 
-    loss = masked_loss(model, prompt, mask, answer, masked, level, model.config.mask_token_id)
+    loss = masked_loss(model, prompt, mask, answer, masked, level, model.family)
 
     expected = 0.0
     for row in range(2):
@@ -100,9 +100,7 @@ def test_expected_loss_at_a_level_equals_the_enumeration():
         masked = torch.tensor([pattern])
         with torch.no_grad():
             level = torch.tensor([t])
-            return masked_loss(
-                model, prompt, torch.ones_like(prompt), answer, masked, level, model.config.mask_token_id
-            ).item()
+            return masked_loss(model, prompt, torch.ones_like(prompt), answer, masked, level, model.family).item()
 
     patterns = list(product([False, True], repeat=length))
     losses = {pattern: loss_of(pattern) for pattern in patterns}

@@ -329,7 +329,7 @@ def trajectory_of(*rows: tuple[str, list[int]]) -> Trajectory:
     steps = torch.tensor([steps for _, steps in rows], dtype=torch.int32)
     nothing = torch.zeros(ids.shape)
     forwards = torch.zeros(len(ids), dtype=torch.long)
-    return Trajectory(ids, steps, nothing, nothing, None, 1.0, None, None, forwards, 0, 0)
+    return Trajectory(ids, steps, nothing, nothing, None, 1.0, None, None, forwards, forwards.float(), 0, 0)
 
 
 NO_END = ("abbaabab", [1, 0, 0, 1, 2, 3, 3, 2])

@@ -55,13 +55,18 @@ TABLE = {
 }
 
 
+def leading(counts: list[int] | torch.Tensor, steps: int = 6) -> torch.Tensor:
+    """The first steps of each completion, bool [B, steps]."""
+    return torch.arange(steps) < torch.as_tensor(counts).unsqueeze(1)
+
+
 def eighths(values: list) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float32) / 8
 
 
 def table_signals(rows: tuple[int, ...] = (0, 1, 2), sets: int = 1) -> StepSignals:
     entropy, hesitation = eighths([ENTROPY[row] for row in rows]), eighths([HESITATION[row] for row in rows])
-    taken = torch.tensor([TAKEN[row] for row in rows])
+    taken = leading([TAKEN[row] for row in rows])
     return step_signals(entropy, 1 - hesitation, taken, STEPS_PER_BLOCK, sets)
 
 
@@ -117,7 +122,7 @@ def test_threshold(tau, count, expected):
     assert selection.steps.shape == (1, count)
     assert [step for step in selection.steps[0].tolist() if step >= 0] == expected
     # the mean over those chosen: K/chosen, because the loss divides by K
-    draws = selected_draws(selection, torch.zeros(1, dtype=torch.long), torch.tensor([6]))
+    draws = selected_draws(selection, torch.zeros(1, dtype=torch.long), leading([6]))
     assert sorted(draws.weights[0].tolist())[count - len(expected) :] == [count / len(expected or [0])] * len(expected)
     assert draws.weights.sum() == (count if expected else 0)
 
@@ -179,7 +184,7 @@ def test_running_averages():
 
 def test_equal_signals_have_no_score():
     """z-scores are 0, so every choice is a tie and the first steps win."""
-    flat = step_signals(torch.full((2, 6), 0.3), torch.full((2, 6), 0.7), torch.tensor([6, 6]), STEPS_PER_BLOCK)
+    flat = step_signals(torch.full((2, 6), 0.3), torch.full((2, 6), 0.7), leading([6, 6]), STEPS_PER_BLOCK)
     assert not hybrid_score(flat).any()
     for name in ("entropy", "confidence_margin", "roec", "roec_cm"):
         assert choose(SELECTORS[name], flat, 4) == [[0, 1, 2, 3]]
@@ -188,9 +193,36 @@ def test_equal_signals_have_no_score():
     assert sampled.probabilities[0].tolist() == pytest.approx([1 / 6] * 6)
     # Sums of the same numbers in another order differ in the last bit, which is no signal.
     entropy = torch.tensor([[0.1, 0.7, 0.1], [0.4, 0.4, 0.4], [0.7, 0.1, 0.7]], dtype=torch.float64)
-    rounded = step_signals(entropy, 1 - entropy, torch.tensor([3] * 3), STEPS_PER_BLOCK)
+    rounded = step_signals(entropy, 1 - entropy, leading([3] * 3, 3), STEPS_PER_BLOCK)
     assert len(set(rounded.confidence_margin[0].tolist())) > 1
     assert not hybrid_score(rounded).any()
+
+
+def test_steps_that_no_completion_took_are_no_candidates():
+    """Blocks that were finished early: the first after two steps, the second after one or two. What stands at a step
+    that a completion did not take must not count."""
+    taken = torch.tensor([[True, True, False, True, False, False], [True, True, False, True, True, False]])
+    entropy, hesitation = (
+        eighths([[8, 2, 99, 4, 99, 99], [6, 4, 99, 2, 6, 99]]),
+        eighths([[9, 9, 99, 9, 99, 99], [9, 9, 99, 9, 9, 99]]),
+    )
+    signals = step_signals(entropy, 1 - hesitation, taken, STEPS_PER_BLOCK)
+    assert signals.candidates.tolist() == [[True, True, False, True, True, False]]
+    assert signals.num_candidates.tolist() == [4]
+    assert (signals.entropy * 16).tolist() == [[14, 6, 0, 6, 6, 0]]
+    assert (signals.roec * 16).tolist() == [[0, 8, 0, 0, 4, 0]]
+    assert (signals.confidence_margin * 16).tolist() == [[18, 18, 0, 18, 9, 0]]
+    for name in (*TABLE, "all"):
+        assert choose(SELECTORS[name], signals, 6) == [[0, 1, 3, 4, -1, -1]], name
+    assert choose(SELECTORS["uniform"], signals, 2) == [[0, 3]]  # 4/2 · (0.3, 1.3) are the places 0 and 2 of four
+    assert choose(SELECTORS["entropy"], signals, 2) == [[0, 1]]
+    points = torch.tensor([[0.0, 1 - 2.0**-53, 0, 0, 0, 0]], dtype=torch.float64)
+    selection = SELECTORS["sampled"](signals, 2, points)
+    assert selection.steps.tolist() == [[0, 4]]
+    draws = selected_draws(selection, torch.zeros(2, dtype=torch.long), taken)
+    assert draws.steps.tolist() == [[0, -1], [0, 4]]
+    expected = 1 / (taken.sum(1, keepdim=True) * selection.probabilities) * torch.tensor([[1, 0], [1, 1]])
+    torch.testing.assert_close(draws.weights, expected.float())
 
 
 # ------------------------------------------- weights
@@ -198,11 +230,11 @@ def test_equal_signals_have_no_score():
 
 def test_a_step_behind_the_end_is_an_empty_view():
     selection = StepSelection(torch.tensor([[1, 3, 5]]))
-    draws = selected_draws(selection, torch.zeros(3, dtype=torch.long), torch.tensor([6, 3, 4]))
+    draws = selected_draws(selection, torch.zeros(3, dtype=torch.long), leading([6, 3, 4]))
     assert draws.steps.tolist() == [[1, 3, 5], [1, -1, -1], [1, 3, -1]]
     assert draws.weights.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]  # still divided by three
     groups = selected_draws(
-        StepSelection(torch.tensor([[0, 2], [1, -1]])), torch.tensor([1, 0, 1]), torch.tensor([3, 1, 3])
+        StepSelection(torch.tensor([[0, 2], [1, -1]])), torch.tensor([1, 0, 1]), leading([3, 1, 3])
     )
     assert groups.steps.tolist() == [[1, -1], [0, -1], [1, -1]]
     assert groups.weights.tolist() == [[1, 0], [1, 0], [1, 0]]
@@ -231,7 +263,7 @@ def test_sampled_steps_are_unbiased_for_the_mean_over_a_completions_steps(count)
         points[0, :count] = torch.tensor(middles[list(draw)])
         selection = SELECTORS["sampled"](table_signals(), count, points)
         assert selection.steps.tolist() == [list(draw)]
-        draws = selected_draws(selection, torch.zeros(3, dtype=torch.long), taken)
+        draws = selected_draws(selection, torch.zeros(3, dtype=torch.long), leading(taken))
         empty = draws.steps < 0
         assert torch.equal(empty, torch.tensor(draw).expand(3, -1) >= taken.unsqueeze(1))
         assert not draws.weights[empty].any()
@@ -279,7 +311,9 @@ def test_selectors_match_their_formulas(seed):
     steps = blocks * per_block
     entropy, margin = random.gamma(2, size=(rows, steps)), random.random((rows, steps))
     taken = random.integers(1, blocks + 1, rows) * per_block
-    signals = step_signals(*map(torch.from_numpy, (entropy, margin, taken)), int(per_block))
+    signals = step_signals(
+        torch.from_numpy(entropy), torch.from_numpy(margin), leading(taken, int(steps)), int(per_block)
+    )
     mean_h, mean_c, mean_r = (values[: taken.max()] for values in brute_signals(entropy, margin, taken, per_block))
     scores = {
         "entropy": mean_h,
@@ -320,7 +354,13 @@ class Rollouts:
 
     def signals(self, order: list[int], sets: int = 1) -> StepSignals:
         rows = torch.tensor(order)
-        return step_signals(self.entropy[rows], self.margin[rows], self.taken[rows], self.per_block, sets)
+        return step_signals(
+            self.entropy[rows],
+            self.margin[rows],
+            leading(self.taken[rows], self.entropy.size(1)),
+            self.per_block,
+            sets,
+        )
 
 
 @st.composite
@@ -355,7 +395,7 @@ def test_what_every_selector_keeps_to(case, data, name):
     for half, part in enumerate((order[: rows // 2], order[rows // 2 :])):
         assert halves.steps[half].tolist() == selector(case.signals(part), count, noise).steps[0].tolist()
     # every completion has the steps it reached, and nothing else
-    draws = selected_draws(selection, torch.zeros(rows, dtype=torch.long), case.taken)
+    draws = selected_draws(selection, torch.zeros(rows, dtype=torch.long), leading(case.taken, steps))
     for row, taken in enumerate(case.taken.tolist()):
         reached = [step for step in kept if step < taken]
         assert [step for step in draws.steps[row].tolist() if step >= 0] == reached
@@ -374,7 +414,7 @@ def test_what_drawn_steps_keep_to(case, data):
     assert (selection.probabilities > 0).all() and (selection.probabilities <= 1).all()
     turned = SELECTORS["sampled"](case.signals(list(reversed(range(rows)))), count, noise)
     assert torch.equal(turned.steps, selection.steps)
-    draws = selected_draws(selection, torch.zeros(rows, dtype=torch.long), case.taken)
+    draws = selected_draws(selection, torch.zeros(rows, dtype=torch.long), leading(case.taken, steps))
     for row, slot in product(range(rows), range(count)):
         taken, step = int(case.taken[row]), int(selection.steps[0, slot])
         expected = 1 / (taken * selection.probabilities[0, slot]) if step < taken else 0
@@ -501,6 +541,25 @@ def test_every_group_may_have_steps_of_its_own(tmp_path):
     for row in range(16):
         expected = [step if step < taken[row] else -1 for step in chosen[row // 4]]
         assert rows["view_steps"][row, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["agrpo", "atpo"])
+def test_views_of_parallel_unmasking_have_something_to_score(name, tmp_path):
+    """Blocks are finished before their last step, and no view is wasted on the steps that are left out."""
+    settings = {"unmasking": "max_prob", "confidence_threshold": 0.5, "denoising_steps": 8, "num_mc_samples": 2}
+    trainer = method_named(name).make(tmp_path, step_draws="uniform", **settings)
+    rows = rollout_of(trainer, "a b", "b a")
+    steps, drawn = rows["unmask_step"], rows["view_steps"]
+    taken = (steps.unsqueeze(-1) == torch.arange(8)).any(1)
+    assert (~taken & (torch.arange(8) < steps.max(1, keepdim=True).values)).any()  # there are gaps
+    for view in range(2):
+        targets = trainer._view_of(rows, 0, view).targets
+        assert torch.equal(targets.any(1), drawn[:, 0, view] >= 0)
+    if name == "agrpo":
+        assert (drawn >= 0).all()
+        torch.testing.assert_close(rows["view_weights"], torch.ones_like(rows["view_weights"]))  # a mean over them
+    else:
+        assert (drawn >= 0).any() and taken.any(0)[trainer.last_selection[0]].all()
 
 
 def test_signals_cost_no_forward(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from trl_diffusion.models import DiffusionLM, LLaDAModelLM
+from trl_diffusion.models import DiffusionLM, LLaDAModelLM, SDARForCausalLM
 
 TAIL, END, A, B, MASK = range(5)
 WORDS = ["<tail>", "<end>", "a", "b", "<mask>"]
@@ -53,6 +53,11 @@ def tiny_model(seed: int = 0, scale: float = 6.0, model_class: type[DiffusionLM]
             if parameter.dim() > 1:
                 parameter.normal_(std=scale * 0.02 * (5 if parameter is model.lm_head.weight else 1))
     return model
+
+
+def tiny_sdar(seed: int = 0, scale: float = 6.0, block_size: int = 4, **overrides) -> SDARForCausalLM:
+    """The same with block-causal attention."""
+    return tiny_model(seed, scale, SDARForCausalLM, head_dim=8, block_size=block_size, **overrides)
 
 
 def coded_prompts(rows: int) -> tuple[torch.Tensor, torch.Tensor]:

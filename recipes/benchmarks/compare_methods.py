@@ -3,9 +3,10 @@
     python recipes/benchmarks/compare_methods.py
     python recipes/benchmarks/compare_methods.py --tasks countdown --arms diffu_grpo sapo_3 --seeds 0 1 --budget 5000
 
-One forward unit is one forward pass of one row, prompt and whole canvas; a row on a shorter canvas counts in
-proportion to its length. A pass with gradient counts 3, old and reference log-probabilities 1 each, SAPO's
-continuations by their own length. Every arm trains until it has spent the budget; the last update may exceed it.
+One forward unit is one forward pass of one row, prompt and whole canvas; a pass that computes a part of the columns
+counts in proportion. A pass with gradient counts 3, old and reference log-probabilities 1 each, SAPO's
+continuations by their own length. Every arm trains until it has spent the budget; the last update may exceed it. With
+`--max_updates` every arm trains for that many updates instead.
 
 Arms with the same seed see the same prompts in the same order and are compared in pairs. Each run is written to
 `OUTPUT/runs/TASK/ARM/SEED.json` when it ends; started again, the script goes on with the runs that are missing. It
@@ -121,6 +122,12 @@ def _tuned(method: str, learning_rate: float, **settings: Any) -> Arm:
     return Arm(method, ("diffu_grpo_tuned", "agrpo_tuned"), settings | {"learning_rate": learning_rate})
 
 
+def _cached(cache: str, correction: str) -> Arm:
+    """`agrpo_tuned` with rollouts under an approximate cache."""
+    settings = {"learning_rate": 1e-4, "step_draws": "uniform", "cache": cache, "rollout_correction": correction}
+    return Arm("agrpo", ("agrpo_tuned",), TRAJECTORY | settings)
+
+
 def fixed_steps(signals, count: int, noise):
     """The middle of each of K equal parts in every rollout: with K = 4 of 16 steps, the third step of every block."""
     from trl_diffusion.credit import StepSelection
@@ -168,6 +175,10 @@ ARMS: dict[str, Arm] = {
     "dmpo_individual": _tuned("dmpo", 3e-5, **DMPO, weight_baseline="individual"),
     "dmpo_none": _tuned("dmpo", 3e-5, **DMPO, weight_baseline="none"),
     "dmpo_wddo": _tuned("dmpo", 1e-4, **DMPO, weight_baseline="none", objective="wddo"),
+    "agrpo_prefix": _cached("prefix", "recompute"),
+    "agrpo_dual": _cached("dual", "recompute"),
+    "agrpo_prefix_behaviour": _cached("prefix", "behaviour"),
+    "agrpo_dual_behaviour": _cached("dual", "behaviour"),
 }
 
 
@@ -214,11 +225,17 @@ def blank_cells_right(text: str, row: dict[str, Any]) -> float:
 
 
 def train_and_evaluate(
-    task_name: str, arm_name: str, seed: int, budget: float, eval_size: int, learning_rate: float | None
+    task_name: str,
+    arm_name: str,
+    seed: int,
+    budget: float,
+    eval_size: int,
+    learning_rate: float | None,
+    max_updates: int | None,
 ) -> dict[str, Any]:
     """One run: training until the budget is spent, then accuracy. An arm named `base` is not trained.
 
-    `learning_rate` replaces the arm's own.
+    `learning_rate` replaces the arm's own, `max_updates` the budget.
     """
     import torch
     from datasets.utils.logging import disable_progress_bar
@@ -251,7 +268,7 @@ def train_and_evaluate(
                     curve.append({name: logs[name] for name in LOGGED if logs.get(name) is not None})
 
             def on_step_end(self, args, state, control, **kwargs):
-                control.should_training_stop = trainer.forward_units >= budget
+                control.should_training_stop |= max_updates is None and trainer.forward_units >= budget
 
         with tempfile.TemporaryDirectory() as folder:
             quiet = dict(use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True)
@@ -264,7 +281,7 @@ def train_and_evaluate(
                 args=config(
                     folder,
                     seed=seed,
-                    max_steps=100_000,
+                    max_steps=max_updates or 100_000,
                     gradient_checkpointing=False,
                     model_init_kwargs={"dtype": "float32"},
                     **quiet,
@@ -327,7 +344,7 @@ def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
     jobs = [(task, "base", 0) for task in args.tasks]
     jobs += [(task, arm, seed) for seed, task, arm in product(args.seeds, args.tasks, args.arms)]
     paths = {job: args.output_dir / "runs" / job[0] / job[1] / f"{job[2]}.json" for job in jobs}
-    setting = {"budget": args.budget, "eval_size": args.eval_size, "learning_rate": args.learning_rate}
+    setting = {name: getattr(args, name) for name in ("budget", "eval_size", "learning_rate", "max_updates")}
     missing = [job for job in jobs if not _finished(paths[job], setting)]
     with (
         ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool,
@@ -500,6 +517,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
     parser.add_argument("--budget", type=float, default=16_000, help="forward units per run")
+    parser.add_argument("--max_updates", type=int, help="updates per run, instead of the budget")
     parser.add_argument("--eval_size", type=int, default=256, help="held-out problems")
     parser.add_argument("--learning_rate", type=float, help="for all arms, instead of their own")
     parser.add_argument("--workers", type=int, default=2, help="runs at the same time, one thread each")
@@ -510,10 +528,9 @@ def main() -> None:
     start = time.perf_counter()
     runs = run_all(args)
     rows = summarise(runs)
+    spent = f"{args.max_updates} updates" if args.max_updates else f"{args.budget:.0f} forward units"
     for (task, baselines), own in families(rows).items():
-        table = Table(
-            *columns(baselines), title=f"{task}: {args.budget:.0f} forward units per run, seeds {args.seeds}"
-        )
+        table = Table(*columns(baselines), title=f"{task}: {spent} per run, seeds {args.seeds}")
         for row in own:
             table.add_row(*cells(row, baselines))
         Console(width=180).print(table)

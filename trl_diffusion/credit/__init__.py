@@ -8,7 +8,7 @@ from trl_diffusion.credit.prompt_groups import (
     target_log_weights,
 )
 from trl_diffusion.credit.step_aware import StepAwareReward
-from trl_diffusion.credit.step_draws import StepDraws, draw_steps, eligible_steps, step_probabilities
+from trl_diffusion.credit.step_draws import StepDraws, draw_steps, eligible_steps, step_probabilities, taken_steps
 from trl_diffusion.credit.step_selection import (
     SELECTORS,
     StepSelection,
@@ -36,5 +36,6 @@ __all__ = [
     "selected_draws",
     "step_probabilities",
     "step_signals",
+    "taken_steps",
     "target_log_weights",
 ]

@@ -64,46 +64,53 @@ def eligible_steps(
     return unmask_step.masked_fill(~counts, -1).max(1).values.long() + 1
 
 
+def taken_steps(unmask_step: torch.Tensor, num_steps: int) -> torch.Tensor:
+    """The denoising steps that committed a token, bool [B, S].
+
+    Parallel unmasking may finish a block before its last step, so there can be gaps.
+
+    Args:
+        unmask_step: int [B, L], -1 where nothing was sampled.
+        num_steps: S.
+    """
+    taken = torch.zeros(len(unmask_step), num_steps + 1, dtype=torch.bool, device=unmask_step.device)
+    return taken.scatter(1, unmask_step.long() + 1, True)[:, 1:]
+
+
 def step_probabilities(
-    entropies: torch.Tensor, unmask_step: torch.Tensor, num_eligible: torch.Tensor, num_steps: int, draws: str
+    entropies: torch.Tensor, unmask_step: torch.Tensor, eligible: torch.Tensor, draws: str
 ) -> torch.Tensor:
     """The distribution q that steps are drawn from, zero at steps that are not eligible.
 
-    `uniform`: 1/N. `entropy`: proportional to 1e-8 + the sum of the entropies of the tokens committed at the step.
+    `uniform`: equal. `entropy`: proportional to 1e-8 + the sum of the entropies of the tokens committed at the step.
 
     Args:
         entropies: float32 [B, L], of each committed token.
         unmask_step: int [B, L].
-        num_eligible: long [B], N.
-        num_steps: S.
+        eligible: bool [B, S], at least one step in every row.
         draws: `"uniform"` or `"entropy"`.
 
     Returns:
         Float64 [B, S], rows sum to 1.
     """
-    shape = (entropies.size(0), num_steps)
-    mass = torch.ones(shape, dtype=torch.float64, device=entropies.device)
+    mass = torch.ones(eligible.shape, dtype=torch.float64, device=entropies.device)
     if draws == "entropy":
         sampled = unmask_step >= 0
         mass = mass.fill_(_ENTROPY_FLOOR).scatter_add(
             1, unmask_step.clamp(min=0).long(), entropies.double().clamp(min=0) * sampled
         )
-    eligible = torch.arange(num_steps, device=mass.device) < num_eligible.unsqueeze(1)
     mass = mass * eligible
     return mass / mass.sum(1, keepdim=True)
 
 
-def draw_steps(
-    probabilities: torch.Tensor, num_eligible: torch.Tensor, uniform: torch.Tensor, reduction: str
-) -> StepDraws:
+def draw_steps(probabilities: torch.Tensor, uniform: torch.Tensor, reduction: str) -> StepDraws:
     """Draw steps by inverting the cumulative distribution at stratified points.
 
     The points of a completion are (m + v_m)/M, one in each of M equal strata: the average over draws keeps its mean
     and loses variance. Stratifying within the completion is ours; the release stratifies over the micro-batch.
 
     Args:
-        probabilities: float64 [B, S], q.
-        num_eligible: long [B], N.
+        probabilities: float64 [B, S], q; positive at the N eligible steps of a row.
         uniform: float64 [B, M] in [0, 1), the v_m.
         reduction: `"mean"` or `"sum"` over the eligible steps.
 
@@ -115,8 +122,10 @@ def draw_steps(
     cumulative = probabilities.cumsum(1)
     # A point that rounds up to the total would fall behind the last eligible step.
     points = (points * cumulative[:, -1:]).clamp(max=1.0 - 2.0**-50)
-    steps = torch.searchsorted(cumulative, points, right=True).minimum(num_eligible.unsqueeze(1) - 1)
+    eligible = probabilities > 0
+    last = (eligible * torch.arange(eligible.size(1), device=eligible.device)).amax(1, keepdim=True)
+    steps = torch.searchsorted(cumulative, points, right=True).minimum(last)
     weights = 1.0 / probabilities.gather(1, steps)
     if reduction == "mean":
-        weights = weights / num_eligible.unsqueeze(1)
+        weights = weights / eligible.sum(1, keepdim=True)
     return StepDraws(steps, weights.float())

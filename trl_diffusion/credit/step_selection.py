@@ -32,21 +32,20 @@ class StepSignals:
         entropy: float64 [A, S], H, mean entropy in nats where a token could be committed.
         confidence_margin: float64 [A, S], C, mean of 1 − (p1 − p2) there: large where the network hesitates.
         roec: float64 [A, S], |H_s − H_{s−1}|; 0 at the first step of a block, where it is not defined.
-        num_candidates: long [A], the steps of the longest completion; selectors choose below it.
+        candidates: bool [A, S], steps that a completion took; selectors choose among them.
         steps_per_block: denoising steps per block.
     """
 
     entropy: torch.Tensor
     confidence_margin: torch.Tensor
     roec: torch.Tensor
-    num_candidates: torch.Tensor
+    candidates: torch.Tensor
     steps_per_block: int
 
     @property
-    def candidates(self) -> torch.Tensor:
-        """Bool [A, S]."""
-        steps = torch.arange(self.entropy.size(1), device=self.entropy.device)
-        return steps < self.num_candidates.unsqueeze(1)
+    def num_candidates(self) -> torch.Tensor:
+        """Long [A]."""
+        return self.candidates.sum(1)
 
     @property
     def block_starts(self) -> torch.Tensor:
@@ -62,37 +61,36 @@ class StepSignals:
             entropy=old * earlier.entropy + new * self.entropy,
             confidence_margin=old * earlier.confidence_margin + new * self.confidence_margin,
             roec=old * earlier.roec + new * self.roec,
-            num_candidates=self.num_candidates,
+            candidates=self.candidates,
             steps_per_block=self.steps_per_block,
         )
 
 
 def step_signals(
-    step_entropy: torch.Tensor, step_margin: torch.Tensor, num_steps: torch.Tensor, steps_per_block: int, sets: int = 1
+    step_entropy: torch.Tensor, step_margin: torch.Tensor, taken: torch.Tensor, steps_per_block: int, sets: int = 1
 ) -> StepSignals:
     """Average the signals of completions.
 
     Args:
         step_entropy: float [B, S], mean entropy at each step, see `Trajectory.step_entropy`.
         step_margin: float [B, S], mean p1 − p2.
-        num_steps: long [B], the steps each completion took.
+        taken: bool [B, S], the steps each completion took, see `taken_steps`.
         steps_per_block: denoising steps per block.
         sets: A, number of averages; each is over B/A completions that stand together.
     """
     steps = torch.arange(step_entropy.size(1), device=step_entropy.device)
-    writing = steps < num_steps.unsqueeze(1)
     entropy = step_entropy.double()
     change = torch.nn.functional.pad((entropy[:, 1:] - entropy[:, :-1]).abs(), (1, 0))
     change = change.masked_fill(steps % steps_per_block == 0, 0.0)
 
     def average(values: torch.Tensor) -> torch.Tensor:
-        return values.masked_fill(~writing, 0.0).view(sets, -1, len(steps)).mean(1)
+        return values.masked_fill(~taken, 0.0).view(sets, -1, len(steps)).mean(1)
 
     return StepSignals(
         entropy=average(entropy),
         confidence_margin=average(1.0 - step_margin.double()),
         roec=average(change),
-        num_candidates=num_steps.view(sets, -1).amax(1),
+        candidates=taken.view(sets, -1, len(steps)).any(1),
         steps_per_block=steps_per_block,
     )
 
@@ -132,8 +130,9 @@ def select_uniform(signals: StepSignals, count: int, noise: torch.Tensor) -> Ste
     candidates = signals.num_candidates.unsqueeze(1)
     parts = candidates.clamp(max=count)
     index = torch.arange(count, device=candidates.device)
-    steps = ((index + noise[:, :1]) * candidates / parts).floor().long().minimum(candidates - 1)
-    return StepSelection(steps.masked_fill(index >= parts, -1))
+    ranks = ((index + noise[:, :1]) * candidates / parts).floor().long().minimum(candidates - 1)
+    in_time = (~signals.candidates).int().argsort(dim=1, stable=True)
+    return StepSelection(in_time.gather(1, ranks).masked_fill(index >= parts, -1))
 
 
 def select_random(signals: StepSignals, count: int, noise: torch.Tensor) -> StepSelection:
@@ -186,7 +185,8 @@ def select_sampled(signals: StepSignals, count: int, noise: torch.Tensor) -> Ste
     probabilities = hybrid_score(signals).masked_fill(~signals.candidates, -torch.inf).softmax(1)
     cumulative = probabilities.cumsum(1)
     points = (noise[:, :count] * cumulative[:, -1:]).clamp(max=1.0 - 2.0**-50)
-    steps = torch.searchsorted(cumulative, points, right=True).minimum(signals.num_candidates.unsqueeze(1) - 1)
+    last = (signals.candidates * torch.arange(probabilities.size(1), device=points.device)).amax(1, keepdim=True)
+    steps = torch.searchsorted(cumulative, points, right=True).minimum(last)
     return StepSelection(steps, probabilities.gather(1, steps))
 
 
@@ -207,25 +207,25 @@ def hybrid_score(signals: StepSignals) -> torch.Tensor:
     return 0.5 * _z_roec(signals) + 0.5 * _z(signals.confidence_margin, signals.candidates)
 
 
-def selected_draws(selection: StepSelection, row_set: torch.Tensor, num_steps: torch.Tensor) -> StepDraws:
+def selected_draws(selection: StepSelection, row_set: torch.Tensor, eligible: torch.Tensor) -> StepDraws:
     """The selection as draws of single completions.
 
-    A step behind a completion's end becomes an empty view of weight 0. Drawn steps weigh (1/T)/q, T the steps of the
-    completion; chosen ones 1, or K/chosen where the mean is over those chosen.
+    A step that a completion did not take, or behind its end, becomes an empty view of weight 0. Drawn steps weigh
+    (1/T)/q, T the steps of the completion; chosen ones 1, or K/chosen where the mean is over those chosen.
 
     Args:
         selection: for A sets.
         row_set: long [B], the set of each completion.
-        num_steps: long [B], the steps T that may learn.
+        eligible: bool [B, S], the T steps of each completion that may learn.
 
     Returns:
         Steps [B, K], -1 for an empty view, and weights [B, K].
     """
     steps = selection.steps[row_set]
-    there = (steps >= 0) & (steps < num_steps.unsqueeze(1))
+    there = (steps >= 0) & eligible.gather(1, steps.clamp(min=0))
     weights = torch.ones_like(steps, dtype=torch.float64)
     if selection.probabilities is not None:
-        weights = 1.0 / (num_steps.unsqueeze(1) * selection.probabilities[row_set])
+        weights = 1.0 / (eligible.sum(1, keepdim=True) * selection.probabilities[row_set])
     elif selection.mean_over_chosen:
         chosen = (selection.steps >= 0).sum(1, keepdim=True).clamp(min=1)
         weights = weights * (steps.size(1) / chosen)[row_set]

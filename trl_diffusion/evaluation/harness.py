@@ -47,8 +47,12 @@ class DiffusionHarnessLM(TemplateLM):
         canvas_length: positions to write; the task's `max_gen_toks`, in whole blocks, if not given.
         denoising_steps: network evaluations per canvas; half the canvas if not given.
         block_length: positions per block.
-        unmasking: see `trl_diffusion.sampling.SamplingConfig`. Temperature, top-k and top-p are the task's
-            (`--gen_kwargs`).
+        unmasking: see `trl_diffusion.sampling.SamplingConfig`, also for the next four. Temperature, top-k and top-p
+            are the task's (`--gen_kwargs`).
+        confidence_threshold: commit every position whose largest probability reaches this.
+        entropy_bound: commit positions up to this much entropy, in nats.
+        cache: keys and values to reuse between steps.
+        cache_refresh: steps between two full passes with an approximate cache.
         mc_num: noised copies of each continuation in `loglikelihood`.
         seed: seed of sampling and of the noised copies.
         batch_size: completions decoded together.
@@ -71,6 +75,10 @@ class DiffusionHarnessLM(TemplateLM):
         denoising_steps: int | None = None,
         block_length: int = 32,
         unmasking: str = "max_prob",
+        confidence_threshold: float | None = None,
+        entropy_bound: float | None = None,
+        cache: str = "auto",
+        cache_refresh: int = 0,
         mc_num: int = 128,
         seed: int = 0,
         batch_size: int | str = 1,
@@ -85,7 +93,14 @@ class DiffusionHarnessLM(TemplateLM):
             )
         self.batch_size, self.seed, self.mc_num = int(batch_size), seed, mc_num
         self.canvas_length, self.denoising_steps = canvas_length, denoising_steps
-        self.block_length, self.unmasking = block_length, unmasking
+        self.block_length = block_length
+        self.rules: dict[str, Any] = {
+            "unmasking": unmasking,
+            "confidence_threshold": confidence_threshold,
+            "entropy_bound": entropy_bound,
+            "cache": cache,
+            "cache_refresh": cache_refresh,
+        }
         self.state = join_processes(use_cpu=device == "cpu")
         self._rank, self._world_size = self.state.process_index, self.state.num_processes
         self._device = self.state.device
@@ -120,14 +135,13 @@ class DiffusionHarnessLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """What the harness writes beside its results."""
-        decoding = {
-            key: getattr(self, key) for key in ("canvas_length", "denoising_steps", "block_length", "unmasking")
-        }
+        decoding = {key: getattr(self, key) for key in ("canvas_length", "denoising_steps", "block_length")}
         return {
             **self.facts,
             "weights": weights_checksum(self.model),
             "model_dtype": str(self.model.dtype),
             **decoding,
+            **self.rules,
             "mc_num": self.mc_num,
             "sampling_seed": self.seed,
         }
@@ -232,7 +246,7 @@ class DiffusionHarnessLM(TemplateLM):
             temperature=temperature,
             top_k=top_k if sampled else 0,
             top_p=top_p if sampled else 1.0,
-            unmasking=self.unmasking,
+            **self.rules,
         )
 
     def _indices(self, requests: list[Instance]) -> list[int]:

@@ -39,7 +39,11 @@ def log_likelihood_bound(
 
     Returns:
         One estimate in nats per continuation.
+
+    Raises:
+        ValueError: for a model with block-causal attention.
     """
+    _require_full_attention(model)
     totals = [0.0] * len(contexts)
     drawn = [
         (index, hidden, len(hidden) / int(hidden.sum()) / count)
@@ -59,6 +63,16 @@ def log_likelihood_bound(
         for (index, _, weight), value in zip(batch, scores.logps.sum(1).tolist(), strict=True):
             totals[index] += weight * value
     return totals
+
+
+def _require_full_attention(model: PreTrainedModel) -> None:
+    family = family_of(model)
+    if family.attention_block is not None:
+        raise ValueError(
+            f"Likelihoods of continuations are estimated for full attention only: {family.name} writes blocks of "
+            f"{family.attention_block} tokens one after the other, which is another distribution. Use tasks that are "
+            "scored by generation."
+        )
 
 
 def _hidden_sets(length: int, count: int, generator: np.random.Generator) -> list[np.ndarray]:
@@ -89,7 +103,11 @@ def is_greedy(model: PreTrainedModel, context: Sequence[int], continuation: Sequ
 
     Returns:
         False as soon as one token differs.
+
+    Raises:
+        ValueError: for a model with block-causal attention.
     """
+    _require_full_attention(model)
     canvas = torch.full((1, len(continuation)), family_of(model).mask_token_id, device=model.device)
     prompt = torch.tensor([list(context)], device=model.device)
     masked = list(range(len(continuation)))

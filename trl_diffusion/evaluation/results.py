@@ -103,7 +103,16 @@ def describe_decoding(decoding: dict[str, Any]) -> str:
         decoding: the fields of a `SamplingConfig`.
     """
     canvas, steps, block = (decoding[key] for key in ("canvas_length", "denoising_steps", "block_length"))
-    return f"canvas {canvas}, {steps} steps, block {block}, {decoding['unmasking']}, {_draw(decoding)}"
+    parts = [f"canvas {canvas}", f"{steps} steps", f"block {block}", decoding["unmasking"]]
+    # results on disk may be older than these fields
+    if decoding.get("confidence_threshold") is not None:
+        parts.append(f"threshold {decoding['confidence_threshold']:g}")
+    if decoding.get("entropy_bound") is not None:
+        parts.append(f"entropy bound {decoding['entropy_bound']:g}")
+    if decoding.get("cache", "auto") not in ("auto", "none"):
+        refresh = f" renewed every {decoding['cache_refresh']} steps" if decoding["cache_refresh"] else ""
+        parts.append(f"{decoding['cache']} cache{refresh}")
+    return ", ".join([*parts, _draw(decoding)])
 
 
 def _draw(decoding: dict[str, Any]) -> str:

@@ -181,6 +181,25 @@ def trajectory_groups(unmask_step: torch.Tensor, num_steps: int, shrink: int) ->
     return NoisePlan(hidden, targets, hidden.float().mean(-1))
 
 
+def block_steps(unmask_step: torch.Tensor, steps_per_block: int, shrink: int) -> NoisePlan:
+    """Views for block-causal attention (2509.06949, 2512.22234): every block before a group of its own steps.
+
+    View k hides, in every block, what the block's steps from k · shrink on wrote; the tokens of the first `shrink` of
+    them are the targets. Beside the finished completion (see `Views`) this replays the same steps of all blocks at
+    once, and with `shrink=1` each token is scored on what the sampler saw.
+
+    Args:
+        unmask_step: int [B, L], block · `steps_per_block` + step within it; -1 where nothing was sampled.
+        steps_per_block: denoising steps of a block.
+        shrink: steps per view.
+
+    Returns:
+        A plan with ⌈steps_per_block / shrink⌉ views.
+    """
+    within_block = torch.where(unmask_step < 0, -1, unmask_step % steps_per_block)
+    return trajectory_groups(within_block, steps_per_block, shrink)
+
+
 def concatenate(plans: Sequence[NoisePlan]) -> NoisePlan:
     """The views of several plans, one after the other; either all or none mask prompts."""
     prompts = [plan.prompt_hidden for plan in plans if plan.prompt_hidden is not None]

@@ -43,16 +43,21 @@ def score_views(
     """
     most = int(views.targets.sum(1).max())
     slots = views.targets.int().argsort(dim=1, descending=True, stable=True)[:, :most]
-    positions = (prompt_ids.size(1) + slots).masked_fill(~views.targets.gather(1, slots), -1)
+    prompt = prompt_ids if views.prompt_ids is None else views.prompt_ids
+    shown = views.canvas if views.context is None else torch.cat([views.context, views.canvas], dim=1)
+    noisy_copy = shown.size(1) - views.canvas.size(1)
+    positions = (prompt.size(1) + noisy_copy + slots).masked_fill(~views.targets.gather(1, slots), -1)
     if support is not None:
         support = support.gather(1, slots.unsqueeze(-1).expand(-1, -1, support.size(-1)))
     output = model(
-        input_ids=torch.cat([prompt_ids if views.prompt_ids is None else views.prompt_ids, views.canvas], dim=1),
-        attention_mask=torch.cat([prompt_mask, torch.ones_like(views.canvas)], dim=1),
+        input_ids=torch.cat([prompt, shown], dim=1),
+        attention_mask=torch.cat([prompt_mask, torch.ones_like(shown)], dim=1),
         positions=positions,
         targets=completion_ids.gather(1, slots),
         support=support,
         temperature=temperature,
+        canvas_start=prompt.size(1),
+        noisy_copy=noisy_copy,
     )
 
     def spread(values: torch.Tensor) -> torch.Tensor:

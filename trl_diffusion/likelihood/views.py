@@ -16,11 +16,20 @@ class Views:
         canvas: long [R, L], the completion with mask tokens where it is hidden.
         targets: bool [R, L], the hidden positions to score.
         prompt_ids: long [R, P], the prompt if it is noised too; else `None`.
+        context: long [R, L], the finished completion, shown beside the canvas; for block-causal attention, where each
+            block of the canvas sees the finished blocks before it and none of the noised ones. Else `None`.
     """
 
     canvas: torch.Tensor
     targets: torch.Tensor
     prompt_ids: torch.Tensor | None = None
+    context: torch.Tensor | None = None
+
+    def forward_units(self, prompt_length: int) -> float:
+        """Forward passes of all rows, each by its columns as a share of prompt and canvas (1 but for a context)."""
+        length = self.canvas.size(1)
+        context = 0 if self.context is None else length
+        return len(self.canvas) * (1 + context / (prompt_length + length))
 
 
 def trajectory_views(
@@ -53,6 +62,7 @@ def noised_views(
     mask_token_id: int,
     prompt_ids: torch.Tensor | None = None,
     prompt_hidden: torch.Tensor | None = None,
+    beside_context: bool = False,
 ) -> Views:
     """One view of a noise plan.
 
@@ -63,19 +73,23 @@ def noised_views(
         mask_token_id: the mask token.
         prompt_ids: long [R, P]; needed with `prompt_hidden`.
         prompt_hidden: bool [R, P], prompt tokens to mask.
+        beside_context: show the finished completion too, see `Views`.
     """
     prompt = None
     if prompt_hidden is not None:
         assert prompt_ids is not None
         prompt = prompt_ids.masked_fill(prompt_hidden, mask_token_id)
-    return Views(completion_ids.masked_fill(hidden, mask_token_id), targets, prompt)
+    canvas = completion_ids.masked_fill(hidden, mask_token_id)
+    return Views(canvas, targets, prompt, completion_ids if beside_context else None)
 
 
 def stack_views(views: Sequence[Views]) -> Views:
     """Several views of the same rows as one batch: first all rows of the first view, then those of the second …"""
     prompts = [view.prompt_ids for view in views if view.prompt_ids is not None]
+    contexts = [view.context for view in views if view.context is not None]
     return Views(
         torch.cat([view.canvas for view in views]),
         torch.cat([view.targets for view in views]),
         torch.cat(prompts) if prompts else None,
+        torch.cat(contexts) if contexts else None,
     )

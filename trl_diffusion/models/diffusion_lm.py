@@ -6,10 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from transformers.utils import ModelOutput
 from transformers.utils.quantization_config import QuantizationMethod
 
+from trl_diffusion.models.block_attention import block_causal_bias
 from trl_diffusion.models.family import DiffusionFamily
+from trl_diffusion.models.scoring_head import ScoringHead, score_targets
+from trl_diffusion.models.window_cache import WindowCache
 
 if TYPE_CHECKING:
     from trl_diffusion.sampling import Trajectory
@@ -65,13 +69,20 @@ def require_plain_rope(config: Any) -> None:
 class DiffusionLM:
     """Mixin that turns a stock `…ForCausalLM` with `config.is_causal = False` into a diffusion language model.
 
-    It adds scoring to `forward` (so that every wrapper — DDP, PEFT, ZeRO-3, FSDP2 — passes it through), samples by
-    diffusion in `generate`, and refuses the autoregressive `labels=`.
+    Attention is full unless a class sets `attention_block`, the block size of block-causal attention. The mixin adds
+    scoring to `forward` (so that every wrapper — DDP, PEFT, ZeRO-3, FSDP2 — passes it through), samples by diffusion
+    in `generate`, and refuses the autoregressive `labels=`.
     """
 
     config: Any
+    lm_head: Any
     hf_quantizer: Any = None  # set by transformers on a quantised model
     logit_shift: int = 0
+    attention_block: int | None = None
+
+    def __init__(self, config: Any):
+        super().__init__(config)  # type: ignore[call-arg]  # the stock class comes next
+        self.lm_head.__class__ = ScoringHead  # same weight, and it scores too
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any):
@@ -124,6 +135,7 @@ class DiffusionLM:
             end_token_ids=tuple(config.end_token_ids or eos),
             tail_token_id=eos[0],
             logit_shift=self.logit_shift,
+            attention_block=self.attention_block,
         )
 
     def forward(
@@ -135,6 +147,9 @@ class DiffusionLM:
         targets: torch.Tensor | None = None,
         support: torch.Tensor | None = None,
         temperature: float = 1.0,
+        canvas_start: int = 0,
+        noisy_copy: int = 0,
+        cache: WindowCache | None = None,
         **kwargs: Any,
     ):
         """Logits everywhere or, with `positions`, only there; with `targets` too, their log-probabilities.
@@ -150,17 +165,43 @@ class DiffusionLM:
             support: int [R, K, C], ids each target was drawn from (top-k, top-p), -1 for none; full vocabulary if
                 not given.
             temperature: divides the logits before the softmax; > 0.
+            canvas_start: a column at which an attention block begins; full attention does not depend on it.
+            noisy_copy: the last so many tokens are a noised copy of those before them, see `block_causal_bias`; for
+                block-causal attention.
+            cache: keys and values of other columns. `input_ids` and `positions` are then those of its window, and
+                `attention_mask` [R, visible] covers all visible columns. For passes without gradient.
 
         Returns:
             The stock class's output without `positions`, else a `DiffusionLMOutput`.
 
         Raises:
-            ValueError: if `labels` is given: the stock loss is the autoregressive one.
+            ValueError: if `labels` is given: the stock loss is the autoregressive one; or a noised copy with full
+                attention, which would see the clean tokens.
         """
         if labels is not None:
             raise ValueError(
                 "A diffusion language model has no next-token loss, so `labels=` is refused. For supervised "
                 "training use trl_diffusion.trainers.SFTTrainer; to score tokens pass `positions=` and `targets=`."
+            )
+        assert input_ids is not None
+        if cache is not None or noisy_copy:
+            first = 0 if cache is None else cache.start
+            columns = torch.arange(first, first + input_ids.size(1), device=input_ids.device)
+            columns[input_ids.size(1) - noisy_copy :] -= noisy_copy
+            kwargs |= {"position_ids": columns.unsqueeze(0), "past_key_values": cache}
+        if self.attention_block is not None:
+            attention_mask = block_causal_bias(
+                torch.ones_like(input_ids) if attention_mask is None else attention_mask,
+                self.attention_block,
+                self.get_input_embeddings().weight.dtype,  # type: ignore[attr-defined]
+                canvas_start,
+                0 if cache is None else cache.start,
+                noisy_copy,
+            )
+        elif noisy_copy:
+            raise ValueError(
+                "A noised copy beside the clean tokens needs block-causal attention: with full attention it would see "
+                f"what it is asked for. {type(self).__name__} has full attention; score one noised view per pass."
             )
         if positions is None:
             return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
@@ -174,9 +215,11 @@ class DiffusionLM:
             return DiffusionLMOutput(logits=self._diffusion_logits(gathered))
 
         rows, slots = (positions >= 0).nonzero(as_tuple=True)
-        logits = self._diffusion_logits(hidden[rows, index[rows, slots]])
-        log_probs, entropy = score_targets(
-            logits, targets[rows, slots], temperature, None if support is None else support[rows, slots]
+        log_probs, entropy = self._score(
+            hidden[rows, index[rows, slots]],
+            targets[rows, slots],
+            None if support is None else support[rows, slots],
+            temperature,
         )
 
         def scatter(values: torch.Tensor) -> torch.Tensor:
@@ -184,10 +227,19 @@ class DiffusionLM:
 
         return DiffusionLMOutput(log_probs=scatter(log_probs), entropy=scatter(entropy))
 
+    def _score(self, hidden, targets, support, temperature) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities and entropies [N] of targets [N] from hidden states [N, H]."""
+        head = self.lm_head
+        if isinstance(head, ScoringHead | ModulesToSaveWrapper) and "forward" not in vars(head):
+            return head(hidden, targets, support, temperature, self.family)
+        # LoRA on the head adds to its logits, a quantised head computes its own, and so does a `forward` that was put
+        # on it (TRL's `cast_lm_head_to_fp32`)
+        return score_targets(self._diffusion_logits(hidden), targets, temperature, support)
+
     def _diffusion_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         # The head is called as a module: ZeRO-3, FSDP2 and quantised heads gather their weights in its hooks. A hook
         # on its backward pass forbids changing its output in place, hence the copy (which bfloat16 needs anyway).
-        logits = self.lm_head(hidden).to(torch.float32, copy=True)  # type: ignore[attr-defined]
+        logits = self.lm_head(hidden).to(torch.float32, copy=True)
         return self.family.exclude_never_sampled(logits)
 
     def generate(
@@ -202,6 +254,10 @@ class DiffusionLM:
         top_k: int = 0,
         top_p: float = 1.0,
         unmasking: str = "max_prob",
+        confidence_threshold: float | None = None,
+        entropy_bound: float | None = None,
+        cache: str = "auto",
+        cache_refresh: int = 0,
         generator: torch.Generator | None = None,
         return_trajectory: bool = False,
     ) -> torch.Tensor | Trajectory:
@@ -216,7 +272,11 @@ class DiffusionLM:
             temperature: 0 is greedy.
             top_k: keep the k most likely tokens; 0 keeps all.
             top_p: keep the smallest set of tokens with this much probability; needs `top_k`.
-            unmasking: how positions are chosen, see `trl_diffusion.sampling.SamplingConfig`.
+            unmasking: how positions are chosen, see `trl_diffusion.sampling.SamplingConfig`, also for the next four.
+            confidence_threshold: commit every position whose largest probability reaches this.
+            entropy_bound: commit positions up to this much entropy, in nats.
+            cache: keys and values to reuse between steps.
+            cache_refresh: steps between two full passes with an approximate cache.
             generator: source of all randomness; PyTorch's global generator if not given.
             return_trajectory: return the `Trajectory` instead of token ids.
 
@@ -234,6 +294,10 @@ class DiffusionLM:
             top_k=top_k,
             top_p=top_p,
             unmasking=unmasking,
+            confidence_threshold=confidence_threshold,
+            entropy_bound=entropy_bound,
+            cache=cache,
+            cache_refresh=cache_refresh,
         )
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device if generator else "cpu"))
         trajectory = sample(
@@ -244,31 +308,3 @@ class DiffusionLM:
             row_generators(seed, rows=range(input_ids.size(0))),
         )
         return trajectory if return_trajectory else torch.cat([input_ids, trajectory.completion_ids], dim=1)
-
-
-def score_targets(
-    logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0, support: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each target and entropy of its distribution, at a temperature, on a support.
-
-    Args:
-        logits: float32 [..., V]; -inf for ids that are never sampled.
-        targets: long [...].
-        temperature: divides the logits; > 0.
-        support: int [..., C], the ids that could be drawn, -1 for none; every id if not given.
-
-    Returns:
-        (log-probabilities [...], entropies [...] in nats), float32. The log-probability of a target outside of its
-        support is -inf.
-    """
-    if support is not None:
-        logits = logits.gather(-1, support.clamp(min=0).long()).masked_fill(support < 0, -torch.inf)
-        hit = support == targets.unsqueeze(-1)
-        targets = hit.int().argmax(-1)
-    log_probs = torch.log_softmax(logits / temperature, dim=-1)
-    chosen = log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    if support is not None:
-        chosen = chosen.masked_fill(~hit.any(-1), -torch.inf)
-    # 0 · log 0 counts as 0
-    entropy = -(log_probs.exp() * log_probs.masked_fill(log_probs == -torch.inf, 0.0)).sum(-1)
-    return chosen, entropy

@@ -78,8 +78,8 @@ def family_of(model: PreTrainedModel) -> DiffusionFamily:
     if not isinstance(base, DiffusionLM):
         raise TypeError(
             f"{type(base).__name__} is not a diffusion language model known to trl_diffusion. Load one of the "
-            "supported families (llada, Dream) by name with AutoModelForCausalLM after `import trl_diffusion`; if "
-            "this is such a checkpoint, make sure that its config.json has the family's `model_type` and that "
+            "supported families (llada, Dream, sdar) by name with AutoModelForCausalLM after `import trl_diffusion`; "
+            "if this is such a checkpoint, make sure that its config.json has the family's `model_type` and that "
             "`architectures` does not name a stock transformers class."
         )
     return base.family

@@ -2,107 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import extract_model_from_parallel
 from transformers import PreTrainedModel
 
 from trl_diffusion.models import DiffusionFamily, family_of, score_targets
+from trl_diffusion.sampling.buckets import prompt_buckets
+from trl_diffusion.sampling.config import SamplingConfig
 from trl_diffusion.sampling.distribution import draw, truncate
 from trl_diffusion.sampling.noise import uniforms
+from trl_diffusion.sampling.passes import BlockPasses, Passes, WindowPasses
 from trl_diffusion.sampling.state import CanvasState
 from trl_diffusion.sampling.trajectory import Trajectory
-
-UNMASKING = ("random", "max_prob", "entropy", "margin", "low_confidence")
-
-
-@dataclass(frozen=True)
-class SamplingConfig:
-    """How completions are drawn.
-
-    Args:
-        canvas_length: L, positions to write.
-        denoising_steps: S, split evenly over the blocks; each step commits the same share of its block (the first
-            steps one more where it does not divide).
-        block_length: positions per block; blocks are written from left to right.
-        temperature: divides the logits; 0 takes the most likely token.
-        top_k: number of tokens to draw from; 0 for all.
-        top_p: probability mass to draw from; below 1 it needs `top_k`, so that the recorded support stays small.
-        unmasking: which masked positions of the block are committed at a step. `random`: uniformly;
-            `max_prob`, `entropy`, `margin`: where the network's distribution (temperature 1, full vocabulary) has the
-            largest top probability, the lowest entropy, the largest gap between its two largest probabilities. The
-            token is drawn after its position is chosen, so the recorded log-probability is that of the policy.
-            `low_confidence` is LLaDA's rule: draw a token everywhere and commit those with the largest probability.
-            It is biased: committed tokens are mostly modes, and the recorded log-probability is not the policy's.
-        record_signals: also record `step_entropy` and `step_margin`; needs the LM head at every masked position of
-            the block, which `random` does not.
-
-    Raises:
-        ValueError: if the numbers do not fit together.
-    """
-
-    canvas_length: int = 256
-    denoising_steps: int = 128
-    block_length: int = 32
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    unmasking: str = "random"
-    record_signals: bool = False
-
-    def __post_init__(self) -> None:
-        if min(self.canvas_length, self.denoising_steps, self.block_length) < 1:
-            raise ValueError(
-                f"canvas_length ({self.canvas_length}), denoising_steps ({self.denoising_steps}) and block_length "
-                f"({self.block_length}) must be at least 1."
-            )
-        if self.canvas_length % self.block_length:
-            raise ValueError(
-                f"block_length ({self.block_length}) must divide the canvas length ({self.canvas_length}); choose "
-                f"a canvas of {-(-self.canvas_length // self.block_length) * self.block_length} or another block."
-            )
-        if self.denoising_steps % self.num_blocks or self.denoising_steps > self.canvas_length:
-            raise ValueError(
-                f"denoising_steps ({self.denoising_steps}) must be a multiple of the number of blocks "
-                f"({self.num_blocks} = {self.canvas_length} / {self.block_length}) and at most the canvas length "
-                f"({self.canvas_length}), so that every step of every block commits at least one token."
-            )
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be at least 0, got {self.temperature}.")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be at least 0 (0 keeps every token), got {self.top_k}.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}.")
-        if self.top_p < 1 and self.top_k == 0 and self.temperature > 0:
-            raise ValueError(
-                f"top_p={self.top_p} needs top_k > 0, so that the recorded support stays small; the AGRPO paper uses "
-                "top_k=150 with top_p=0.99."
-            )
-        if self.unmasking not in UNMASKING:
-            raise ValueError(f"unmasking must be one of {', '.join(UNMASKING)}; got {self.unmasking!r}.")
-
-    @property
-    def num_blocks(self) -> int:
-        return self.canvas_length // self.block_length
-
-    @property
-    def steps_per_block(self) -> int:
-        return self.denoising_steps // self.num_blocks
-
-    def commits(self) -> list[int]:
-        """Tokens committed at each step of a block; sums to the block length."""
-        share, extra = divmod(self.block_length, self.steps_per_block)
-        return [share + (step < extra) for step in range(self.steps_per_block)]
-
-    def head_positions(self) -> int:
-        """Positions at which the LM head runs for one completion that fills its canvas."""
-        if self.unmasking == "random" and not self.record_signals:
-            return self.canvas_length
-        commits = self.commits()
-        return self.num_blocks * sum(sum(commits[step:]) for step in range(len(commits)))
 
 
 @torch.no_grad()
@@ -121,7 +37,8 @@ def sample(
     id. The network is in evaluation mode while sampling, and put back after.
 
     Args:
-        model: a native diffusion language model, possibly inside PEFT.
+        model: a native diffusion language model, possibly inside PEFT. A compiled one runs as it was before, because
+            the shapes of its passes keep changing.
         input_ids: long [B, P], left-padded prompts.
         attention_mask: [B, P], 0 on padding; all ones if `None`.
         config: how to draw.
@@ -139,6 +56,7 @@ def sample(
         ValueError: if there is not one generator per prompt, a prompt is empty, or the state is of another shape.
         FloatingPointError: if the network's logits are not finite.
     """
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
     family = family_of(model)
     batch, prompt_length = input_ids.shape
     if len(generators) != batch:
@@ -154,18 +72,32 @@ def sample(
             f"sample() needs a state of shape {(batch, config.canvas_length)} (prompts, canvas length) with as many "
             f"lengths as prompts; got {tuple(state.canvas.shape)} with lengths {tuple(state.length.shape)}."
         )
-    rollout = _Rollout(model, family, input_ids, attention_mask, config, generators, state)
+    config.check_family(family)
+    lengths = attention_mask.sum(1).tolist()
+    # where processes share the weights, all must run as many passes
+    buckets = prompt_buckets(lengths, config.canvas_length) if any_process is None else [list(range(batch))]
     was_training = model.training
     model.eval()
     try:
-        while True:
-            alive = rollout.alive.numel() > 0
-            if not (alive if any_process is None else any_process(alive)):
-                break
-            rollout.write_block(lockstep=any_process is not None)
+        parts = []
+        for bucket in buckets:
+            rows = torch.tensor(bucket, device=input_ids.device)
+            shown = slice(prompt_length - max(lengths[row] for row in bucket), None)
+            rollout = _Rollout(
+                model,
+                family,
+                config,
+                input_ids[rows, shown],
+                attention_mask[rows, shown],
+                [generators[row] for row in bucket],
+                None if state is None else CanvasState(state.canvas[rows], state.length[rows]),
+                any_process,
+            )
+            rollout.write()
+            parts.append(rollout.trajectory())
     finally:
         model.train(was_training)
-    return rollout.trajectory()
+    return Trajectory.gather(parts, torch.tensor([row for bucket in buckets for row in bucket]).to(input_ids.device))
 
 
 class _Drawn(NamedTuple):
@@ -190,17 +122,30 @@ class _Drawn(NamedTuple):
 class _Rollout:
     """The growing canvas of one batch; rows may be at different blocks."""
 
-    def __init__(self, model, family: DiffusionFamily, input_ids, attention_mask, config, generators, state):
+    def __init__(
+        self,
+        model,
+        family: DiffusionFamily,
+        config: SamplingConfig,
+        input_ids,
+        attention_mask,
+        generators,
+        state,
+        any_process,
+    ):
         device, batch = input_ids.device, input_ids.size(0)
         shape = (batch, config.canvas_length)
-        self.model, self.family, self.config = model, family, config
-        self.input_ids, self.attention_mask = input_ids, attention_mask
+        self.family, self.config, self.any_process = family, config, any_process
         if state is None:
             state = CanvasState.empty(batch, config.canvas_length, family.mask_token_id, device)
         self.canvas, self.length = state.canvas.clone(), state.length
         self.block, unfinished = state.next_block(family, config.block_length)
         self.alive = unfinished.nonzero().squeeze(1)
-        self.forwards = self.sync_forwards = 0
+        cached = WindowPasses if config.approximate else BlockPasses
+        exact = config.cache == "none" or (config.cache == "auto" and family.attention_block is None)
+        self.passes = (Passes if exact else cached)(
+            model, family, config, input_ids, attention_mask, self.canvas, self.length
+        )
         self.row_forwards = torch.zeros(batch, dtype=torch.long, device=device)
         self.unmask_step = torch.full(shape, -1, dtype=torch.int32, device=device)
         self.logps = torch.zeros(shape, device=device)
@@ -218,27 +163,47 @@ class _Rollout:
         noise = uniforms(generators, config.num_blocks, steps + 1, config.block_length).to(device)
         self.token_noise, self.order_noise = noise[:, :, :-1], noise[:, :, -1]
 
-    def write_block(self, lockstep: bool) -> None:
-        """Commit what is left of the current block of every live row, then let rows leave whose text has ended.
+    def _anywhere(self, here: bool) -> bool:
+        """Whether something holds here or on a process that shares the weights."""
+        return here if self.any_process is None else self.any_process(here)
 
-        With `lockstep` this process runs a forward at every step, whether or not one of its rows needs it.
+    def write(self) -> None:
+        """Write until every text has ended or its canvas is full."""
+        while self._anywhere(self.alive.numel() > 0):
+            self._write_block()
+
+    def _write_block(self) -> None:
+        """Commit what is left of the current block of live rows, then let rows leave whose text has ended.
+
+        Where processes share the weights, this one runs a pass at every step, whether or not one of its rows needs it.
         """
+        group = self.passes.together(self.alive, self.block)
+        first = self.block[group] * self.config.block_length
+        self.passes.begin_block(group, first, self._anywhere)
         commits = self.config.commits()
         for step in range(len(commits)):
-            masked, open_ = self._masked(self.alive)
-            # A row that starts inside a block, or on a shorter canvas, joins when its turn comes.
-            counts = (open_.sum(1) - sum(commits[step + 1 :])).clamp(min=0)
-            rows = self.alive[counts > 0]
-            if rows.numel() > 0:
-                self._write_step(rows, step, masked[counts > 0], open_[counts > 0], counts[counts > 0])
-            elif lockstep:
-                self.sync_forwards += 1
-                first = self.alive.new_zeros(1)
-                self._logits(first, first.unsqueeze(1))
-        rows = self.alive
-        ended = self.family.is_end(self.canvas[rows.unsqueeze(1), self._positions(rows)]).any(1)
-        self.block[rows] += 1
-        self.alive = rows[~ended & (self.block[rows] * self.config.block_length < self.length[rows])]
+            masked, open_ = self._masked(group)
+            if self.config.parallel and not self._anywhere(masked.size(1) > 0):
+                break
+            least = self._least(open_.sum(1), sum(commits[step + 1 :]))
+            if least.any():
+                working = self.passes.working(open_, least)
+                self._write_step(group[working], step, masked[working], open_[working], least[working])
+            elif self.any_process is not None:
+                self.passes.keep_step()
+        ended = self.family.is_end(self.canvas[group.unsqueeze(1), self._positions(group)]).any(1)
+        self.block[group] += 1
+        leave = ended | (self.block[group] * self.config.block_length >= self.length[group])
+        self.alive = self.alive[~torch.isin(self.alive, group[leave])]
+
+    def _least(self, num_open: torch.Tensor, later: int) -> torch.Tensor:
+        """Tokens [R] to commit at a step, at least, so that `later` ones suffice.
+
+        A row that starts inside a block, or on a shorter canvas, joins when its turn comes; where the network may
+        commit more than this, rows never wait.
+        """
+        least = (num_open - later).clamp(min=0)
+        return torch.maximum(least, num_open.clamp(max=1)) if self.config.parallel else least
 
     def _positions(self, rows) -> torch.Tensor:
         """Canvas positions [R, block] of the current blocks."""
@@ -254,10 +219,10 @@ class _Rollout:
         most = int(masked.sum(1).max()) if rows.numel() else 0
         return order[:, :most], masked.gather(1, order)[:, :most]
 
-    def _write_step(self, rows, step: int, masked: torch.Tensor, open_: torch.Tensor, counts: torch.Tensor) -> None:
-        """Commit `counts` [R] of the open positions among `masked` (offsets in the block, [R, m])."""
+    def _write_step(self, rows, step: int, masked: torch.Tensor, open_: torch.Tensor, least: torch.Tensor) -> None:
+        """Commit at least `least` [R] of the open positions among `masked` (offsets in the block, [R, m])."""
         self.row_forwards[rows] += 1
-        slots, drawn, signals = self._denoise(rows, step, masked, open_, int(counts.max()))
+        slots, counts, drawn, signals = self._denoise(rows, step, masked, open_, least)
         kept, slot = (torch.arange(slots.size(1), device=rows.device) < counts.unsqueeze(1)).nonzero(as_tuple=True)
         offsets = masked.gather(1, slots)[kept, slot]
         own, block = rows[kept], self.block[rows]
@@ -270,19 +235,21 @@ class _Rollout:
             at = (rows, block * self.config.steps_per_block + step)
             self.step_entropy[at], self.step_margin[at] = signals
 
-    def _denoise(self, rows, step: int, masked: torch.Tensor, open_: torch.Tensor, count: int):
-        """Choose `count` of the positions `masked` [R, m] (offsets in the block) and draw their tokens.
+    def _denoise(self, rows, step: int, masked: torch.Tensor, open_: torch.Tensor, least: torch.Tensor):
+        """Choose from the positions `masked` [R, m] (offsets in the block) and draw tokens there.
 
-        Returns (the chosen, as indices into `masked` [R, count]; what was drawn there; signals [R] or None).
+        Returns (the chosen, best first, as indices into `masked` [R, n]; how many of them count [R]; what was drawn
+        there; signals [R] or None).
         """
         config, block = self.config, self.block[rows]
+        count = int(least.max())
         if config.unmasking == "random":
             order = self.order_noise[rows, block].gather(1, masked).masked_fill(~open_, torch.inf)
             slots = order.argsort(1)[:, :count]
             if not config.record_signals:  # the LM head is needed only where tokens are committed
                 chosen = masked.gather(1, slots)
                 drawn = self._draw(self._logits(rows, chosen), self._noise(rows, 0, chosen))
-                return slots, drawn, None
+                return slots, least, drawn, None
 
         logits = self._logits(rows, masked)
         signals = _signals(logits, open_) if config.record_signals else None
@@ -290,38 +257,32 @@ class _Rollout:
             drawn = self._draw(logits, self._noise(rows, step, masked))
             confidence = score_targets(logits, drawn.tokens)[0].masked_fill(~open_, -torch.inf)
             slots = confidence.topk(count, dim=1).indices
-            return slots, drawn.at(slots), signals
+            return slots, least, drawn.at(slots), signals
         if config.unmasking != "random":
             certainty = _certainty(logits, config.unmasking).masked_fill(~open_, -torch.inf)
-            slots = certainty.topk(count, dim=1).indices
+            if config.parallel:
+                certainty, slots = certainty.sort(dim=1, descending=True)
+                least = least.maximum(self._certain(certainty))
+                slots = slots[:, : int(least.max())]
+            else:
+                slots = certainty.topk(count, dim=1).indices
         noise = self._noise(rows, 0, masked.gather(1, slots))
-        return slots, self._draw(_take(logits, slots), noise), signals
+        return slots, least, self._draw(_take(logits, slots), noise), signals
+
+    def _certain(self, certainty: torch.Tensor) -> torch.Tensor:
+        """How many positions pass the rule of parallel unmasking, [R] from certainties [R, m], largest first."""
+        if self.config.confidence_threshold is not None:
+            return (certainty >= math.log(self.config.confidence_threshold)).sum(1)
+        assert self.config.entropy_bound is not None
+        # entropies in ascending order: the sum of all but the largest is the sum of those before
+        before = (-certainty).cumsum(1) + certainty
+        return ((before <= self.config.entropy_bound) & (certainty > -torch.inf)).sum(1)
 
     def _noise(self, rows, step: int, offsets: torch.Tensor) -> torch.Tensor:
         return self.token_noise[rows, self.block[rows], step].gather(1, offsets)
 
     def _logits(self, rows, offsets: torch.Tensor) -> torch.Tensor:
-        self.forwards += 1
-        prompt_length = self.input_ids.size(1)
-        canvas = self.canvas[rows, : int(self.length[rows].max())]
-        visible = torch.arange(canvas.size(1), device=rows.device) < self.length[rows].unsqueeze(1)
-        # An offset that only fills up a row with less to write, or keeps step, may lie behind the canvas; nothing of
-        # what the network says there is read.
-        positions = (self.block[rows].unsqueeze(1) * self.config.block_length + offsets).clamp(max=canvas.size(1) - 1)
-        logits = self.model(
-            input_ids=torch.cat([self.input_ids[rows], canvas], dim=1),
-            attention_mask=torch.cat([self.attention_mask[rows], visible.to(self.attention_mask)], dim=1),
-            positions=prompt_length + positions,
-        ).logits
-        finite = logits.amax(-1).isfinite().all(1)
-        if not finite.all():  # some id would be drawn all the same
-            raise FloatingPointError(
-                f"The network's logits are not finite for {int((~finite).sum())} of {len(rows)} rows in forward "
-                f"{self.forwards} of this rollout, so no token can be drawn. Its weights or activations have "
-                "overflowed: go back to a checkpoint with a lower learning_rate, or use bfloat16 or float32 in place "
-                "of float16."
-            )
-        return logits
+        return self.passes.logits(rows, self.block[rows] * self.config.block_length, offsets)
 
     def _draw(self, logits: torch.Tensor, noise: torch.Tensor) -> _Drawn:
         """Draw a token from each distribution: logits [R, n, V], noise [R, n]."""
@@ -358,8 +319,9 @@ class _Rollout:
             step_entropy=self.step_entropy,
             step_margin=self.step_margin,
             row_forwards=self.row_forwards,
-            forwards=self.forwards,
-            sync_forwards=self.sync_forwards,
+            row_units=self.passes.row_units,
+            forwards=self.passes.forwards,
+            sync_forwards=self.passes.sync_forwards,
         )
 
 

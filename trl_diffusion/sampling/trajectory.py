@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -24,7 +26,9 @@ class Trajectory:
         step_entropy: float32 [B, S], mean entropy in nats over the positions the sampler could commit at a step, at
             temperature 1 on the full vocabulary; 0 behind a row's end; `None` unless asked for.
         step_margin: float32 [B, S], mean of p1 - p2 (the two largest probabilities) over the same positions.
-        row_forwards: long [B], network evaluations that each completion took part in.
+        row_forwards: long [B], denoising steps: network evaluations that each completion took part in.
+        row_units: float32 [B], the same, each counted by the share of the columns of prompt and canvas that it
+            computed; a pass over the prompt alone is among them.
         forwards: network evaluations run for this batch, the same for every process where weights stay sharded.
         sync_forwards: those among them that only kept step with the other processes.
     """
@@ -38,8 +42,28 @@ class Trajectory:
     step_entropy: torch.Tensor | None
     step_margin: torch.Tensor | None
     row_forwards: torch.Tensor
+    row_units: torch.Tensor
     forwards: int
     sync_forwards: int
+
+    @classmethod
+    def gather(cls, parts: Sequence[Trajectory], rows: torch.Tensor) -> Trajectory:
+        """One trajectory of completions that were drawn apart.
+
+        Args:
+            parts: at least one.
+            rows: long [B], which row each completion of the parts, one part after the other, is in the result.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        merged: dict[str, Any] = {}
+        for name, value in vars(parts[0]).items():
+            values = [getattr(part, name) for part in parts]
+            if isinstance(value, torch.Tensor):
+                merged[name] = torch.cat(values)[rows.argsort()]
+            else:
+                merged[name] = sum(values) if name in ("forwards", "sync_forwards") else value
+        return cls(**merged)
 
     @property
     def steps_taken(self) -> torch.Tensor:

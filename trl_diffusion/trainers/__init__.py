@@ -5,6 +5,7 @@ from trl_diffusion.trainers.atpo import ATPOConfig, ATPOTrainer
 from trl_diffusion.trainers.coupled_grpo import CoupledGRPOConfig, CoupledGRPOTrainer
 from trl_diffusion.trainers.diffu_grpo import DiffuGRPOConfig, DiffuGRPOTrainer
 from trl_diffusion.trainers.diffusion_grpo import DiffusionGRPOConfig, DiffusionGRPOTrainer
+from trl_diffusion.trainers.dipo import DiPOConfig, DiPOTrainer
 from trl_diffusion.trainers.dmpo import DMPOConfig, DMPOTrainer
 from trl_diffusion.trainers.espo import ESPOConfig, ESPOTrainer
 from trl_diffusion.trainers.sft import SFTConfig, SFTTrainer
@@ -23,6 +24,8 @@ __all__ = [
     "CoupledGRPOTrainer",
     "DMPOConfig",
     "DMPOTrainer",
+    "DiPOConfig",
+    "DiPOTrainer",
     "DiffuGRPOConfig",
     "DiffuGRPOTrainer",
     "DiffusionGRPOConfig",

@@ -6,10 +6,11 @@ import inspect
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from trl_diffusion.credit import StepAwareReward
-from trl_diffusion.models import DreamConfig, LLaDAConfig, family_of
+from trl_diffusion.models import family_of
+from trl_diffusion.models.skeleton import native_config
 
 
 def check_arguments(model, processing_class, kwargs: dict[str, Any]) -> None:
@@ -26,12 +27,7 @@ def check_arguments(model, processing_class, kwargs: dict[str, Any]) -> None:
             f"processing_class must be a tokenizer, got {type(processing_class).__name__}: images are not supported."
         )
     if isinstance(model, str):
-        config = AutoConfig.from_pretrained(model)
-        if not isinstance(config, (LLaDAConfig, DreamConfig)):
-            raise TypeError(
-                f"{model} has model_type {config.model_type!r}, which is not a diffusion language model. Supported: "
-                f"{LLaDAConfig.model_type}, {DreamConfig.model_type}."
-            )
+        config = native_config(model)
         for name in config.architectures or []:
             if hasattr(transformers, name):  # TRL's loader would build that class, whatever the model_type
                 raise TypeError(

@@ -28,7 +28,7 @@ class CompletionCost:
     """Forward passes of prompt and whole canvas that one completion of a rollout costs, at most.
 
     Args:
-        rollout: denoising steps of the rollout.
+        rollout: passes of the rollout.
         probe: passes of continuations (SAPO), if every completion is continued.
         old: passes without gradient before the first update, for the old log-probabilities.
         reference: passes of the reference model.
@@ -66,6 +66,14 @@ def updates_per_rollout(trainer: DiffusionGRPOTrainer) -> float:
     """Optimizer updates between two rollouts; below 1 where an update takes several rollouts."""
     args = trainer.args
     return int(args.steps_per_generation or 1) * trainer.num_iterations / args.gradient_accumulation_steps
+
+
+def rollout_units(trainer: DiffusionGRPOTrainer) -> float:
+    """Passes of one completion's rollout, each by the share of the columns that it computes."""
+    config, block = trainer.args.sampling_config(), trainer.family.attention_block
+    if block is None and not config.approximate:
+        return config.denoising_steps
+    return config.forward_units(prompt_length(trainer), block, trainer.group_size("train"))
 
 
 def forward_units(trainer: DiffusionGRPOTrainer) -> UpdateCost:
@@ -156,13 +164,13 @@ def update_flop(trainer: DiffusionGRPOTrainer) -> UpdateCost:
     sampling = trainer.args.sampling_config()
     tokens = prompt_length(trainer) + sampling.canvas_length
     completions = int(trainer.args.generation_batch_size or 0) / updates_per_rollout(trainer)
-    heads = sampling.head_positions() / sampling.denoising_steps
-    sampled = shape.forward_flop(tokens, heads)
+    heads = sampling.head_positions()
+    probed = shape.forward_flop(tokens, heads / sampling.denoising_steps)
     scored = shape.forward_flop(tokens, cost.targets)
     learned = scored + shape.backward_flop(tokens, cost.targets)
     return UpdateCost(
-        rollout=completions * cost.rollout * sampled,
-        probe=completions * cost.probe * sampled,
+        rollout=completions * (cost.rollout * shape.forward_flop(tokens, 0) + shape.forward_flop(0, heads)),
+        probe=completions * cost.probe * probed,
         old=completions * cost.old * scored,
         reference=completions * cost.reference * scored,
         training=completions * cost.training * learned,

@@ -35,7 +35,7 @@ from trl_diffusion.trainers.adapter_setup import AdapterPrecision, native_peft_c
 from trl_diffusion.trainers.backends import check_backend, check_reference_loading
 from trl_diffusion.trainers.checkpoints import Checkpoints, is_plain
 from trl_diffusion.trainers.checks import check_arguments, check_columns
-from trl_diffusion.trainers.cost import CompletionCost
+from trl_diffusion.trainers.cost import CompletionCost, rollout_units
 from trl_diffusion.trainers.guards import GuardConfig
 from trl_diffusion.trainers.model_card import card_arguments, complete_card
 from trl_diffusion.trainers.monte_carlo_views import MonteCarloViews
@@ -59,6 +59,11 @@ class DiffusionGRPOConfig(GuardConfig, GRPOConfig):
         record_signals: record entropy and confidence margin of every denoising step of the training rollouts. It
             costs no forward pass, but with `unmasking="random"` the LM head runs at every masked position of the
             active block.
+        confidence_threshold: commit every position whose largest probability reaches this, see `SamplingConfig`.
+        entropy_bound: commit positions up to this much entropy in nats, see `SamplingConfig`.
+        cache: keys and values that the rollout reuses, see `SamplingConfig`. What `auto` reuses is exact; under
+            `prefix` and `dual` completions are those of another policy, close to the network's.
+        cache_refresh: steps between two full passes with `prefix` and `dual`; 0 for one at the start of a block.
         num_mc_samples: Monte-Carlo views per completion and update. Memory does not grow with it, but for methods
             that need a completion's views together (ESPO, coupled-GRPO, SPG, WDDO).
         resume_from_checkpoint: for recipes, what they pass to `train`; on the command line it needs no value.
@@ -83,6 +88,24 @@ class DiffusionGRPOConfig(GuardConfig, GRPOConfig):
     )
     record_signals: bool = field(
         default=False, metadata={"help": "Record entropy and confidence margin of every denoising step."}
+    )
+    confidence_threshold: float | None = field(
+        default=None,
+        metadata={"help": "Commit every position whose largest probability reaches this; with unmasking=max_prob."},
+    )
+    entropy_bound: float | None = field(
+        default=None,
+        metadata={"help": "Commit positions up to this much entropy, in nats; with unmasking=entropy."},
+    )
+    cache: str = field(
+        default="auto",
+        metadata={
+            "help": "Keys and values that the rollout reuses: auto (what is exact), none, prefix or dual "
+            "(approximate), or block (exact, for block-causal attention)."
+        },
+    )
+    cache_refresh: int = field(
+        default=0, metadata={"help": "Steps between two full passes with cache=prefix or dual; 0 for one per block."}
     )
     num_mc_samples: int = field(
         default=8, metadata={"help": "Monte-Carlo views (noised canvases) per completion and update."}
@@ -130,6 +153,10 @@ class DiffusionGRPOConfig(GuardConfig, GRPOConfig):
             top_p=self.top_p,
             unmasking=self.unmasking,
             record_signals=self.record_signals,
+            confidence_threshold=self.confidence_threshold,
+            entropy_bound=self.entropy_bound,
+            cache=self.cache,
+            cache_refresh=self.cache_refresh,
         )
 
     @property
@@ -261,6 +288,7 @@ class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloV
             )
         adapter_precision.restore(self.model, args.deepspeed_plugin)
         self.family = family_of(self.model)
+        self._check_family()
         self.eos_token_ids = sorted({*self.family.end_token_ids, self._tokenizer.eos_token_id})
         self._checkpointing_kwargs: Any = args.gradient_checkpointing_kwargs
         self._rollouts = {"train": 0, "eval": 0}
@@ -275,6 +303,14 @@ class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloV
         self._trajectory: Trajectory | None = None
         self._scored: Scores | None = None
         self._window_rows: dict[str, torch.Tensor] | None = None
+
+    def _check_family(self) -> None:
+        """Whether sampling and scoring go with the model's attention.
+
+        Raises:
+            ValueError: if not.
+        """
+        self.args.sampling_config().check_family(self.family)
 
     @staticmethod
     def _needs_reference(args: DiffusionGRPOConfig) -> bool:
@@ -305,7 +341,7 @@ class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloV
         """What one completion costs, for the start-up report; a method overrides what is different with it."""
         views = self.num_iterations * self._num_views()
         return CompletionCost(
-            rollout=self.args.denoising_steps,
+            rollout=rollout_units(self),
             probe=0 if self._probe is None else self._probe.forwards_at_most(),
             old=views if self._compares_with_old else 0,
             reference=views if self.beta != 0.0 else 0,
@@ -375,9 +411,10 @@ class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloV
                 (self.family.is_end(trajectory.completion_ids) & sampled).sum().float(),
                 torch.tensor(float(len(sampled)), device=sampled.device),
                 self.family.is_end(trajectory.completion_ids[:, 0]).sum().float(),
+                trajectory.row_units.sum(),
             ]
         )
-        steps, tokens, ends, rows, empty = self.accelerator.reduce(statistics, reduction="sum").tolist()
+        steps, tokens, ends, rows, empty, units = self.accelerator.reduce(statistics, reduction="sum").tolist()
         metrics = self._metrics[mode]
         metrics["rollout/denoising_steps"].append(steps / rows)
         metrics["rollout/tokens_per_forward"].append(tokens / steps)
@@ -385,7 +422,7 @@ class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloV
         metrics["rollout/seconds"].append(seconds)
         metrics["completions/empty_share"].append(empty / rows)
         if mode == "train":
-            self.count_forwards(steps)
+            self.count_forwards(units)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -499,7 +536,7 @@ class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloV
         updates, views = range(self._inner_updates(mode)) if updates is None else updates, self._num_views()
         batch, length = rows["completion_ids"].shape
         logps = torch.zeros(batch, len(updates), views, length, device=rows["completion_ids"].device)
-        size = self.args.per_device_train_batch_size
+        size, units = self.args.per_device_train_batch_size, 0.0
         was_training = model.training
         model.eval()
         try:
@@ -509,12 +546,14 @@ class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloV
                     for view in range(views):
                         for start in range(0, batch, size):
                             part = {k: v[start : start + size] for k, v in rows.items() if v.dim() > 0}
-                            scores = self._score(model, part, self._view_of(part, update, view))
+                            views_of_part = self._view_of(part, update, view)
+                            scores = self._score(model, part, views_of_part)
                             logps[start : start + size, place, view] = scores.logps
+                            units += views_of_part.forward_units(part["prompt_ids"].size(1))
         finally:
             model.train(was_training)
         if mode == "train":
-            self.count_forwards(len(updates) * views * batch * self.accelerator.num_processes)
+            self.count_forwards(units * self.accelerator.num_processes)
         return logps
 
     def _inner_updates(self, mode: str) -> int:
@@ -523,8 +562,8 @@ class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloV
     def count_forwards(self, rows: float) -> None:
         """Add to `forward_units`, the compute spent on training by all processes.
 
-        One unit is one forward pass of one row (prompt and whole canvas); a pass with gradient counts three, rows on a
-        shorter canvas in proportion to their length.
+        One unit is one forward pass of one row (prompt and whole canvas); a pass with gradient counts three, one that
+        computes a part of the columns in proportion.
         """
         self.forward_units += rows
         self._metrics["train"]["forward_units"] = [self.forward_units]
@@ -533,10 +572,10 @@ class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloV
         # TRL asks while it makes a rollout, where nothing reads the answer, and in its loss, once `_token_loss` scored
         return (None, None, None) if self._scored is None else (self._scored.logps, self._scored.entropies, None)
 
-    def _old_logps(self, rows: dict[str, torch.Tensor], update: int, view: int, views: Views) -> torch.Tensor:
+    def _old_logps(self, rows: dict[str, torch.Tensor], update: int, view: int, targets: torch.Tensor) -> torch.Tensor:
         """Log-probabilities [B, L] of a view's targets before the first update, 0 elsewhere."""
         old = rows["old_per_token_logps"]
-        return (old if old.dim() == 2 else old[:, update, view]) * views.targets
+        return (old if old.dim() == 2 else old[:, update, view]) * targets
 
     def _place_in_buffer(self) -> tuple[int, int]:
         """How often the rollout batch was gone through before, and the micro-batch within it."""
@@ -574,16 +613,24 @@ class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloV
         """The loss of one view, divided by the number of views."""
         views = self._view_of(rows, update, view)
         scores = self._score(model, rows, views)
-        self._count_training(len(views.targets))
+        self._count_training(views.forward_units(rows["prompt_ids"].size(1)))
+        old = self._old_logps(rows, update, view, views.targets)
         return self._token_loss(
             model,
             rows,
             scores,
             views.targets,
-            self._old_logps(rows, update, view, views),
+            old,
             self._compared_logps(rows, update, view),
             rows["view_weights"][:, update, view] if "view_weights" in rows else None,
+            self._importance(rows, scores.logps.detach(), old, views.targets),
         )
+
+    def _importance(
+        self, rows: dict[str, torch.Tensor], logps: torch.Tensor, old: torch.Tensor, targets: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Weights [B, L] of tokens that another policy than the old one has drawn; `None` where it is the same."""
+        return None
 
     def _compared_logps(self, rows: dict[str, torch.Tensor], update: int, view: int) -> torch.Tensor | None:
         """Log-probabilities [B, L] that the KL term compares with; `None` without one."""
@@ -598,6 +645,7 @@ class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloV
         old: torch.Tensor,
         compared: torch.Tensor | None,
         weights: torch.Tensor | None = None,
+        importance: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """TRL's loss of token ratios, divided by the number of backward passes of an update.
 
@@ -609,6 +657,7 @@ class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloV
             old: log-probabilities [B, L] before the first update.
             compared: log-probabilities [B, L] for the KL term.
             weights: [B], weights of the completions' terms.
+            importance: [B, L], weights of the tokens' policy terms, as TRL's for vLLM.
         """
         mask = targets.long()
         inputs = {
@@ -630,16 +679,20 @@ class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloV
             else:
                 inputs["advantages"] = inputs["advantages"] * weights
         self._log_log_ratio(scores.logps, old)
-        self._scored, generating = scores, self.beta
-        self.beta = self.args.beta
+        during: dict[str, Any] = {"_scored": scores, "beta": self.args.beta}
+        if importance is not None:  # TRL weights a loss so where vLLM has drawn the completions
+            inputs["importance_sampling_ratio"] = importance
+            during |= {"use_vllm": True, "vllm_importance_sampling_correction": True}
+        before = {name: getattr(self, name) for name in during}
+        vars(self).update(during)
         try:
             return super()._compute_loss(model, inputs) / self._passes()
         finally:
-            self._scored, self.beta = None, generating
+            vars(self).update(before)
 
-    def _count_training(self, rows: int) -> None:
+    def _count_training(self, units: float) -> None:
         if self.model.training:
-            self.count_forwards(3 * rows * self.accelerator.num_processes)
+            self.count_forwards(3 * units * self.accelerator.num_processes)
 
     # ---------------------------------------------------------------- model card, evaluation and checkpoints
 

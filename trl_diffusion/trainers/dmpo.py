@@ -98,6 +98,7 @@ class DMPOTrainer(CompletionLossTrainer):
 
     config_class = DMPOConfig
     args: DMPOConfig
+    whole_canvas = True
     _tag_names = ["trl", "trl_diffusion", "dmpo"]
     _name = "DMPO"
     _paper = {
@@ -125,9 +126,6 @@ class DMPOTrainer(CompletionLossTrainer):
 
     def _num_views(self) -> int:
         return self.args.num_mc_samples * (2 if self.joint else 1)
-
-    def _scope(self, trajectory) -> torch.Tensor:
-        return torch.ones_like(trajectory.completion_ids, dtype=torch.bool)
 
     def _planned_updates(self, mode: str) -> int:
         return self._inner_updates(mode) + 1  # the last ones are those that the weights are estimated on

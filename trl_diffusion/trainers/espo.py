@@ -66,6 +66,7 @@ class ESPOTrainer(CompletionLossTrainer):
 
     config_class = ESPOConfig
     args: ESPOConfig
+    whole_canvas = True  # the ELBO is that of the canvas
     joint = True
     _compares_with_old = True
     _tag_names = ["trl", "trl_diffusion", "espo"]
@@ -83,10 +84,6 @@ class ESPOTrainer(CompletionLossTrainer):
                 eprint       = {arXiv:2512.03759},
             }"""),
     }
-
-    def _scope(self, trajectory) -> torch.Tensor:
-        # the ELBO is that of the whole canvas, the end tokens behind the text included
-        return torch.ones_like(trajectory.completion_ids, dtype=torch.bool)
 
     def _scored_share(self) -> float:
         return 0.5  # each pair scores the canvas once

@@ -1,7 +1,7 @@
 """GRPO over noised completions: log-probabilities in views that a noise plan hides, not in those of the rollout.
 
-A method says what its views hide (`_noise`) and which tokens may learn (`_scope`). Views of one completion that need
-each other in the loss are scored in one forward pass (`joint`); all others one at a time.
+A method says what its views hide (`_noise`) and which tokens may learn (`whole_canvas`). Views of one completion that
+need each other in the loss are scored in one forward pass (`joint`); all others one at a time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trl_diffusion.likelihood.noise_plans import (
 )
 from trl_diffusion.sampling import Trajectory, row_generators
 from trl_diffusion.sampling.noise import uniforms
-from trl_diffusion.trainers.cost import CompletionCost
+from trl_diffusion.trainers.cost import CompletionCost, prompt_length
 from trl_diffusion.trainers.diffusion_grpo import DiffusionGRPOConfig, DiffusionGRPOTrainer
 from trl_diffusion.trainers.random_streams import EVAL_VIEWS, TRAIN_VIEWS, VIEW_COUNTS
 
@@ -48,6 +48,11 @@ class NoisedGRPOConfig(DiffusionGRPOConfig):
     use_bias_correction_kl: bool = field(default=False, metadata={"help": "Weight the KL by the ratio."})
     loss_type: str = field(default="dapo", metadata={"help": "TRL's loss type."})
     scale_rewards: str = field(default="none", metadata={"help": "Rewards are centred on the group mean only."})
+
+    @property
+    def views_beside_completion(self) -> bool:
+        """Whether views noise every block beside the finished ones before it, for block-causal attention."""
+        return False
 
     def require_pairs(self) -> None:
         """For methods whose views come in complementary pairs.
@@ -123,12 +128,30 @@ class MaskRateConfig(NoisedGRPOConfig):
 class NoisedGRPOTrainer(DiffusionGRPOTrainer):
     """GRPO over noised completions, see the arguments of `DiffusionGRPOTrainer`.
 
-    A subclass overrides `_noise`; and `_scope` if not the text learns.
+    A subclass overrides `_noise`. It sets `whole_canvas` if the end tokens behind the text learn too, and `joint` if
+    the views of a completion need each other in the loss and are scored in one pass.
     """
 
     config_class: type[DiffusionGRPOConfig] = NoisedGRPOConfig
+    whole_canvas: bool = False
     joint: bool = False
     args: NoisedGRPOConfig
+
+    def _check_family(self) -> None:
+        blocks, family = self.args.views_beside_completion, self.family.name
+        if self.family.attention_block is None and blocks:
+            raise ValueError(
+                f"{self._name} noises every block beside the finished ones, which needs block-causal attention; "
+                f"{family} attends to the whole canvas. Take a block-causal model (sdar), or TraceRL without "
+                "block_causal."
+            )
+        if self.family.attention_block is not None and not blocks:
+            raise ValueError(
+                f"{self._name} noises the canvas as a whole, and {family} has block-causal attention: its blocks are "
+                "written beside finished ones, which such views do not show. Use DiPO, TraceRL with "
+                "block_causal=True, AGRPO or ATPO."
+            )
+        super()._check_family()
 
     def _noise(
         self, mode: str, update: int, trajectory: Trajectory, rows: dict[str, torch.Tensor], scope: torch.Tensor
@@ -144,17 +167,17 @@ class NoisedGRPOTrainer(DiffusionGRPOTrainer):
         """
         raise NotImplementedError(f"{type(self).__name__} does not say what its views hide.")
 
-    def _scope(self, trajectory: Trajectory) -> torch.Tensor:
-        """Tokens that may learn, bool [B, L]: by default the text, up to and including the first end token."""
-        length = self.family.effective_length(trajectory.completion_ids).unsqueeze(1)
-        return torch.arange(trajectory.completion_ids.size(1), device=length.device) < length
+    def _scope(self, completion_ids: torch.Tensor) -> torch.Tensor:
+        """Tokens that may learn, bool [B, L]: the canvas, or the text up to and including the first end token."""
+        length = self.family.effective_length(completion_ids).unsqueeze(1)
+        return (torch.arange(completion_ids.size(1), device=length.device) < length) | self.whole_canvas
 
     def _planned_updates(self, mode: str) -> int:
         """Inner updates that get views of their own."""
         return self._inner_updates(mode)
 
     def _plan_views(self, mode, trajectory, rows, learns) -> dict[str, torch.Tensor]:
-        scope = self._scope(trajectory) & learns.unsqueeze(1)
+        scope = self._scope(trajectory.completion_ids) & learns.unsqueeze(1)
         plans = [
             self._noise(mode, update, trajectory, rows, scope).only(scope)
             for update in range(self._planned_updates(mode))
@@ -176,6 +199,7 @@ class NoisedGRPOTrainer(DiffusionGRPOTrainer):
             self.family.mask_token_id,
             rows["prompt_ids"],
             rows["prompt_hidden"][:, update, view] if "prompt_hidden" in rows else None,
+            self.args.views_beside_completion,
         )
 
     def _passes(self) -> int:
@@ -187,7 +211,7 @@ class NoisedGRPOTrainer(DiffusionGRPOTrainer):
         repeated = {name: rows[name].repeat(len(views), 1) for name in ("prompt_ids", "prompt_mask", "completion_ids")}
         repeated |= {"support": rows["support"].repeat(len(views), 1, 1)} if "support" in rows else {}
         scores = self._score(model, repeated, stacked)
-        self._count_training(len(stacked.canvas))
+        self._count_training(stacked.forward_units(rows["prompt_ids"].size(1)))
         return Scores(*(values.unflatten(0, (len(views), -1)).transpose(0, 1) for values in scores))
 
     def _scored_share(self) -> float:
@@ -197,7 +221,15 @@ class NoisedGRPOTrainer(DiffusionGRPOTrainer):
     def completion_cost(self) -> CompletionCost:
         cost, length = super().completion_cost(), self.args.max_completion_length
         planned = self._planned_updates("train") * self._num_views()
-        return replace(cost, targets=self._scored_share() * length, buffer_bytes=2.0 * length * planned)
+        copied = length / (prompt_length(self) + length) if self.args.views_beside_completion else 0.0
+        return replace(
+            cost,
+            old=cost.old * (1 + copied),
+            reference=cost.reference * (1 + copied),
+            training=cost.training * (1 + copied),
+            targets=self._scored_share() * length,
+            buffer_bytes=2.0 * length * planned,
+        )
 
     # ---------------------------------------------------------------- noise
 

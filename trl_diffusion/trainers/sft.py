@@ -25,6 +25,7 @@ from transformers import (
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 
+from trl_diffusion.likelihood import noised_views, score_views
 from trl_diffusion.models import DiffusionFamily, family_of
 from trl_diffusion.sampling import row_generators
 from trl_diffusion.trainers.adapter_setup import native_peft_config
@@ -171,7 +172,7 @@ class SFTTrainer(_BaseTrainer):
             inputs["completion_ids"],
             masked.to(device),
             level.to(device),
-            self.family.mask_token_id,
+            self.family,
         )
         return (loss, {}) if return_outputs else loss
 
@@ -205,15 +206,17 @@ def draw_noise(
 
 
 def masked_loss(
-    model: Callable[..., Any],
+    model: torch.nn.Module,
     prompt_ids: torch.Tensor,
     prompt_mask: torch.Tensor,
     completion_ids: torch.Tensor,
     masked: torch.Tensor,
     level: torch.Tensor,
-    mask_token_id: int,
+    family: DiffusionFamily,
 ) -> torch.Tensor:
     """Sum of cross-entropy / t over masked positions ÷ number of answer positions (2504.12216), mean over rows.
+
+    With block-causal attention every block is noised beside the finished ones before it, all in one pass (2503.09573).
 
     Args:
         model: a diffusion language model, also behind a wrapper.
@@ -222,21 +225,20 @@ def masked_loss(
         completion_ids: long [B, L], the whole canvas.
         masked: bool [B, L].
         level: float32 [B], the noise level t of each row.
-        mask_token_id: id of the mask token.
+        family: names the mask token and the kind of attention.
 
     Returns:
         Scalar, in nats per answer position.
     """
-    input_ids = torch.cat([prompt_ids, completion_ids.masked_fill(masked, mask_token_id)], dim=1)
-    attention_mask = torch.cat([prompt_mask, torch.ones_like(completion_ids)], dim=1)
-    positions = prompt_ids.size(1) + torch.arange(completion_ids.size(1), device=completion_ids.device)
-    log_probs = model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        positions=torch.where(masked, positions, -1),
-        targets=completion_ids,
-    ).log_probs
-    return -(log_probs / level.unsqueeze(1)).mean()
+    views = noised_views(
+        completion_ids,
+        masked,
+        masked,
+        family.mask_token_id,
+        beside_context=family.attention_block is not None,
+    )
+    logps = score_views(model, prompt_ids, prompt_mask, completion_ids, views).logps
+    return -(logps / level.unsqueeze(1)).mean()
 
 
 def tokenize_dataset(

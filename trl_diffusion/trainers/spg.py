@@ -146,11 +146,10 @@ class SPGTrainer(CompletionLossTrainer):
 
     def _assign_credit(self, mode, rows) -> None:
         length = rows["completion_mask"].sum(1)
-        rows["text_length"] = length
         rows["length_weight"] = length / self.accelerator.gather(length).float().mean().clamp(min=1)
 
     def _completion_losses(self, rows, update, targets, logps) -> torch.Tensor:
         upper_weight = {"mix": self.args.mix_weight, "upper": 1.0, "lower": 0.0}[self.args.negative_bound]
-        advantages, length = rows["advantages"], rows["text_length"].clamp(min=1)
+        advantages, length = rows["advantages"], rows["completion_mask"].sum(1).clamp(min=1)
         bound = sandwiched_bound(logps, targets, length, advantages, self.args.bound_power, upper_weight)
         return -advantages * bound * rows["length_weight"]

@@ -14,7 +14,7 @@ from trl_diffusion.models.lora import coverage_table, lora_coverage
 from trl_diffusion.trainers import cost
 
 if TYPE_CHECKING:
-    from trl_diffusion.trainers.diffusion_grpo import DiffusionGRPOTrainer
+    from trl_diffusion.trainers.diffusion_grpo import DiffusionGRPOConfig, DiffusionGRPOTrainer
 
 _PURPOSES = {
     "rollout": "rollout",
@@ -104,9 +104,28 @@ def _method(trainer: DiffusionGRPOTrainer) -> dict[str, str]:
     return {
         "method": f"{trainer._name}{source}{step_aware}",
         "canvas": f"{args.max_completion_length} tokens in blocks of {args.block_length}, {args.denoising_steps} "
-        f"denoising steps, {args.unmasking} unmasking",
+        f"denoising steps{' at most' if args.sampling_config().parallel else ''}, {_unmasking(args)}",
+        "cache": _cache(trainer),
         "views": f"{views} per completion and update{together}",
     }
+
+
+def _unmasking(args: DiffusionGRPOConfig) -> str:
+    if args.confidence_threshold is not None:
+        return f"every position with a probability of {args.confidence_threshold:g} or more"
+    if args.entropy_bound is not None:
+        return f"positions up to {args.entropy_bound:g} nats of entropy"
+    return f"{args.unmasking} unmasking"
+
+
+def _cache(trainer: DiffusionGRPOTrainer) -> str:
+    config = trainer.args.sampling_config()
+    if config.approximate:
+        refresh = f", renewed every {config.cache_refresh} steps" if config.cache_refresh else ""
+        return f"{config.cache}, approximate{refresh}"
+    if config.cache == "none" or trainer.family.attention_block is None:
+        return "none"
+    return "keys and values of the prompt and of finished blocks, exact"
 
 
 def _batch(trainer: DiffusionGRPOTrainer) -> dict[str, str]:

@@ -279,7 +279,7 @@ class _Continuations:
         )
         prompts = self.batch["prompt_mask"][own].sum(1)
         share = (prompts + start.length) / (prompts + self.config.canvas_length)
-        self.units += (trajectory.row_forwards * share).sum().item()
+        self.units += (trajectory.row_units * share).sum().item()
         self.sync_forwards += trajectory.sync_forwards
         self.rows += len(rows[part])
         return trajectory.completion_ids[: len(rows[part])]

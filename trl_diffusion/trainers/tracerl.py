@@ -1,63 +1,44 @@
-"""TraceRL (2509.06949) for full attention: the trajectory in groups of denoising steps, without its value model.
+"""TraceRL (2509.06949), without its value model: the trajectory in groups of denoising steps.
 
 rollout     block by block
 credit      A = (r − group mean) / population standard deviation, 0 where all rewards are equal
 likelihood  one view per `shrink` successive steps: the canvas before the first of them, the tokens of all of them as
-            targets, each token of the text once; at the sampling temperature and support
+            targets, each token of the text once; at the sampling temperature and support. With `block_causal` the
+            steps of all blocks at once, each block beside the finished ones before it
 loss        clipped token ratio, mean over a view's tokens, mean over a completion's views; k3 to the old policy
 """
 
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
-from trl_diffusion.credit import population_z_score
-from trl_diffusion.likelihood import NoisePlan
-from trl_diffusion.likelihood.noise_plans import trajectory_groups
-from trl_diffusion.trainers.cost import CompletionCost
-from trl_diffusion.trainers.noised_grpo import NoisedGRPOConfig, NoisedGRPOTrainer
 from trl_diffusion.trainers.quiet import no_luspo_hint
+from trl_diffusion.trainers.replay import ReplayConfig, ReplayTrainer
 
 
 @dataclass
-class TraceRLConfig(NoisedGRPOConfig):
-    """`NoisedGRPOConfig` with TraceRL's objective (2509.06949). Its optimizer and rollout settings are d1's.
+class TraceRLConfig(ReplayConfig):
+    """`ReplayConfig` with TraceRL's objective (2509.06949). Its optimizer and rollout settings are d1's.
 
     `loss_type="luspo"` with token ratios sums over tokens; the weights that the views carry make it a mean.
 
     Args:
-        shrink: denoising steps per view. With 1, old log-probabilities are those of the rollout; with more, they are
-            recomputed on the views.
-        num_mc_samples: derived: ⌈denoising_steps / shrink⌉ views cover the trajectory.
+        block_causal: for models with block-causal attention; the views then cover the steps of a block.
 
     Raises:
         ValueError: if `shrink` does not fit the steps, or settings do not fit together.
     """
 
+    block_causal: bool = field(default=False, metadata={"help": "Replay the steps of all blocks at once (SDAR)."})
     shrink: int = field(default=8, metadata={"help": "Denoising steps per view."})
-    num_mc_samples: int = field(default=0, metadata={"help": "Views: leave at 0, ⌈denoising_steps / shrink⌉ is used."})
-    num_iterations: int = field(default=1, metadata={"help": "Inner updates per rollout batch, μ."})
-    epsilon: float = field(default=0.2, metadata={"help": "Clip range of the ratio."})
     beta: float = field(default=0.01, metadata={"help": "Coefficient of the k3 KL to the old policy."})
     loss_type: str = field(default="luspo", metadata={"help": "TRL's loss type; luspo only."})
 
     def __post_init__(self):
-        if not 1 <= self.shrink <= self.denoising_steps:
-            raise ValueError(
-                f"shrink must lie between 1 and denoising_steps={self.denoising_steps}; got {self.shrink}."
-            )
-        views = -(-self.denoising_steps // self.shrink)
-        if self.num_mc_samples not in (0, views):
-            raise ValueError(
-                f"TraceRL's views cover the trajectory: denoising_steps={self.denoising_steps} with "
-                f"shrink={self.shrink} makes {views}, got num_mc_samples={self.num_mc_samples}. Leave it out."
-            )
-        self.num_mc_samples = views
         super().__post_init__()
-        self.require_token_ratios()
         for name, needed in (("loss_type", "luspo"), ("top_entropy_quantile", 1.0), ("sync_ref_model", False)):
             if getattr(self, name) != needed:
                 raise ValueError(
@@ -66,11 +47,11 @@ class TraceRLConfig(NoisedGRPOConfig):
                 )
 
     @property
-    def weighted_views(self) -> bool:
-        return True
+    def views_beside_completion(self) -> bool:
+        return self.block_causal
 
 
-class TraceRLTrainer(NoisedGRPOTrainer):
+class TraceRLTrainer(ReplayTrainer):
     """TraceRL, see the arguments of `DiffusionGRPOTrainer`."""
 
     config_class = TraceRLConfig
@@ -99,30 +80,10 @@ class TraceRLTrainer(NoisedGRPOTrainer):
     def _needs_reference(args) -> bool:
         return False  # its KL compares with the policy that wrote the completions
 
-    def _scored_share(self) -> float:
-        return 1 / self._num_views()
-
-    def completion_cost(self) -> CompletionCost:
-        return replace(super().completion_cost(), old=0) if self.args.shrink == 1 else super().completion_cost()
-
-    def _noise(self, mode, update, trajectory, rows, scope) -> NoisePlan:
-        return trajectory_groups(trajectory.unmask_step, self.args.denoising_steps, self.args.shrink)
-
-    def _plan_views(self, mode, trajectory, rows, learns) -> dict[str, torch.Tensor]:
-        plan = super()._plan_views(mode, trajectory, rows, learns)
-        scored = plan["targets"].sum(-1)
+    def _view_weights(self, scored) -> torch.Tensor:
+        # mean over a view's tokens, and over the views that have any
         filled = (scored > 0).sum(-1, keepdim=True)
-        # mean over a view's tokens, and over the views that have any, of a sum that the loss divides by all views
-        plan["view_weights"] = self._num_views() / (filled * scored).clamp(min=1)
-        if self.args.shrink == 1:
-            plan["old_per_token_logps"] = trajectory.logps
-        return plan | ({} if trajectory.support is None else {"support": trajectory.support})
-
-    def _assign_credit(self, mode, rows) -> None:
-        rows["advantages"] = self._over_groups(mode, rows["advantages"], population_z_score)
+        return self._num_views() / (filled * scored).clamp(min=1)
 
     def _compared_logps(self, rows, update, view) -> torch.Tensor | None:
-        return self._old_logps(rows, update, view, self._view_of(rows, update, view)) if self.args.beta else None
-
-    def _scoring_temperature(self) -> float:
-        return self.temperature
+        return self._old_logps(rows, update, view, rows["targets"][:, update, view]) if self.args.beta else None

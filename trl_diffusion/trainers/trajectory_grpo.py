@@ -25,6 +25,7 @@ from trl_diffusion.credit import (
     selected_draws,
     step_probabilities,
     step_signals,
+    taken_steps,
 )
 from trl_diffusion.credit.step_draws import STEP_DRAWS, STEP_REDUCTIONS, STEP_SCOPES
 from trl_diffusion.credit.step_selection import SIGNAL_AVERAGES
@@ -34,13 +35,14 @@ from trl_diffusion.sampling.noise import uniforms
 from trl_diffusion.trainers.cost import CompletionCost
 from trl_diffusion.trainers.diffusion_grpo import DiffusionGRPOConfig, DiffusionGRPOTrainer
 from trl_diffusion.trainers.random_streams import EVAL_VIEWS, SELECTION, TRAIN_VIEWS
+from trl_diffusion.trainers.rollout_correction import RolloutCorrectionConfig, log_mismatch
 
 # Loss types whose per-token terms are summed and divided by something the view does not change.
 _KEEP_FLOAT_MASK = ("dr_grpo", "dapo", "cispo", "luspo")
 
 
 @dataclass
-class TrajectoryGRPOConfig(DiffusionGRPOConfig):
+class TrajectoryGRPOConfig(RolloutCorrectionConfig, DiffusionGRPOConfig):
     """Configuration of `TrajectoryGRPOTrainer`.
 
     The defaults give GRPO as TRL defines it (`dapo` token mean, group-scaled rewards) over all denoising steps.
@@ -103,6 +105,7 @@ class TrajectoryGRPOConfig(DiffusionGRPOConfig):
         for name, values in choices.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be one of {', '.join(values)}; got {getattr(self, name)!r}.")
+        self.check_rollout_correction(self.sampling_config())
         self._check_selector()
         self._refuse_biased_weights()
         self._refuse_unweighted_kl()
@@ -242,18 +245,20 @@ class TrajectoryGRPOTrainer(DiffusionGRPOTrainer):
             config.block_length,
             config.steps_per_block,
         )
-        signals = self._signals(mode, trajectory) if self.step_selector is not None else None
+        taken = taken_steps(trajectory.unmask_step, args.denoising_steps)
+        eligible = taken & (torch.arange(args.denoising_steps, device=taken.device) < num_eligible.unsqueeze(1))
+        signals = self._signals(mode, trajectory, taken) if self.step_selector is not None else None
         updates = [
-            self._draw_steps(trajectory, num_eligible, mode, update, rows["global_row"])
+            self._draw_steps(trajectory, eligible, mode, update, rows["global_row"])
             if signals is None
-            else self._select_steps(signals, num_eligible, mode, update, rows["global_row"])
+            else self._select_steps(signals, eligible, mode, update, rows["global_row"])
             for update in range(self._inner_updates(mode))
         ]
-        eligible = (trajectory.unmask_step >= 0) & (trajectory.unmask_step < num_eligible.unsqueeze(1))
+        text = (trajectory.unmask_step >= 0) & (trajectory.unmask_step < num_eligible.unsqueeze(1))
         plan = {
-            "completion_mask": (eligible & learns.unsqueeze(1)).long(),
+            "completion_mask": (text & learns.unsqueeze(1)).long(),
             "unmask_step": trajectory.unmask_step,
-            "old_per_token_logps": trajectory.logps,
+            "rollout_logps" if self._recomputes() else "old_per_token_logps": trajectory.logps,
             "view_steps": torch.stack([draws.steps for draws in updates], dim=1),
             "view_weights": torch.stack([draws.weights for draws in updates], dim=1),
         }
@@ -262,30 +267,24 @@ class TrajectoryGRPOTrainer(DiffusionGRPOTrainer):
         return plan
 
     def _draw_steps(
-        self, trajectory: Trajectory, num_eligible: torch.Tensor, mode: str, update: int, rows: torch.Tensor
+        self, trajectory: Trajectory, eligible: torch.Tensor, mode: str, update: int, rows: torch.Tensor
     ) -> StepDraws:
         """Monte-Carlo draws of the steps that learn in one inner update, [B, M]."""
         generators = row_generators(
             self.args.seed, self._views_purpose(mode), self._rollouts[mode], update, rows=rows.tolist()
         )
         probabilities = step_probabilities(
-            trajectory.entropies,
-            trajectory.unmask_step,
-            num_eligible,
-            self.args.denoising_steps,
-            self.args.step_draws,
+            trajectory.entropies, trajectory.unmask_step, eligible, self.args.step_draws
         )
         noise = uniforms(generators, self.args.num_mc_samples).to(probabilities.device)
-        return draw_steps(probabilities, num_eligible, noise, self.args.step_reduction)
+        return draw_steps(probabilities, noise, self.args.step_reduction)
 
-    def _signals(self, mode: str, trajectory: Trajectory) -> StepSignals:
+    def _signals(self, mode: str, trajectory: Trajectory, taken: torch.Tensor) -> StepSignals:
         """Signals averaged over the completions of all processes."""
         assert trajectory.step_entropy is not None and trajectory.step_margin is not None
-        entropy, margin, steps = self.accelerator.gather(
-            (trajectory.step_entropy, trajectory.step_margin, trajectory.steps_taken)
-        )
-        sets = len(steps) // self.group_size(mode) if self.args.signal_average == "group" else 1
-        signals = step_signals(entropy, margin, steps, self.args.sampling_config().steps_per_block, sets)
+        entropy, margin, taken = self.accelerator.gather((trajectory.step_entropy, trajectory.step_margin, taken))
+        sets = len(taken) // self.group_size(mode) if self.args.signal_average == "group" else 1
+        signals = step_signals(entropy, margin, taken, self.args.sampling_config().steps_per_block, sets)
         if self.args.signal_average == "running":
             signals = signals.blend(self._running_signals)
             if mode == "train":
@@ -293,7 +292,7 @@ class TrajectoryGRPOTrainer(DiffusionGRPOTrainer):
         return signals
 
     def _select_steps(
-        self, signals: StepSignals, num_eligible: torch.Tensor, mode: str, update: int, rows: torch.Tensor
+        self, signals: StepSignals, eligible: torch.Tensor, mode: str, update: int, rows: torch.Tensor
     ) -> StepDraws:
         """Selected steps of one inner update, [B, K], the same for all completions of a set."""
         assert self.step_selector is not None
@@ -310,7 +309,7 @@ class TrajectoryGRPOTrainer(DiffusionGRPOTrainer):
         if mode == "train":
             self.last_selection = selection.steps
         row_set = torch.zeros_like(rows) if sets == 1 else rows // self.group_size(mode)
-        return selected_draws(selection, row_set, num_eligible)
+        return selected_draws(selection, row_set, eligible)
 
     def _views_purpose(self, mode: str) -> int:
         return TRAIN_VIEWS if mode == "train" else EVAL_VIEWS
@@ -324,13 +323,25 @@ class TrajectoryGRPOTrainer(DiffusionGRPOTrainer):
     def _scoring_temperature(self) -> float:
         return self.temperature
 
+    def _recomputes(self) -> bool:
+        """Whether old log-probabilities are those of the network although the rollout's are another policy's."""
+        return self.args.sampling_config().approximate and self.args.rollout_correction == "recompute"
+
+    def _importance(self, rows, logps, old, targets) -> torch.Tensor | None:
+        if not self.args.sampling_config().approximate:
+            return None
+        rollout = rows["rollout_logps"] * targets if self._recomputes() else old
+        if self._on_policy():
+            log_mismatch(self, logps, rollout, targets)
+        return (old - rollout).exp().clamp(max=self.args.rollout_correction_cap) if self._recomputes() else None
+
     def completion_cost(self) -> CompletionCost:
-        # The rollout recorded the old log-probabilities, and a view scores what its step committed.
+        # An exact rollout recorded the old log-probabilities, and a view scores what its step committed.
         length, steps, args = self.args.max_completion_length, self.args.denoising_steps, self.args
         views = self.num_iterations * args.num_mc_samples
         return replace(
             super().completion_cost(),
-            old=0,
+            old=views if self._recomputes() else 0,
             targets=length / steps,
             buffer_bytes=4.0 * length * (2 + args.top_k) + 12.0 * views,
         )

@@ -1,0 +1,165 @@
+"""Rollouts under an approximate cache: another policy wrote the completions, and the update knows it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from enumeration import enumerate_paths
+from methods import method_named
+from test_exact_gradient import PROMPT, as_rows, gradient, make_trainer, reward_of, trainer_gradient
+from tiny import tiny_model
+from trainer_helpers import largest_log_ratio, losses_seen
+
+from trl_diffusion.trainers import AGRPOConfig
+
+DUAL = {"cache": "dual", "unmasking": "max_prob", "denoising_steps": 8, "learning_rate": 0.0, "num_iterations": 2}
+
+
+# ------------------------------------------- the gradient, when one network writes and another learns
+
+
+def gradients(tmp_path, length: int, **settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """(The policy gradient, that of the trainer's loss over all trajectories as often as another network writes
+    them)."""
+    model, writer = tiny_model(seed=3).double(), tiny_model(seed=3).double()
+    with torch.no_grad():
+        for parameter, other in zip(writer.parameters(), tiny_model(seed=4).double().parameters(), strict=True):
+            parameter.lerp_(other, 0.2)
+    paths, written = (enumerate_paths(net.eval(), PROMPT, length, length, 1) for net in (model, writer))
+    assert [path.tokens for path in paths] == [path.tokens for path in written]
+    probability = torch.stack([path.probability for path in paths])
+    behaviour = torch.stack([path.probability for path in written]).detach()
+    rewards = torch.tensor([reward_of(path.tokens) for path in paths], dtype=torch.float64)
+    shape = dict(max_completion_length=length, block_length=length, denoising_steps=1, num_mc_samples=1)
+    objective = dict(step_scope="exact", step_reduction="sum", step_draws="uniform", cache="dual", epsilon=1e6)
+    trainer = make_trainer(model, tmp_path, len(paths), **shape, **objective, **settings)
+    rows, _ = as_rows(
+        trainer, [replace(path, token_logps=other.token_logps) for path, other in zip(paths, written, strict=True)]
+    )
+    rows["advantages"] = behaviour * (rewards - behaviour @ rewards) * len(paths)
+    if "old_per_token_logps" not in rows:
+        rows["old_per_token_logps"] = trainer._logps_of_views("train", model, rows)
+    return gradient(model, (probability * rewards).sum()), -trainer_gradient(trainer, rows)
+
+
+def test_recomputed_and_weighted_it_is_the_policy_gradient(tmp_path):
+    exact, found = gradients(tmp_path, 1, rollout_correction_cap=1e6)
+    torch.testing.assert_close(found, exact.to(found.dtype), atol=1e-5, rtol=1e-5)
+    assert exact.norm() > 0.1
+
+
+def test_cut_weights_lie_between_no_weights_and_all(tmp_path):
+    exact, capped = gradients(tmp_path, 1, rollout_correction_cap=1.01)
+    _, hardly = gradients(tmp_path, 1, rollout_correction_cap=1.05)
+    distances = [(found - exact).norm().item() for found in (hardly, capped)]
+    assert 1e-3 < distances[0] < distances[1]
+
+
+def test_the_weights_of_several_tokens_bring_the_gradient_closer(tmp_path):
+    """One weight per token leaves out what the others' probabilities would say."""
+    exact, weighted = gradients(tmp_path, 2, rollout_correction_cap=1e6)
+    _, plain = gradients(tmp_path, 2, rollout_correction_cap=1e-9)  # the same weight for every token
+    cosine = [torch.cosine_similarity(found.double(), exact, dim=0).item() for found in (weighted, plain)]
+    assert cosine[1] < cosine[0] < 1
+
+
+def test_behaviour_takes_the_ratio_to_the_policy_that_wrote(tmp_path):
+    """Unclipped, that ratio is the weight: the same gradient, found without the extra pass."""
+    exact, found = gradients(tmp_path, 1, rollout_correction="behaviour")
+    torch.testing.assert_close(found, exact.to(found.dtype), atol=1e-5, rtol=1e-5)
+
+
+# ------------------------------------------- in training
+
+
+@pytest.mark.parametrize("name", ["agrpo", "agrpo, truncated support", "atpo", "trajectory_grpo"])
+def test_recomputed_old_log_probabilities_are_the_networks(name, tmp_path, monkeypatch):
+    trainer = method_named(name).make(tmp_path, **DUAL, max_steps=1, logging_steps=1)
+    seen, weights, compute = losses_seen(trainer, monkeypatch), [], trainer._importance
+
+    def record(rows, logps, old, targets):
+        weights.append((compute(rows, logps, old, targets), rows["rollout_logps"], old, targets))
+        return weights[-1][0]
+
+    monkeypatch.setattr(trainer, "_importance", record)
+    trainer.train()
+    assert largest_log_ratio(seen) <= 1e-4
+    off, total = [], 0.0
+    for weight, rollout, old, targets in weights:
+        torch.testing.assert_close(weight, (old - rollout * targets).exp().clamp(max=3.0))
+        off.append((old - rollout)[targets].abs())
+    mismatch = torch.cat(off)
+    assert mismatch.max() > 0.05
+    logged = trainer.state.log_history[0]
+    assert logged["sampling/sampling_logp_difference/max"] == pytest.approx(mismatch.max().item(), rel=1e-4)
+    means = [part.mean().item() if len(part) else total for part in off]
+    assert logged["sampling/sampling_logp_difference/mean"] == pytest.approx(sum(means) / len(means), rel=1e-4)
+    assert logged["rollout/max_abs_log_ratio"] <= 1e-4
+
+
+def test_behaviour_ratios_start_away_from_one(tmp_path, monkeypatch):
+    method = method_named("agrpo")
+    trainer = method.make(tmp_path, **DUAL, rollout_correction="behaviour", max_steps=1, logging_steps=1)
+    seen = losses_seen(trainer, monkeypatch)
+    trainer.train()
+    assert largest_log_ratio(seen) > 0.05
+    logged = trainer.state.log_history[0]
+    assert logged["rollout/max_abs_log_ratio"] == pytest.approx(largest_log_ratio(seen), rel=1e-4)
+    assert logged["sampling/sampling_logp_difference/max"] == pytest.approx(largest_log_ratio(seen), rel=1e-4)
+
+
+def test_weights_change_the_policy_term_and_not_the_kl(tmp_path, monkeypatch):
+    """With TRL's own code: all weights 0 leave the KL term alone."""
+    method = method_named("agrpo")
+
+    def gradient_norm(folder, cap: float, beta: float) -> float:
+        trainer = method.make(
+            tmp_path / folder,
+            **DUAL | {"loss_type": "dapo"},
+            rollout_correction_cap=cap,
+            beta=beta,
+            max_steps=1,
+            logging_steps=1,
+        )
+        with torch.no_grad():
+            for parameter in trainer.model.parameters():
+                parameter.mul_(1.02)  # away from the reference
+        trainer.train()
+        return next(log["grad_norm"] for log in trainer.state.log_history if "grad_norm" in log)
+
+    assert gradient_norm("policy", 1e-9, 0.0) < 1e-6 < 1e-2 < gradient_norm("whole", 3.0, 0.0)
+    assert gradient_norm("kl", 1e-9, 1.0) > 1e-3
+
+
+def test_an_exact_cache_needs_no_correction(tmp_path):
+    trainer = method_named("agrpo").make(tmp_path, **DUAL | {"cache": "none"}, max_steps=1, logging_steps=1)
+    trainer.train()
+    assert not any("sampling_logp" in key for log in trainer.state.log_history for key in log)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rollout_correction": "none"}, "must be one of recompute, behaviour; got 'none'"),
+        ({"rollout_correction": "behaviour"}, "rollout_correction='behaviour' .*needs cache='prefix' or 'dual'; got"),
+        ({"rollout_correction_cap": 2.0}, "rollout_correction_cap=2.0 needs cache='prefix' or 'dual'"),
+        ({"rollout_correction_cap": 0.0, "cache": "dual"}, "must be positive, got 0.0"),
+        (
+            {"rollout_correction": "behaviour", "rollout_correction_cap": 2.0, "cache": "dual"},
+            "needs rollout_correction='recompute'",
+        ),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        AGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, **settings)
+
+
+def test_tracerl_recomputes_on_its_views(tmp_path, monkeypatch):
+    """With one step per view it takes the rollout's log-probabilities, but not those of another policy."""
+    trainer = method_named("tracerl").make(tmp_path, **DUAL | {"num_iterations": 1}, shrink=1, max_steps=1)
+    seen = losses_seen(trainer, monkeypatch)
+    trainer.train()
+    assert largest_log_ratio(seen) <= 1e-4

@@ -1,0 +1,184 @@
+"""The LM head that scores tokens: log-probabilities and entropies of targets without their [N, V] logits.
+
+Full-canvas methods score every position of the canvas. With a vocabulary of 126,464, the float32 logits of a thousand
+positions take 0.5 GB, and log-softmax, entropy and gradient each as much again. Here a chunk of rows at a time goes
+from hidden states to scores, and once more in the backward pass, so memory does not grow with the number of targets.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from trl_diffusion.models.family import DiffusionFamily
+
+# Logits in a chunk (4 bytes each). On a CPU few enough for its cache, yet enough rows for the matrix product to be
+# efficient; elsewhere more, because every chunk reads the whole weight.
+_CPU_CHUNK, _CHUNK = 2**23, 2**26
+
+
+class ScoringHead(nn.Linear):
+    """An LM head, `nn.Linear` without a bias, that can also score targets.
+
+    The loop over chunks lies inside the module's forward pass: wrappers gather its weights in its hooks (ZeRO-3,
+    FSDP2), which must run as often on every process, however many targets that has.
+    """
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        support: torch.Tensor | None = None,
+        temperature: float = 1.0,
+        family: DiffusionFamily | None = None,
+    ):
+        """Logits or, with `targets`, what `score_targets` computes from them.
+
+        Args:
+            hidden: [..., H]; with `targets`, [N, H].
+            targets: long [N].
+            support: int [N, C], ids each target was drawn from, -1 for none; every id if not given.
+            temperature: divides the logits; > 0.
+            family: with `targets`, says which ids are never sampled.
+
+        Returns:
+            Logits [..., V], or (log-probabilities [N], entropies [N] in nats), float32. The log-probability of a
+            target that cannot be drawn is -inf and has no gradient.
+        """
+        if targets is None:
+            return super().forward(hidden)
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        return _score_in_chunks(hidden, self.weight, targets, support, temperature, family)
+
+
+def score_targets(
+    logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0, support: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each target and entropy of its distribution, at a temperature, on a support.
+
+    Args:
+        logits: float32 [..., V]; -inf for ids that are never sampled.
+        targets: long [...].
+        temperature: divides the logits; > 0.
+        support: int [..., C], the ids that could be drawn, -1 for none; every id if not given.
+
+    Returns:
+        (log-probabilities [...], entropies [...] in nats), float32. The log-probability of a target outside of its
+        support is -inf.
+    """
+    return _read(_log_softmax(logits, temperature, support), *_columns(targets, support))
+
+
+def _log_softmax(logits: torch.Tensor, temperature: float, support: torch.Tensor | None) -> torch.Tensor:
+    """Log-probabilities of the ids, [..., V], or of the support, [..., C]."""
+    if support is not None:
+        logits = logits.gather(-1, support.clamp(min=0).long()).masked_fill(support < 0, -torch.inf)
+    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+
+
+def _columns(targets: torch.Tensor, support: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The column of `_log_softmax` that holds each target, and whether there is one: long and bool [..., 1]."""
+    targets = targets.unsqueeze(-1)
+    if support is None:
+        return targets, torch.ones_like(targets, dtype=torch.bool)
+    hit = support == targets
+    return hit.int().argmax(-1, keepdim=True), hit.any(-1, keepdim=True)
+
+
+def _read(log_probs: torch.Tensor, column: torch.Tensor, there: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    chosen = log_probs.gather(-1, column).masked_fill(~there, -torch.inf).squeeze(-1)
+    return chosen, -(log_probs.exp() * _finite(log_probs)).sum(-1)
+
+
+def _finite(log_probs: torch.Tensor) -> torch.Tensor:
+    return log_probs.clamp(min=-1e4)  # so that 0 · log 0 is 0: exp(−1e4) is 0
+
+
+@torch.compiler.disable  # the number of chunks changes from pass to pass, and each would be compiled anew
+def _score_in_chunks(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    return _Score.apply(*arguments)
+
+
+class _Score(torch.autograd.Function):
+    """`score_targets` of the head's logits. A lone chunk is kept for the backward pass, several are computed again."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, support, temperature, family):
+        ctx.temperature, ctx.family = temperature, family
+        ctx.set_materialize_grads(False)  # entropies seldom have a gradient, and it costs
+        column, there = _columns(targets, support)
+        log_probs, entropy = torch.empty(2, len(hidden), dtype=torch.float32, device=hidden.device)
+        cast_weight, parts, chunk = weight.to(hidden.dtype), _parts(hidden, weight), None
+        for part in parts:
+            chunk = _chunk(hidden[part], cast_weight, _rows(support, part), temperature, family)
+            log_probs[part], entropy[part] = _read(chunk, column[part], there[part])
+        kept = chunk if len(parts) == 1 else None
+        ctx.save_for_backward(hidden, weight, support, column, log_probs, entropy, kept)
+        return log_probs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_log_probs, grad_entropy):
+        hidden, weight, support, column, log_probs, entropy, kept = ctx.saved_tensors
+        cast_weight = weight.to(hidden.dtype)
+        grad_hidden = torch.zeros_like(hidden)
+        # at least float32: a bfloat16 sum over many chunks would lose what the later ones add
+        sum_type = torch.promote_types(weight.dtype, torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=sum_type) if ctx.needs_input_grad[1] else None
+        if grad_log_probs is None:
+            grad_log_probs = torch.zeros_like(log_probs)
+        grad_log_probs = grad_log_probs.masked_fill(log_probs == -torch.inf, 0.0) / ctx.temperature
+        if grad_entropy is not None:
+            grad_entropy = grad_entropy / ctx.temperature
+        for part in _parts(hidden, weight):
+            ids = _rows(support, part)
+            chunk = _chunk(hidden[part], cast_weight, ids, ctx.temperature, ctx.family) if kept is None else kept
+            grad = _gradient(chunk, column[part], entropy[part], grad_log_probs[part], _rows(grad_entropy, part))
+            if ids is not None:
+                grad = grad.new_zeros(len(grad), len(weight)).scatter_add_(1, ids.clamp(min=0).long(), grad)
+            grad = grad.to(hidden.dtype)
+            torch.mm(grad, cast_weight, out=grad_hidden[part])
+            if grad_weight is not None:
+                _add_product(grad_weight, grad.T, hidden[part])
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _parts(hidden: torch.Tensor, weight: torch.Tensor) -> list[slice]:
+    """Slices of the rows; one, empty, where there are none."""
+    rows = max((_CPU_CHUNK if hidden.device.type == "cpu" else _CHUNK) // len(weight), 1)
+    return [slice(start, start + rows) for start in range(0, max(len(hidden), 1), rows)]
+
+
+def _rows(values: torch.Tensor | None, part: slice) -> torch.Tensor | None:
+    return None if values is None else values[part]
+
+
+def _chunk(hidden, weight, support, temperature, family) -> torch.Tensor:
+    logits = F.linear(hidden, weight).float()
+    return _log_softmax(family.exclude_never_sampled(logits), temperature, support)
+
+
+def _gradient(log_probs, column, entropy, grad_log_probs, grad_entropy) -> torch.Tensor:
+    """Gradient of the logits z at temperature 1: ∂ log p_t / ∂z_j = 1[j = t] − p_j, ∂H / ∂z_j = −p_j (log p_j + H).
+
+    Args:
+        log_probs: [n, V] or, on a support, [n, C].
+        column: [n, 1], t.
+        entropy: [n], H.
+        grad_log_probs: [n].
+        grad_entropy: [n] or `None`.
+    """
+    factor = -grad_log_probs.unsqueeze(1)
+    if grad_entropy is not None:
+        factor = factor - grad_entropy.unsqueeze(1) * (_finite(log_probs) + entropy.unsqueeze(1))
+    return log_probs.exp().mul_(factor).scatter_add_(1, column, grad_log_probs.unsqueeze(1))
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    if total.dtype == left.dtype:
+        torch.addmm(total, left, right, out=total)
+    else:
+        total += left @ right

@@ -1,0 +1,65 @@
+"""Keys and values of a sequence whose middle is rewritten at every denoising step."""
+
+from __future__ import annotations
+
+import torch
+
+
+class WindowCache:
+    """Keys and values of `capacity` columns, in every layer.
+
+    A forward pass is given the tokens of a window of columns. It writes their keys and values and attends to all
+    columns up to `visible`, whatever pass wrote them. This serves every way of caching: a window up to the last column
+    that can be seen (prefix cache), one that ends with the active block (dual cache), or, with block-causal attention,
+    one block of which nothing behind is visible.
+
+    For passes without gradient. It has of transformers' `Cache` what its models call.
+
+    Args:
+        capacity: columns of prompt and canvas.
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.start = self.visible = 0
+        self.keys: dict[int, torch.Tensor] = {}
+        self.values: dict[int, torch.Tensor] = {}
+
+    def window(self, start: int, visible: int) -> WindowCache:
+        """Let the next pass write from column `start` on and attend to columns 0..visible-1; returns the cache."""
+        self.start, self.visible = start, visible
+        return self
+
+    def keep(self, rows: torch.Tensor) -> None:
+        """Take these rows of the batch (long [R], repeats allowed), in this order."""
+        for store in (self.keys, self.values):
+            for layer, tensor in store.items():
+                store[layer] = tensor[rows]
+
+    # ---------------------------------------------------------------- what transformers' models call
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args, **kwargs):
+        """Write the window of one layer, [R, heads, columns, head size]; returns all that is visible."""
+        return self._write(self.keys, layer, keys), self._write(self.values, layer, values)
+
+    def _write(self, store: dict[int, torch.Tensor], layer: int, window: torch.Tensor) -> torch.Tensor:
+        end = self.start + window.size(2)
+        if window.size(2) == self.capacity:
+            store[layer] = window
+        else:
+            if self.start == 0:
+                store[layer] = window.new_zeros((*window.shape[:2], self.capacity, window.size(3)))
+            store[layer][:, :, self.start : end] = window
+        return store[layer][:, :, : self.visible]
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self.start
+
+    def get_query_offset(self, layer: int | None = None) -> int:
+        return self.start
+
+    def get_mask_sizes(self, query_length: int, layer: int | None = None) -> tuple[int, int]:
+        return self.visible, 0
+
+    is_sliding: tuple[bool, ...] = ()
+    is_linear: tuple[bool, ...] = ()
