@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, ProgressCallback, Trainer
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_diffusion.evaluation import AccuracyCallback, ConfusionZoneCallback, evaluate_accuracy
-from trl_diffusion.models.embedded import EMBEDDED_MODEL
+from trl_diffusion.models.embedded import EMBEDDED_MODELS
 from trl_diffusion.trainers import DiffusionGRPOTrainer
 from trl_diffusion.trainers.startup_report import print_report
 
@@ -76,15 +76,16 @@ def parse(script_arguments: type, config: type, embedded: str):
     given = {argument.partition("=")[0] for argument in arguments}
     if not given & {"--config", "--model_name_or_path"}:
         arguments = ["--config", str(CONFIGS / embedded), *arguments]
+        real = next(CONFIGS.glob(f"*_8b/{Path(embedded).name}"))
         Console().print(
             f"No --config: running on the embedded model with recipes/configs/{embedded}. It is tiny and was trained "
             "on faulty solutions, so that there is something to repair. For a real run give --config, for example "
-            f"recipes/configs/llada_8b/{Path(embedded).name}."
+            f"recipes/configs/{real.relative_to(CONFIGS)}."
         )
     parser = TrlParser((script_arguments, config, ModelConfig))
     script_args, training_args, model_args = parser.parse_args_and_config(arguments)
-    if model_args.model_name_or_path is None:
-        model_args.model_name_or_path = EMBEDDED_MODEL
+    name = model_args.model_name_or_path or "embedded"
+    model_args.model_name_or_path = EMBEDDED_MODELS.get(name, name)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,

@@ -4,7 +4,7 @@ The embedded model on synthetic word problems (one to three minutes on two CPU c
 
     accelerate launch recipes/gsm8k.py --method dmpo
 
-LLaDA-8B on GSM8K; the config names the method:
+LLaDA-8B on GSM8K (for DiPO, SDAR-8B); the config names the method:
 
     accelerate launch --config_file recipes/accelerate_configs/zero2.yaml recipes/gsm8k.py \
         --config recipes/configs/llada_8b/gsm8k_dmpo.yaml
@@ -33,6 +33,7 @@ from trl_diffusion.trainers import DiffusionGRPOConfig, DiffusionGRPOTrainer
 METHODS: dict[str, tuple[type[DiffusionGRPOTrainer], type[DiffusionGRPOConfig]]] = {
     "agrpo": (trainers.AGRPOTrainer, trainers.AGRPOConfig),
     "atpo": (trainers.ATPOTrainer, trainers.ATPOConfig),
+    "dipo": (trainers.DiPOTrainer, trainers.DiPOConfig),
     "diffu_grpo": (trainers.DiffuGRPOTrainer, trainers.DiffuGRPOConfig),
     "dmpo": (trainers.DMPOTrainer, trainers.DMPOConfig),
     "espo": (trainers.ESPOTrainer, trainers.ESPOConfig),

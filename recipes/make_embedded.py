@@ -1,6 +1,8 @@
-"""Make the embedded model: a tiny LLaDA-architecture checkpoint, trained with the masked SFT of this library.
+r"""Make the embedded models: tiny LLaDA and SDAR checkpoints, trained with the masked SFT of this library.
 
     OMP_NUM_THREADS=1 python recipes/make_embedded.py --output_dir trl_diffusion/models/embedded
+    OMP_NUM_THREADS=1 python recipes/make_embedded.py --family sdar --clean_steps 2000 --slip_steps 500 \
+        --output_dir trl_diffusion/models/embedded_sdar
 
 First it learns from right solutions to word problems, Countdown and 4×4 Sudoku, then from solutions of which many slip
 on purpose. So the network can compute the right answer and often prefers a wrong one, which reinforcement learning can
@@ -24,7 +26,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, set_s
 from trl import TrlParser
 
 from trl_diffusion.evaluation import evaluate_accuracy
-from trl_diffusion.models import LLaDAConfig, LLaDAModelLM
+from trl_diffusion.models import DiffusionLM, LLaDAModelLM, SDARForCausalLM
 from trl_diffusion.tasks.countdown import check_countdown, load_countdown
 from trl_diffusion.tasks.gsm8k import correctness_reward
 from trl_diffusion.tasks.sudoku import check_sudoku, load_sudoku
@@ -49,6 +51,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 CANVAS = 32
+FAMILIES: dict[str, type[DiffusionLM]] = {"llada": LLaDAModelLM, "sdar": SDARForCausalLM}
 LOADERS = {"word problems": load_word_problems, "Countdown": load_countdown, "Sudoku": load_sudoku}
 CHECKS: dict[str, Callable[[str, dict], bool]] = {
     "word problems": lambda text, row: correctness_reward([text], [row["answer"]]) == [1.0],
@@ -62,6 +65,7 @@ class EmbeddedArguments:
     """What to make."""
 
     output_dir: str = field(default="outputs/embedded", metadata={"help": "Where the checkpoint goes."})
+    family: str = field(default="llada", metadata={"help": f"Kind of network: {', '.join(FAMILIES)}."})
     clean_steps: int = field(default=4000, metadata={"help": "Updates on right solutions."})
     slip_steps: int = field(default=800, metadata={"help": "Updates on solutions of which many slip."})
     batch_size: int = field(default=32, metadata={"help": "Rows per update."})
@@ -107,16 +111,18 @@ def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(args: EmbeddedArguments, tokenizer: PreTrainedTokenizerBase) -> LLaDAModelLM:
+def make_model(args: EmbeddedArguments, tokenizer: PreTrainedTokenizerBase):
     """The untrained network."""
     end, turn_end = (tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|eot_id|>"))
-    config = LLaDAConfig(
+    family = FAMILIES[args.family]
+    config = family.config_class(
         vocab_size=len(tokenizer),
         hidden_size=args.hidden_size,
         intermediate_size=args.intermediate_size,
         num_hidden_layers=args.layers,
         num_attention_heads=args.heads,
         num_key_value_heads=args.heads,
+        head_dim=args.hidden_size // args.heads,
         max_position_embeddings=256,
         mask_token_id=tokenizer.mask_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -124,7 +130,7 @@ def make_model(args: EmbeddedArguments, tokenizer: PreTrainedTokenizerBase) -> L
         pad_token_id=end,
         end_token_ids=[end, turn_end],
     )
-    return LLaDAModelLM(config)
+    return family(config)
 
 
 def make_dataset(args: EmbeddedArguments, slips: bool) -> Dataset:
@@ -138,7 +144,7 @@ def make_dataset(args: EmbeddedArguments, slips: bool) -> Dataset:
 
 
 def train(
-    model: LLaDAModelLM,
+    model,
     tokenizer: PreTrainedTokenizerBase,
     dataset: Dataset,
     steps: int,
@@ -169,7 +175,7 @@ def train(
         SFTTrainer(model, config, dataset, processing_class=tokenizer).train()
 
 
-def report(model: LLaDAModelLM, tokenizer: PreTrainedTokenizerBase, args: EmbeddedArguments) -> Table:
+def report(model, tokenizer: PreTrainedTokenizerBase, args: EmbeddedArguments) -> Table:
     """Held-out accuracy of every task, greedy and sampled."""
     table = Table(title="Held-out accuracy (95 % interval)")
     for column in ("task", "greedy", "temperature 1, 8 samples"):
@@ -177,7 +183,8 @@ def report(model: LLaDAModelLM, tokenizer: PreTrainedTokenizerBase, args: Embedd
     model.eval()
     for task, load in LOADERS.items():
         rows = load("test", args.held_out, seed=args.seed)
-        settings = {"canvas_length": CANVAS, "denoising_steps": 16, "block_length": 8, "batch_size": 128}
+        block_length = model.family.attention_block or 8
+        settings = {"canvas_length": CANVAS, "denoising_steps": 16, "block_length": block_length, "batch_size": 128}
         greedy = evaluate_accuracy(model, tokenizer, rows, CHECKS[task], **settings)
         sampled = evaluate_accuracy(
             model,

@@ -18,14 +18,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 from trl import ModelConfig, get_peft_config
 
-from trl_diffusion.models import DreamModel, LLaDAModelLM, export_adapter, import_adapter
+from trl_diffusion.models import DreamModel, LLaDAModelLM, SDARForCausalLM, export_adapter, import_adapter
 from trl_diffusion.models.lora import LoraCoverage, lora_coverage
 from trl_diffusion.models.lora_targets import native_lora_config
 from trl_diffusion.trainers.sft import SFTConfig, SFTTrainer
 
 AGRPO = method_named("agrpo")
 IDS = torch.tensor([[2, 3, 4, 4], [3, 3, 2, 4]])
-families = pytest.mark.parametrize("family", [LLaDAModelLM, DreamModel])
+families = pytest.mark.parametrize("family", [LLaDAModelLM, DreamModel, SDARForCausalLM])
 
 
 def logits_of(model) -> torch.Tensor:

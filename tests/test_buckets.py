@@ -11,9 +11,11 @@ from tiny import coded_prompts, forwards_of
 
 from trl_diffusion.sampling import SamplingConfig, buckets, row_generators, sample
 
+GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
-def cost(parts: list[list[int]], lengths: list[int], canvas: int) -> int:
-    return sum(len(part) * (max(lengths[row] for row in part) + canvas) + 256 for part in parts)
+
+def cost(parts: list[list[int]], lengths: list[int], canvas: int, each: int) -> int:
+    return sum(len(part) * (max(lengths[row] for row in part) + canvas) + each for part in parts)
 
 
 def partitions(rows: list[int]):
@@ -27,20 +29,21 @@ def partitions(rows: list[int]):
         yield parts
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_no_other_partition_by_length_is_cheaper(seed):
+@pytest.mark.parametrize(("device", "each"), [(GPU, 256), (CPU, 64)], ids=str)
+@pytest.mark.parametrize("seed", range(10))
+def test_no_other_partition_by_length_is_cheaper(seed, device, each):
     generator = random.Random(seed)
     lengths = [generator.choice([10, 40, 150, 400, 401, 900]) for _ in range(generator.randint(1, 9))]
-    chosen = buckets.prompt_buckets(lengths, 64)
+    chosen = buckets.prompt_buckets(lengths, 64, device)
     assert sorted(row for part in chosen for row in part) == list(range(len(lengths)))
     assert all(part == sorted(part) for part in chosen)
     by_length = sorted(range(len(lengths)), key=lambda row: -lengths[row])
-    assert cost(chosen, lengths, 64) == min(cost(parts, lengths, 64) for parts in partitions(by_length))
+    assert cost(chosen, lengths, 64, each) == min(cost(parts, lengths, 64, each) for parts in partitions(by_length))
 
 
 def test_small_differences_are_not_worth_a_pass():
-    assert buckets.prompt_buckets([100, 90, 95, 100], 256) == [[0, 1, 2, 3]]
-    assert buckets.prompt_buckets([100, 900, 95, 900], 256) == [[1, 3], [0, 2]]
+    assert buckets.prompt_buckets([100, 90, 95, 100], 256, CPU) == [[0, 1, 2, 3]]
+    assert buckets.prompt_buckets([100, 900, 95, 900], 256, GPU) == [[1, 3], [0, 2]]
 
 
 def test_completions_are_those_of_one_padded_batch(monkeypatch):
@@ -52,7 +55,7 @@ def test_completions_are_those_of_one_padded_batch(monkeypatch):
             return sample(model, prompts, mask, config, row_generators(0, rows=range(rows))), calls
 
     together, padded = run()
-    monkeypatch.setattr(buckets, "_PASS_TOKENS", 0)
+    monkeypatch.setattr(buckets, "_CPU_PASS_TOKENS", 0)
     apart, trimmed = run()
     for name, value in vars(together).items():
         if isinstance(value, torch.Tensor):

@@ -462,8 +462,8 @@ def test_8_rollouts_and_scoring_run_without_dropout_and_without_autograd(method,
     settings = method.compares | {"disable_dropout": False, "num_iterations": 2}
     trainer = method.make(tmp_path, peft_config=lora, **settings)
     modes = []
-    head = trainer.model.get_base_model().lm_head
-    head.register_forward_hook(lambda module, args, output: modes.append((module.training, output.requires_grad)))
+    norm = trainer.model.get_base_model().model.norm
+    norm.register_forward_hook(lambda module, args, output: modes.append((module.training, output.requires_grad)))
     rows = rollout_of(trainer, "a b", copies=8)
     assert modes and all(mode == (False, False) for mode in modes)
     assert trainer.model.training

@@ -75,7 +75,11 @@ def sample(
     config.check_family(family)
     lengths = attention_mask.sum(1).tolist()
     # where processes share the weights, all must run as many passes
-    buckets = prompt_buckets(lengths, config.canvas_length) if any_process is None else [list(range(batch))]
+    buckets = (
+        prompt_buckets(lengths, config.canvas_length, input_ids.device)
+        if any_process is None
+        else [list(range(batch))]
+    )
     was_training = model.training
     model.eval()
     try:
