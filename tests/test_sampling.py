@@ -389,10 +389,26 @@ def test_draw_frequencies():
     probabilities = [0.1, 0.0, 0.35, 0.55, 0.0]
     log_probs = torch.tensor(probabilities).log().expand(ROWS, -1)
     grid = (torch.arange(ROWS, dtype=torch.float64) + 0.5) / ROWS
-    assert draw(log_probs, grid).bincount(minlength=5).tolist() == [2000, 0, 7000, 11000, 0]
-    counts = Counter(draw(log_probs, torch.from_numpy(np.random.default_rng(0).random(ROWS))).tolist())
+    assert draw(log_probs.exp(), grid).bincount(minlength=5).tolist() == [2000, 0, 7000, 11000, 0]
+    counts = Counter(draw(log_probs.exp(), torch.from_numpy(np.random.default_rng(0).random(ROWS))).tolist())
     assert p_value(counts, dict(enumerate(probabilities))) > KEPT
     assert p_value(counts, {0: 0.12, 2: 0.35, 3: 0.53}) < REJECTED
+
+
+@pytest.mark.parametrize("size", [512, 513, 5000, 126_464])
+def test_draw_inverts_the_cumulative_distribution(size):
+    probabilities = (torch.randn(size, generator=torch.Generator().manual_seed(0)) * 3).softmax(0)
+    probabilities[::7] = 0.0
+    uniform = torch.from_numpy(np.random.default_rng(0).random(2000))
+    drawn = draw(probabilities.expand(2000, -1), uniform)
+    assert (probabilities[drawn] > 0).all() and drawn.unique().numel() > 50
+    cumulative = probabilities.double().cumsum(0)
+    point, upper = uniform * cumulative[-1], cumulative[drawn]
+    lower = upper - probabilities[drawn].double()
+    # sums of parts are float32: the ends of a token's share of the unit interval are off by their rounding
+    assert (lower - 1e-6 < point).all() and (point < upper + 1e-6).all()
+    off = torch.searchsorted(cumulative, point, right=True) != drawn
+    assert off.sum() <= (0 if size <= 512 else 4)
 
 
 @pytest.mark.parametrize("total", [0.0, -1e-4, 1e-4])
@@ -402,7 +418,7 @@ def test_draw_never_returns_an_impossible_index(total):
     logits[:7], logits[-1000:], logits[5000:6000] = -torch.inf, -torch.inf, -torch.inf
     log_probs = logits.log_softmax(-1) + total
     extreme = torch.tensor([0.0, 2.0**-1074, 0.5, 1 - 2.0**-24, np.nextafter(1, 0), 1.0], dtype=torch.float64)
-    drawn = draw(log_probs.expand(len(extreme), -1), extreme)
+    drawn = draw(log_probs.exp().expand(len(extreme), -1), extreme)
     assert log_probs[drawn].isfinite().all()
     assert drawn[0] == 7 and drawn[-1] == 126_464 - 1001
     if total < 0:  # what inverting without care does

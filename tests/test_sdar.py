@@ -262,3 +262,14 @@ def test_bounds_for_full_attention_are_refused():
         log_likelihood_bound(network(), [[2]], [[2, 3]], row_generators(0, rows=[0]))
     with pytest.raises(ValueError, match="for full attention only: sdar writes blocks of 4 tokens"):
         is_greedy(network(), [2], [2, 3])
+
+
+def test_generate_writes_blocks_of_the_attention():
+    model, (prompts, mask) = network(), coded_prompts(4)
+    steps = model.generate(prompts, mask, max_new_tokens=CANVAS, return_trajectory=True).unmask_step
+    blocks = steps.view(4, CANVAS // BLOCK, BLOCK)
+    for earlier, later in zip(blocks[:, :-1].unbind(1), blocks[:, 1:].unbind(1), strict=True):
+        written = (later >= 0).all(1)
+        assert (earlier[written].amax(1) < later[written].amin(1)).all()
+    with pytest.raises(ValueError, match="Set block_length=4"):
+        model.generate(prompts, mask, max_new_tokens=CANVAS, block_length=6)

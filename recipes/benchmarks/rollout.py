@@ -36,6 +36,7 @@ from trl_diffusion.models import family_of
 from trl_diffusion.sampling import CanvasState, SamplingConfig, row_generators, sample
 
 YARDSTICKS = ("LLaDA/d1", "lean")
+MODES = ("exact", "prefix", "dual", "block-causal")
 UNEVEN = ("uneven texts", "uneven prompts")
 
 
@@ -64,7 +65,7 @@ class Rollouts:
         caches = (
             {"block-causal": "block"} if shape.block_causal else {"exact": "none", "prefix": "prefix", "dual": "dual"}
         )
-        self.modes = {name: replace(self.config, cache=cache) for name, cache in caches.items()}
+        self.modes = {name: replace(self.config, cache=cache) for name, cache in caches.items() if name in args.modes}
 
     def plain(self, lean: bool, steps: int) -> Work:
         """The first `steps` steps of the published schedule."""
@@ -143,12 +144,17 @@ def main() -> None:
     parser = arguments.parser(__doc__.splitlines()[0], "rollout")
     arguments.add_sampling(parser)
     parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--unmasking", choices=("low_confidence", "random"), default="low_confidence")
     args = parser.parse_args()
 
     for name in args.shapes:
         shape = SHAPES[name]
-        twins = [shape] if shape.block_causal else [shape, replace(shape, block_causal=True)]
+        twins = (
+            [shape]
+            if shape.block_causal or "block-causal" not in args.modes
+            else [shape, replace(shape, block_causal=True)]
+        )
         networks = [Rollouts(each, args) for each in twins]
         peak = measure.matmul_peak(args.device, shape.dtype)
         equal = {mode: tokens for network in networks for mode, tokens in network.equal_greedy_tokens().items()}

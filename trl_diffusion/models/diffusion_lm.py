@@ -239,7 +239,7 @@ class DiffusionLM:
     def _diffusion_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         # The head is called as a module: ZeRO-3, FSDP2 and quantised heads gather their weights in its hooks. A hook
         # on its backward pass forbids changing its output in place, hence the copy (which bfloat16 needs anyway).
-        logits = self.lm_head(hidden).to(torch.float32, copy=True)
+        logits = self.lm_head(hidden).to(torch.float32, copy=torch.is_grad_enabled())
         return self.family.exclude_never_sampled(logits)
 
     def generate(
@@ -249,7 +249,7 @@ class DiffusionLM:
         *,
         max_new_tokens: int = 256,
         denoising_steps: int | None = None,
-        block_length: int = 32,
+        block_length: int | None = None,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -268,7 +268,8 @@ class DiffusionLM:
             attention_mask: [B, P], 0 on padding; all ones if not given.
             max_new_tokens: canvas length L.
             denoising_steps: S, half the canvas length if not given.
-            block_length: positions per block; divides the canvas length.
+            block_length: positions per block; divides the canvas length. If not given, 32, or with block-causal
+                attention the block size of that.
             temperature: 0 is greedy.
             top_k: keep the k most likely tokens; 0 keeps all.
             top_p: keep the smallest set of tokens with this much probability; needs `top_k`.
@@ -289,7 +290,7 @@ class DiffusionLM:
         config = SamplingConfig(
             canvas_length=max_new_tokens,
             denoising_steps=max_new_tokens // 2 if denoising_steps is None else denoising_steps,
-            block_length=block_length,
+            block_length=block_length or self.attention_block or 32,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,

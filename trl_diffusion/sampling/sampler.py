@@ -117,11 +117,6 @@ class _Drawn(NamedTuple):
         support = None if self.support is None else self.support[rows, slots]
         return _Drawn(self.tokens[rows, slots], self.logps[rows, slots], self.entropies[rows, slots], support)
 
-    def at(self, slots: torch.Tensor) -> _Drawn:
-        """What was drawn at some of the positions, [R, k] slots."""
-        support = None if self.support is None else _take(self.support, slots)
-        return _Drawn(_take(self.tokens, slots), _take(self.logps, slots), _take(self.entropies, slots), support)
-
 
 class _Rollout:
     """The growing canvas of one batch; rows may be at different blocks."""
@@ -258,10 +253,15 @@ class _Rollout:
         logits = self._logits(rows, masked)
         signals = _signals(logits, open_) if config.record_signals else None
         if config.unmasking == "low_confidence":
-            drawn = self._draw(logits, self._noise(rows, step, masked))
-            confidence = score_targets(logits, drawn.tokens)[0].masked_fill(~open_, -torch.inf)
+            probabilities, noise = logits.softmax(-1), self._noise(rows, step, masked)
+            if config.temperature == 1 and not config.top_k:
+                tokens, support = draw(probabilities, noise), None
+            else:
+                tokens, support = self._tokens(logits, noise)
+            confidence = probabilities.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).masked_fill(~open_, -1.0)
             slots = confidence.topk(count, dim=1).indices
-            return slots, least, drawn.at(slots), signals
+            support = None if support is None else _take(support, slots)
+            return slots, least, self._scored(_take(logits, slots), _take(tokens, slots), support), signals
         if config.unmasking != "random":
             certainty = _certainty(logits, config.unmasking).masked_fill(~open_, -torch.inf)
             if config.parallel:
@@ -288,19 +288,23 @@ class _Rollout:
     def _logits(self, rows, offsets: torch.Tensor) -> torch.Tensor:
         return self.passes.logits(rows, self.block[rows] * self.config.block_length, offsets)
 
-    def _draw(self, logits: torch.Tensor, noise: torch.Tensor) -> _Drawn:
-        """Draw a token from each distribution: logits [R, n, V], noise [R, n]."""
+    def _tokens(self, logits: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Draw a token from each distribution: logits [R, n, V], noise [R, n]; with the ids that it could be."""
         config = self.config
         if config.temperature == 0:
-            tokens = logits.argmax(-1)
-            return _Drawn(tokens, *score_targets(logits, tokens), None)
+            return logits.argmax(-1), None
         if config.top_k == 0:
-            tokens = draw((logits / config.temperature).log_softmax(-1), noise)
-            return _Drawn(tokens, *score_targets(logits, tokens, config.temperature), None)
+            return draw((logits if config.temperature == 1 else logits / config.temperature).softmax(-1), noise), None
         log_probs, ids = truncate(logits, config.temperature, config.top_k, config.top_p)
-        tokens = ids.gather(-1, draw(log_probs, noise).unsqueeze(-1)).squeeze(-1).long()
-        support = torch.nn.functional.pad(ids, (0, config.top_k - ids.size(-1)), value=-1)
-        return _Drawn(tokens, *score_targets(logits, tokens, config.temperature, support), support)
+        tokens = ids.gather(-1, draw(log_probs.exp(), noise).unsqueeze(-1)).squeeze(-1).long()
+        return tokens, torch.nn.functional.pad(ids, (0, config.top_k - ids.size(-1)), value=-1)
+
+    def _scored(self, logits: torch.Tensor, tokens: torch.Tensor, support: torch.Tensor | None) -> _Drawn:
+        """Tokens [R, n] with their log-probabilities and entropies; at temperature 0, those of temperature 1."""
+        return _Drawn(tokens, *score_targets(logits, tokens, self.config.temperature or 1.0, support), support)
+
+    def _draw(self, logits: torch.Tensor, noise: torch.Tensor) -> _Drawn:
+        return self._scored(logits, *self._tokens(logits, noise))
 
     def _commit(self, where: tuple[torch.Tensor, torch.Tensor], steps: torch.Tensor, drawn: _Drawn) -> None:
         self.canvas[where] = drawn.tokens
