@@ -18,6 +18,9 @@ from trl_diffusion.models.family import DiffusionFamily
 # efficient; elsewhere more, because every chunk reads the whole weight.
 _CPU_CHUNK, _CHUNK = 2**23, 2**26
 
+# In place of a log-probability of −inf, so that 0 · log 0 is 0: its exponential is 0.
+_SMALLEST = -1e4
+
 
 class ScoringHead(nn.Linear):
     """An LM head, `nn.Linear` without a bias, that can also score targets.
@@ -69,7 +72,9 @@ def score_targets(
         (log-probabilities [...], entropies [...] in nats), float32. The log-probability of a target outside of its
         support is -inf.
     """
-    return _read(_log_softmax(logits, temperature, support), *_columns(targets, support))
+    log_probs = _log_softmax(logits, temperature, support)
+    entropy = -(log_probs.exp() * log_probs.clamp(min=_SMALLEST)).sum(-1)
+    return _at(log_probs, *_columns(targets, support)), entropy
 
 
 def _log_softmax(logits: torch.Tensor, temperature: float, support: torch.Tensor | None) -> torch.Tensor:
@@ -88,13 +93,8 @@ def _columns(targets: torch.Tensor, support: torch.Tensor | None) -> tuple[torch
     return hit.int().argmax(-1, keepdim=True), hit.any(-1, keepdim=True)
 
 
-def _read(log_probs: torch.Tensor, column: torch.Tensor, there: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    chosen = log_probs.gather(-1, column).masked_fill(~there, -torch.inf).squeeze(-1)
-    return chosen, -(log_probs.exp() * _finite(log_probs)).sum(-1)
-
-
-def _finite(log_probs: torch.Tensor) -> torch.Tensor:
-    return log_probs.clamp(min=-1e4)  # so that 0 · log 0 is 0: exp(−1e4) is 0
+def _at(log_probs: torch.Tensor, column: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+    return log_probs.gather(-1, column).masked_fill(~there, -torch.inf).squeeze(-1)
 
 
 @torch.compiler.disable  # the number of chunks changes from pass to pass, and each would be compiled anew
@@ -113,8 +113,11 @@ class _Score(torch.autograd.Function):
         log_probs, entropy = torch.empty(2, len(hidden), dtype=torch.float32, device=hidden.device)
         cast_weight, parts, chunk = weight.to(hidden.dtype), _parts(hidden, weight), None
         for part in parts:
+            chunk = None  # the last one is not needed beside the next
             chunk = _chunk(hidden[part], cast_weight, _rows(support, part), temperature, family)
-            log_probs[part], entropy[part] = _read(chunk, column[part], there[part])
+            log_probs[part] = _at(chunk, column[part], there[part])
+            chunk.clamp_(min=_SMALLEST)
+            entropy[part] = -chunk.exp().mul_(chunk).sum(-1)
         kept = chunk if len(parts) == 1 else None
         ctx.save_for_backward(hidden, weight, support, column, log_probs, entropy, kept)
         return log_probs, entropy
@@ -173,7 +176,7 @@ def _gradient(log_probs, column, entropy, grad_log_probs, grad_entropy) -> torch
     """
     factor = -grad_log_probs.unsqueeze(1)
     if grad_entropy is not None:
-        factor = factor - grad_entropy.unsqueeze(1) * (_finite(log_probs) + entropy.unsqueeze(1))
+        factor = factor - grad_entropy.unsqueeze(1) * (log_probs.clamp(min=_SMALLEST) + entropy.unsqueeze(1))
     return log_probs.exp().mul_(factor).scatter_add_(1, column, grad_log_probs.unsqueeze(1))
 
 
