@@ -66,8 +66,13 @@ def test_differences_are_paired_by_seed():
 
 
 def test_arms_differ_in_one_thing():
-    """All arms of a family share everything but the selection of steps, or SAPO's settings."""
-    compared = {name: arm for name, arm in ARMS.items() if arm.baselines != TUNED}
+    """All arms of a family share everything but the selection of steps, SAPO's settings, or the cache."""
+    cached = {name: arm for name, arm in ARMS.items() if arm.baselines == ("agrpo_tuned",)}
+    for name, arm in cached.items():
+        added = {"cache": arm.settings["cache"], "rollout_correction": arm.settings["rollout_correction"]}
+        assert arm.settings == ARMS["agrpo_tuned"].settings | added, name
+    assert len(cached) == 4
+    compared = {name: arm for name, arm in ARMS.items() if arm.baselines != TUNED and name not in cached}
     trajectory = {name: arm for name, arm in compared.items() if arm.method in ("atpo", "agrpo")}
     for name, arm in trajectory.items():
         shared = {k: v for k, v in arm.settings.items() if k not in ("step_selector", "step_draws", "num_mc_samples")}

@@ -401,7 +401,7 @@ def test_draw_inverts_the_cumulative_distribution(size):
     probabilities[::7] = 0.0
     uniform = torch.from_numpy(np.random.default_rng(0).random(2000))
     drawn = draw(probabilities.expand(2000, -1), uniform)
-    assert (probabilities[drawn] > 0).all() and drawn.unique().numel() > 50
+    assert (probabilities[drawn] > 0).all() and drawn.unique().numel() > 30
     cumulative = probabilities.double().cumsum(0)
     point, upper = uniform * cumulative[-1], cumulative[drawn]
     lower = upper - probabilities[drawn].double()
