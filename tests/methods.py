@@ -148,6 +148,7 @@ ONE_UPDATE = {"num_iterations": 1}
 PAIR = {"num_mc_samples": 2, "num_iterations": 1}
 PAIRS = {"num_mc_samples": 4, "num_iterations": 1}
 DMPO = PAIRS | {"alpha": 1.0}  # the paper's 0.04 leaves one completion per prompt
+REPLAY: dict[str, Any] = {"fresh_views": False, "credit": "z_score", "many_views": {"shrink": 1}}
 IN_PAIRS: dict[str, Any] = {"few_views": {"num_mc_samples": 2}, "many_views": {"num_mc_samples": 8}}
 WITHIN_BLOCKS = {"denoising_steps": 8, "num_mc_samples": 0, "num_iterations": 1}
 OWN_LOSS: dict[str, Any] = {"applies": ALL_PROPERTIES - {1}, "compares": {}}  # without ratios
@@ -198,10 +199,8 @@ METHODS = [
         TraceRLConfig,
         {"shrink": 2, "denoising_steps": 8, "num_mc_samples": 0, "num_iterations": 1},
         views="groups",
-        fresh_views=False,
-        credit="z_score",
         few_views={"shrink": 8},
-        many_views={"shrink": 1},
+        **REPLAY,
         compares={"beta": 0.1},
     ),
     Method(
@@ -211,10 +210,8 @@ METHODS = [
         WITHIN_BLOCKS | {"block_causal": True, "shrink": 2, "unmasking": "random"},
         network=block_causal,
         views="within",
-        fresh_views=False,
-        credit="z_score",
         few_views={"shrink": 4},
-        many_views={"shrink": 1},
+        **REPLAY,
         compares={"beta": 0.1},
     ),
     Method(
@@ -224,10 +221,8 @@ METHODS = [
         WITHIN_BLOCKS,
         network=block_causal,
         views="within",
-        fresh_views=False,
-        credit="z_score",
         few_views={"shrink": 4},
-        many_views={"shrink": 1},
+        **REPLAY,
         compares={},
     ),
     Method("dmpo", DMPOTrainer, DMPOConfig, DMPO, views="rate", credit="softmax", **OWN_LOSS, **IN_PAIRS),

@@ -9,7 +9,7 @@ import torch
 from enumeration import enumerate_paths, trajectory_of
 from methods import METHODS, block_causal, full_attention, method_named
 from test_likelihood_enumeration import gradient, reward_of
-from tiny import END, MASK, TAIL, A, B, tiny_sdar
+from tiny import END, MASK, TAIL, A, B, tiny_sdar, without_ends
 from trainer_helpers import parameters_of, rollout_of
 
 from trl_diffusion.likelihood.noise_plans import block_steps
@@ -129,20 +129,10 @@ def test_prompts_whose_rewards_are_equal_change_nothing(tmp_path):
 PROMPT, LENGTH, BLOCK = (A, B), 4, 2  # the prompt fills a block, so blocks are the same from column 0
 
 
-def without_ends():
-    """A block-causal network that never ends a text, so that every completion takes all steps."""
-    model = tiny_sdar(seed=3, block_size=BLOCK).double()
-    # the first hidden feature is 1, so its column of the head is a bias
-    model.model.norm.register_forward_hook(lambda module, args, output: output.index_fill(-1, torch.tensor([0]), 1.0))
-    with torch.no_grad():
-        model.lm_head.weight[:, 0] = torch.tensor([-1e4, -1e4, 0.0, 0.0, 0.0])
-    return model
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.8])
 @pytest.mark.parametrize("method", [DIPO, TRACERL], ids=lambda method: method.name)
 def test_one_token_per_step_gives_the_policy_gradient(method, temperature, tmp_path):
-    model = without_ends()
+    model = without_ends(tiny_sdar(seed=3, block_size=BLOCK).double())
     paths = enumerate_paths(model, list(PROMPT), LENGTH, BLOCK, 2, temperature)
     paths = [path for path in paths if not {TAIL, END} & set(path.tokens)]
     assert len(paths) == 4 * 16

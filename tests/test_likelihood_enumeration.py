@@ -17,7 +17,7 @@ import pytest
 import torch
 from enumeration import enumerate_paths, trajectory_of
 from methods import method_named
-from tiny import END, MASK, TAIL, A, B, canvas_logits, tiny_model
+from tiny import END, MASK, TAIL, A, B, canvas_logits, tiny_model, without_ends
 
 from trl_diffusion.likelihood import (
     NoisePlan,
@@ -407,16 +407,6 @@ def test_spg_upper_bound_averaged_over_all_pairs_of_views_is_its_formula(power):
 # ------------------------------------------- TraceRL
 
 
-def without_ends(seed: int = 3):
-    """A network that never ends a text, so that every completion has all views."""
-    model = tiny_model(seed=seed).double()
-    # the first hidden feature is 1, so its column of the head is a bias
-    model.model.norm.register_forward_hook(lambda module, args, output: output.index_fill(-1, torch.tensor([0]), 1.0))
-    with torch.no_grad():
-        model.lm_head.weight[:, 0] = torch.tensor([-1e4, -1e4, 0.0, 0.0, 0.0])
-    return model
-
-
 def reward_of(tokens: list[int]) -> float:
     return tokens.count(A) + 0.5 * (tokens[0] == tokens[3]) - 0.8 * (tokens[1:3] == [A, B])
 
@@ -440,7 +430,7 @@ def rows_of(trainer, paths) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("temperature", "beta"), [(1.0, 0.0), (0.8, 0.01)])
 def test_tracerl_with_one_token_per_view_is_the_policy_gradient(temperature, beta, tmp_path):
-    model = without_ends()
+    model = without_ends(tiny_model(seed=3).double())
     paths = enumerate_paths(model, list(PROMPT), 4, 2, 2, temperature)
     paths = [path for path in paths if not {TAIL, END} & set(path.tokens)]
     assert len(paths) == 4 * 16

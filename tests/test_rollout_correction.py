@@ -20,13 +20,13 @@ DUAL = {"cache": "dual", "unmasking": "max_prob", "denoising_steps": 8, "learnin
 # ------------------------------------------- the gradient, when one network writes and another learns
 
 
-def gradients(tmp_path, length: int, **settings) -> tuple[torch.Tensor, torch.Tensor]:
+def gradients(tmp_path, length: int, distance: float = 0.2, **settings) -> tuple[torch.Tensor, torch.Tensor]:
     """(The policy gradient, that of the trainer's loss over all trajectories as often as another network writes
     them)."""
     model, writer = tiny_model(seed=3).double(), tiny_model(seed=3).double()
     with torch.no_grad():
         for parameter, other in zip(writer.parameters(), tiny_model(seed=4).double().parameters(), strict=True):
-            parameter.lerp_(other, 0.2)
+            parameter.lerp_(other, distance)
     paths, written = (enumerate_paths(net.eval(), PROMPT, length, length, 1) for net in (model, writer))
     assert [path.tokens for path in paths] == [path.tokens for path in written]
     probability = torch.stack([path.probability for path in paths])
@@ -63,6 +63,14 @@ def test_the_weights_of_several_tokens_bring_the_gradient_closer(tmp_path):
     _, plain = gradients(tmp_path, 2, rollout_correction_cap=1e-9)  # the same weight for every token
     cosine = [torch.cosine_similarity(found.double(), exact, dim=0).item() for found in (weighted, plain)]
     assert cosine[1] < cosine[0] < 1
+
+
+def test_weights_do_not_help_where_the_writer_is_another_network(tmp_path):
+    """The limit that the documentation names."""
+    exact, weighted = gradients(tmp_path, 2, distance=1.0, rollout_correction_cap=1e6)
+    _, plain = gradients(tmp_path, 2, distance=1.0, rollout_correction_cap=1e-9)
+    cosine = [torch.cosine_similarity(found.double(), exact, dim=0).item() for found in (weighted, plain)]
+    assert cosine[0] < 0 < cosine[1]
 
 
 def test_behaviour_takes_the_ratio_to_the_policy_that_wrote(tmp_path):

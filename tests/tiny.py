@@ -82,6 +82,19 @@ def canvas_logits(model, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor, ca
     return logits[:, first : first + canvas.size(1)].masked_fill(torch.arange(logits.size(-1)) == MASK, -torch.inf)
 
 
+def set_bias(model, bias: torch.Tensor):
+    """Give the LM head a bias [V]: the first hidden feature becomes 1, and the head's column of it the bias."""
+    model.model.norm.register_forward_hook(lambda _, __, hidden: hidden.index_fill(-1, torch.tensor([0]), 1.0))
+    with torch.no_grad():
+        model.lm_head.weight[:, 0] = bias
+    return model
+
+
+def without_ends(model):
+    """A network that never ends a text, so that every completion takes all steps."""
+    return set_bias(model, torch.tensor([-1e4, -1e4, 0.0, 0.0, 0.0]))
+
+
 @contextmanager
 def forwards_of(module: torch.nn.Module) -> Iterator[list[dict]]:
     """The arguments of every call of `module` (positional ones under "args"), collected while the context lasts."""

@@ -75,7 +75,9 @@ class DiffusionLM:
     """
 
     config: Any
+    model: Any  # the stock class's network
     lm_head: Any
+    rotary_class: type  # the family's rotary embedding
     hf_quantizer: Any = None  # set by transformers on a quantised model
     logit_shift: int = 0
     attention_block: int | None = None
@@ -83,6 +85,10 @@ class DiffusionLM:
     def __init__(self, config: Any):
         super().__init__(config)  # type: ignore[call-arg]  # the stock class comes next
         self.lm_head.__class__ = ScoringHead  # same weight, and it scores too
+        self.model.embed_tokens.padding_idx = None  # pad and end of text share an id, and the latter must learn
+        self.model.rotary_emb = self.rotary_class(config)
+        for layer in self.model.layers:
+            layer.self_attn.is_causal = False
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any):

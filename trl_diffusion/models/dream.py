@@ -79,14 +79,8 @@ class DreamModel(DiffusionLM, Qwen2ForCausalLM):  # type: ignore[misc]  # `gener
     """Dream with its LM head, under the class name of the hub's remote code."""
 
     config_class = DreamConfig
+    rotary_class = DreamRotaryEmbedding
     logit_shift = 1  # trained from an autoregressive model: the logits at i - 1 predict the token at i
-
-    def __init__(self, config: DreamConfig):
-        super().__init__(config)
-        self.model.embed_tokens.padding_idx = None  # pad and end of text share an id, and the latter must learn
-        self.model.rotary_emb = DreamRotaryEmbedding(config)
-        for layer in self.model.layers:
-            layer.self_attn.is_causal = False
 
 
 AutoConfig.register(DreamConfig.model_type, DreamConfig, exist_ok=True)

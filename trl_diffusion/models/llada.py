@@ -200,16 +200,14 @@ class LLaDAModelLM(DiffusionLM, LlamaForCausalLM):  # type: ignore[misc]  # `gen
     """LLaDA with its LM head, under the class name of the hub's remote code."""
 
     config_class = LLaDAConfig
+    rotary_class = LLaDARotaryEmbedding
     native_name = staticmethod(native_weight_name)
     hub_name = staticmethod(hub_weight_name)
 
     def __init__(self, config: LLaDAConfig):
         super().__init__(config)
-        self.model.embed_tokens.padding_idx = None  # pad and end of text share an id, and the latter must learn
-        self.model.rotary_emb = LLaDARotaryEmbedding(config)
         for layer in self.model.layers:
             layer.self_attn.__class__ = LLaDAAttention  # same parameters, another forward; nothing is allocated twice
-            layer.self_attn.is_causal = False
         self.register_load_state_dict_pre_hook(_rename_state_dict)
 
 

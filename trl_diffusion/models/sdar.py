@@ -84,6 +84,7 @@ class SDARForCausalLM(DiffusionLM, Qwen3ForCausalLM):  # type: ignore[misc]  # `
     """
 
     config_class = SDARConfig
+    rotary_class = SDARRotaryEmbedding
 
     def __init__(self, config: SDARConfig):
         super().__init__(config)
@@ -93,10 +94,6 @@ class SDARForCausalLM(DiffusionLM, Qwen3ForCausalLM):  # type: ignore[misc]  # `
                 f"got {config._attn_implementation!r}."
             )
         self.attention_block = config.block_size
-        self.model.embed_tokens.padding_idx = None  # pad and end of text share an id, and the latter must learn
-        self.model.rotary_emb = SDARRotaryEmbedding(config)
-        for layer in self.model.layers:
-            layer.self_attn.is_causal = False
 
 
 AutoConfig.register(SDARConfig.model_type, SDARConfig, exist_ok=True)

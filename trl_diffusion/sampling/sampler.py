@@ -53,7 +53,8 @@ def sample(
         The trajectory, on the device of `input_ids`.
 
     Raises:
-        ValueError: if there is not one generator per prompt, a prompt is empty, or the state is of another shape.
+        ValueError: if there is not one generator per prompt, a prompt is empty, the state is of another shape, or
+            the cache or block length does not go with the model's attention.
         FloatingPointError: if the network's logits are not finite.
     """
     model = extract_model_from_parallel(model, keep_torch_compile=False)
