@@ -142,6 +142,12 @@ class SamplingConfig:
                 f"{self.block_length}. Set block_length={block}."
             )
 
+    def cache_for(self, family: DiffusionFamily) -> str:
+        """What is reused with a family: `none`, `prefix`, `dual` or `block`."""
+        if self.cache != "auto":
+            return self.cache
+        return "none" if family.attention_block is None else "block"
+
     @property
     def approximate(self) -> bool:
         """Whether tokens are drawn with keys and values that are not those of the canvas before the step."""

@@ -206,3 +206,6 @@ class BlockPasses(_CachedPasses):
         self._unwritten = 0
         logits = self._evaluate(self._rows, start, end, end, begin + every, self._cache)
         return logits[places] if len(places) < len(every) else logits
+
+
+PASSES: dict[str, type[Passes]] = {"none": Passes, "prefix": WindowPasses, "dual": WindowPasses, "block": BlockPasses}

@@ -16,7 +16,7 @@ from trl_diffusion.sampling.buckets import prompt_buckets
 from trl_diffusion.sampling.config import SamplingConfig
 from trl_diffusion.sampling.distribution import draw, truncate
 from trl_diffusion.sampling.noise import uniforms
-from trl_diffusion.sampling.passes import BlockPasses, Passes, WindowPasses
+from trl_diffusion.sampling.passes import PASSES
 from trl_diffusion.sampling.state import CanvasState
 from trl_diffusion.sampling.trajectory import Trajectory
 
@@ -141,9 +141,7 @@ class _Rollout:
         self.canvas, self.length = state.canvas.clone(), state.length
         self.block, unfinished = state.next_block(family, config.block_length)
         self.alive = unfinished.nonzero().squeeze(1)
-        cached = WindowPasses if config.approximate else BlockPasses
-        exact = config.cache == "none" or (config.cache == "auto" and family.attention_block is None)
-        self.passes = (Passes if exact else cached)(
+        self.passes = PASSES[config.cache_for(family)](
             model, family, config, input_ids, attention_mask, self.canvas, self.length
         )
         self.row_forwards = torch.zeros(batch, dtype=torch.long, device=device)

@@ -123,7 +123,7 @@ def _cache(trainer: DiffusionGRPOTrainer) -> str:
     if config.approximate:
         refresh = f", renewed every {config.cache_refresh} steps" if config.cache_refresh else ""
         return f"{config.cache}, approximate{refresh}"
-    if config.cache == "none" or trainer.family.attention_block is None:
+    if config.cache_for(trainer.family) == "none":
         return "none"
     return "keys and values of the prompt and of finished blocks, exact"
 
