@@ -113,7 +113,7 @@ def test_the_slurm_script_launches_every_machine(tmp_path):
     """With stand-ins for Slurm's programs and for `accelerate`, on two machines."""
     programs = {
         # more than a pipe holds: a reader that stops at the first line would kill it
-            "scontrol": 'echo "first-host"; seq -f "host-%g" 2 20000',
+        "scontrol": 'echo "first-host"; seq -f "host-%g" 2 20000',
         # what srun does: the same command on every machine
         "srun": 'shift; for node in 0 1; do SLURM_NODEID=$node "$@"; done',
         "accelerate": f'printf "%s\\n" "$@" > {tmp_path}/machine-$SLURM_NODEID',

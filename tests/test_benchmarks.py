@@ -161,10 +161,10 @@ def test_operations_are_those_of_the_shapes():
     mask = torch.ones_like(ids)
     output, forward = measure.count_flop(lambda: model(input_ids=ids, attention_mask=mask, positions=positions))
     shape = network_shape(model)
-    assert forward == 3 * shape.forward_flop(tokens=20, scored=5)
+    assert forward == 3 * shape.forward_flop(tokens=20, read=5)
     _, backward = measure.count_flop(output.logits.clamp(min=-1e9).sum().backward)
     # the attention kernel forms one of its products again, which `backward_flop` does not count
-    assert backward == 3 * (shape.backward_flop(tokens=20, scored=5) + 2 * shape.attention * 20**2)
+    assert backward == 3 * (shape.backward_flop(tokens=20, read=5) + 2 * shape.last_attention * 20 * 5)
 
 
 def test_peak_memory_is_that_of_the_run():

@@ -477,22 +477,26 @@ def test_bfloat16_keeps_exact_frequencies(load, ids, family, attention):
     assert torch.equal(cast.float().model.rotary_emb.inv_freq, exact)
 
 
-def test_llada_rotates_in_float32(load):
-    model = load("llada", loading={"dtype": torch.bfloat16})
+@families
+def test_queries_and_keys_are_rotated_in_float32(load, family):
+    model = load(family, loading={"dtype": torch.bfloat16})
     attention = model.model.layers[0].self_attn
     hidden = torch.randn(2, 40, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
 
-    angles = torch.arange(40).float()[:, None] / 500000.0 ** (torch.arange(0, 8, 2).float() / 8)
+    theta = HUB_CONFIGS[family]["rope_theta"]
+    angles = torch.arange(40).float()[:, None] / theta ** (torch.arange(0, 8, 2).float() / 8)
     cos, sin = torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()
 
-    def heads(projection):
-        return projection(hidden).view(2, 40, -1, 8).transpose(1, 2)
+    def heads(projection, norm="none"):
+        norm = getattr(attention, norm, torch.nn.Identity())
+        return norm(projection(hidden).view(2, 40, -1, 8)).transpose(1, 2)
 
     def rotated(x, cos, sin):
         return x * cos + torch.cat([-x[..., 4:], x[..., :4]], -1) * sin
 
     def by_hand(rotate):
-        query, key, value = rotate(heads(attention.q_proj)), rotate(heads(attention.k_proj)), heads(attention.v_proj)
+        query, key = rotate(heads(attention.q_proj, "q_norm")), rotate(heads(attention.k_proj, "k_norm"))
+        value = heads(attention.v_proj)
         output = torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True)
         return attention.o_proj(output.transpose(1, 2).reshape(2, 40, 32))
 
@@ -648,6 +652,61 @@ def test_logits_at_positions(load, ids, family):
     probabilities = output.logits.softmax(-1)
     assert not probabilities[..., MASK].any() and not probabilities[..., NUM_TOKENS:].any()
     assert (output.logits == -torch.inf).sum(-1).eq(1 + VOCABULARY - NUM_TOKENS).all()
+
+
+@families
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_last_layer_computes_only_what_is_read(load, ids, family, attention, padded):
+    model = load(family, loading={"attn_implementation": attention})
+    mask = left_padded(ids) if padded else None
+    positions = torch.tensor([[5, 10, -1], [9, 3, 7], [6, 8, -1]])
+    targets = torch.randint(0, MASK, (3, 3), generator=torch.Generator().manual_seed(3))
+    columns = {}
+
+    def record(name, value):
+        columns[name] = value.size(1)
+
+    for name, layer in (("first", model.model.layers[0]), ("last", model.model.layers[-1])):
+        for part in ("q_proj", "k_proj", "o_proj"):
+            getattr(layer.self_attn, part).register_forward_hook(
+                lambda *values, key=f"{name} {part}": record(key, values[-1])
+            )
+        layer.mlp.register_forward_hook(lambda *values, key=f"{name} mlp": record(key, values[-1]))
+
+    def gradients(log_probs):
+        model.zero_grad()
+        log_probs.sum().backward()
+        return {name: value.grad.clone() for name, value in model.named_parameters()}
+
+    reference = reference_log_probs(model, ids, mask)[torch.arange(3)[:, None], positions].gather(
+        -1, targets[..., None]
+    )
+    expected = gradients(reference.squeeze(-1)[positions >= 0])
+    assert set(columns.values()) == {11}
+    found = gradients(model(input_ids=ids, attention_mask=mask, positions=positions, targets=targets).log_probs)
+    assert {name for name, count in columns.items() if count == 3} == {"last q_proj", "last o_proj", "last mlp"}
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+    assert model(input_ids=ids, attention_mask=mask, positions=positions[:, :0]).logits.shape == (3, 0, VOCABULARY)
+
+
+def test_masks_of_other_kernels_are_kept_whole(load, monkeypatch):
+    """Flash attention has a mask without queries, flex attention an object: the last layer computes everything."""
+    layer, hidden = load("llada").model.layers[-1], torch.randn(2, 7, 32)
+    masks = []
+
+    def attend(hidden_states, attention_mask, **kwargs):
+        assert "queries" not in kwargs
+        masks.append(attention_mask)
+        return hidden_states.cumsum(1), None
+
+    monkeypatch.setattr(layer.self_attn, "forward", attend)
+    read = torch.tensor([[6, 0], [2, 2]])
+    for mask in (torch.ones(2, 7), object()):
+        everything = layer(hidden, attention_mask=mask)
+        assert torch.equal(layer(hidden, attention_mask=mask, read=read), everything[torch.arange(2)[:, None], read])
+        assert masks[-1] is mask
 
 
 def test_dream_predicts_a_token_from_the_position_before(load, ids):

@@ -71,12 +71,12 @@ def rollout(
 
 
 def _logits(model: PreTrainedModel, ids: torch.Tensor, visible: torch.Tensor, start: int, first: int) -> torch.Tensor:
-    """Logits [B, T − first, V] from position `first` on; the canvas begins at `start`."""
-    if first == 0:
-        logits = model(input_ids=ids, attention_mask=visible, canvas_start=start, use_cache=False).logits
-        return family_of(model).exclude_never_sampled(logits)
-    positions = torch.arange(first, ids.size(1), device=ids.device).expand(len(ids), -1)
-    return model(input_ids=ids, attention_mask=visible, positions=positions, canvas_start=start).logits
+    """Logits [B, T − first, V] from position `first` on: the whole network, and the LM head at these positions."""
+    kept = ids.size(1) - first
+    logits = model(
+        input_ids=ids, attention_mask=visible, canvas_start=start, use_cache=False, logits_to_keep=kept
+    ).logits
+    return family_of(model).exclude_never_sampled(logits.float() if first else logits)
 
 
 def _draw(logits: torch.Tensor, config: SamplingConfig, generator: torch.Generator) -> torch.Tensor:

@@ -34,22 +34,6 @@ class DiffusionLMOutput(ModelOutput):
     entropy: torch.Tensor | None = None
 
 
-class Float32InvFreq:
-    """Rotary embedding whose inverse frequencies stay in float32 when the model is cast.
-
-    `model.bfloat16()` casts buffers too, and bfloat16 frequencies make log-probabilities 3 to 10 times less exact.
-    """
-
-    inv_freq: Any  # tensor [head size / 2]
-
-    def _apply(self, fn, recurse: bool = True):
-        exact = self.inv_freq
-        super()._apply(fn, recurse)  # type: ignore[misc]
-        if self.inv_freq.dtype != torch.float32:
-            self.inv_freq = exact.to(device=self.inv_freq.device, dtype=torch.float32)
-        return self
-
-
 def require_plain_rope(config: Any) -> None:
     """Check that a config has unscaled rotary embeddings, the only kind written back under the hub's keys.
 
@@ -77,7 +61,10 @@ class DiffusionLM:
     config: Any
     model: Any  # the stock class's network
     lm_head: Any
-    rotary_class: type  # the family's rotary embedding
+    # the family's layers; the weights are those of the stock class
+    rotary_class: type
+    attention_class: type
+    last_layer_class: type
     hf_quantizer: Any = None  # set by transformers on a quantised model
     logit_shift: int = 0
     attention_block: int | None = None
@@ -88,7 +75,9 @@ class DiffusionLM:
         self.model.embed_tokens.padding_idx = None  # pad and end of text share an id, and the latter must learn
         self.model.rotary_emb = self.rotary_class(config)
         for layer in self.model.layers:
+            layer.self_attn.__class__ = self.attention_class
             layer.self_attn.is_causal = False
+        self.model.layers[-1].__class__ = self.last_layer_class
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any):
@@ -160,7 +149,7 @@ class DiffusionLM:
     ):
         """Logits everywhere or, with `positions`, only there; with `targets` too, their log-probabilities.
 
-        Hidden states are gathered before the LM head, so the cost of the head is that of the positions asked for.
+        The last layer and the LM head compute these positions alone.
 
         Args:
             input_ids: long [R, T], noised tokens (prompt and canvas).
@@ -213,16 +202,17 @@ class DiffusionLM:
             return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
 
         kwargs["use_cache"] = False
-        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, **kwargs).last_hidden_state  # type: ignore[attr-defined]
         # the first token has no logits before it and, as in Dream's own code, takes those at its own position
-        index = (positions - self.family.logit_shift).clamp(min=0)
+        read = (positions - self.family.logit_shift).clamp(min=0)
+        if read.size(1) == 0:  # a pass for its keys and values; attention needs a query
+            read = read.new_zeros(len(read), 1)
+        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, read=read, **kwargs).last_hidden_state
         if targets is None:
-            gathered = hidden.gather(1, index.unsqueeze(-1).expand(-1, -1, hidden.size(-1)))
-            return DiffusionLMOutput(logits=self._diffusion_logits(gathered))
+            return DiffusionLMOutput(logits=self._diffusion_logits(hidden[:, : positions.size(1)]))
 
         rows, slots = (positions >= 0).nonzero(as_tuple=True)
         log_probs, entropy = self._score(
-            hidden[rows, index[rows, slots]],
+            hidden[rows, slots],
             targets[rows, slots],
             None if support is None else support[rows, slots],
             temperature,

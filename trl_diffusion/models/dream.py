@@ -15,9 +15,11 @@ from transformers import (
     Qwen2Tokenizer,
 )
 from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+from transformers.models.qwen2 import modeling_qwen2 as qwen2
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2RotaryEmbedding
 
-from trl_diffusion.models.diffusion_lm import DiffusionLM, Float32InvFreq, require_plain_rope
+from trl_diffusion.models.diffusion_lm import DiffusionLM, require_plain_rope
+from trl_diffusion.models.layers import DiffusionAttention, Float32Rotary, LastLayer
 
 DREAM_7B_VOCABULARY = 152064
 DREAM_7B_TOKENS = 151667  # <|mask|> 151666 is the last id that has a token
@@ -67,8 +69,16 @@ class DreamConfig(Qwen2Config):
         return output
 
 
-class DreamRotaryEmbedding(Float32InvFreq, Qwen2RotaryEmbedding):
-    """Qwen2's rotary embedding with frequencies that survive a cast of the model."""
+class DreamRotaryEmbedding(Float32Rotary, Qwen2RotaryEmbedding):
+    """Qwen2's rotary embedding in float32."""
+
+
+class DreamAttention(DiffusionAttention, Qwen2Attention):  # type: ignore[misc]  # adds `queries`
+    """Qwen2's attention with the rotation in float32."""
+
+
+class Qwen2DecoderLayer(LastLayer, qwen2.Qwen2DecoderLayer):  # type: ignore[misc]  # adds `read`
+    """The last layer, under the stock name: FSDP and device maps know layers by it."""
 
 
 class DreamTokenizer(Qwen2Tokenizer):
@@ -80,6 +90,8 @@ class DreamModel(DiffusionLM, Qwen2ForCausalLM):  # type: ignore[misc]  # `gener
 
     config_class = DreamConfig
     rotary_class = DreamRotaryEmbedding
+    attention_class = DreamAttention
+    last_layer_class = Qwen2DecoderLayer
     logit_shift = 1  # trained from an autoregressive model: the logits at i - 1 predict the token at i
 
 

@@ -10,19 +10,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
-from trl_diffusion.models.diffusion_lm import DiffusionLM, Float32InvFreq, require_plain_rope
+from trl_diffusion.models.diffusion_lm import DiffusionLM, require_plain_rope
+from trl_diffusion.models.layers import DiffusionAttention, Float32Rotary, LastLayer
 
 # hub key → Llama key
 CONFIG_KEYS = {
@@ -162,38 +157,16 @@ class LLaDAConfig(LlamaConfig):
         return {**REQUIRED_VALUES, **output}
 
 
-class LLaDARotaryEmbedding(Float32InvFreq, LlamaRotaryEmbedding):
-    """Rotary embedding whose cosines and sines stay in float32, as LLaDA was trained."""
-
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor):
-        return super().forward(torch.empty(0, device=x.device, dtype=torch.float32), position_ids)
+class LLaDARotaryEmbedding(Float32Rotary, LlamaRotaryEmbedding):
+    """Llama's rotary embedding in float32 (LLaDA's `rope_full_precision`)."""
 
 
-class LLaDAAttention(LlamaAttention):
-    """Llama's attention with the rotation in float32 (LLaDA's `rope_full_precision`)."""
+class LLaDAAttention(DiffusionAttention, LlamaAttention):  # type: ignore[misc]  # adds `queries`
+    """Llama's attention with the rotation in float32."""
 
-    def forward(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
-        shape = hidden_states.shape[:-1]
-        query, key, value = (
-            projection(hidden_states).view(*shape, -1, self.head_dim).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        rotated_query, rotated_key = apply_rotary_pos_emb(query.float(), key.float(), *position_embeddings)
-        query, key = rotated_query.to(query.dtype), rotated_key.to(key.dtype)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        output, weights = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
+
+class LlamaDecoderLayer(LastLayer, llama.LlamaDecoderLayer):  # type: ignore[misc]  # adds `read`
+    """The last layer, under the stock name: FSDP and device maps know layers by it."""
 
 
 class LLaDAModelLM(DiffusionLM, LlamaForCausalLM):  # type: ignore[misc]  # `generate` samples by diffusion
@@ -201,13 +174,13 @@ class LLaDAModelLM(DiffusionLM, LlamaForCausalLM):  # type: ignore[misc]  # `gen
 
     config_class = LLaDAConfig
     rotary_class = LLaDARotaryEmbedding
+    attention_class = LLaDAAttention
+    last_layer_class = LlamaDecoderLayer
     native_name = staticmethod(native_weight_name)
     hub_name = staticmethod(hub_weight_name)
 
     def __init__(self, config: LLaDAConfig):
         super().__init__(config)
-        for layer in self.model.layers:
-            layer.self_attn.__class__ = LLaDAAttention  # same parameters, another forward; nothing is allocated twice
         self.register_load_state_dict_pre_hook(_rename_state_dict)
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RotaryEmbedding
 
-from trl_diffusion.models.diffusion_lm import DiffusionLM, Float32InvFreq, require_plain_rope
+from trl_diffusion.models.diffusion_lm import DiffusionLM, require_plain_rope
+from trl_diffusion.models.layers import DiffusionAttention, Float32Rotary, LastLayer
 
 SDAR_VOCABULARY = 151936
 SDAR_MASK_TOKEN = 151669  # <|MASK|>, the last id that has a token
@@ -72,8 +74,16 @@ class SDARConfig(Qwen3Config):
         return output
 
 
-class SDARRotaryEmbedding(Float32InvFreq, Qwen3RotaryEmbedding):
-    """Qwen3's rotary embedding with frequencies that survive a cast of the model."""
+class SDARRotaryEmbedding(Float32Rotary, Qwen3RotaryEmbedding):
+    """Qwen3's rotary embedding in float32."""
+
+
+class SDARAttention(DiffusionAttention, Qwen3Attention):  # type: ignore[misc]  # adds `queries`
+    """Qwen3's attention with the rotation in float32."""
+
+
+class Qwen3DecoderLayer(LastLayer, qwen3.Qwen3DecoderLayer):  # type: ignore[misc]  # adds `read`
+    """The last layer, under the stock name: FSDP and device maps know layers by it."""
 
 
 class SDARForCausalLM(DiffusionLM, Qwen3ForCausalLM):  # type: ignore[misc]  # `generate` samples by diffusion
@@ -85,6 +95,8 @@ class SDARForCausalLM(DiffusionLM, Qwen3ForCausalLM):  # type: ignore[misc]  # `
 
     config_class = SDARConfig
     rotary_class = SDARRotaryEmbedding
+    attention_class = SDARAttention
+    last_layer_class = Qwen3DecoderLayer
 
     def __init__(self, config: SDARConfig):
         super().__init__(config)

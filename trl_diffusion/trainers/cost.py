@@ -6,6 +6,7 @@ block in which it ends, so a real rollout costs less.
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
@@ -94,31 +95,43 @@ class NetworkShape:
     Args:
         body: weights of the linear layers that see every token, adapters included.
         trained_body: those of them that are trained.
+        last: the same of the layers that see only what is read: in the last layer, all but its keys and values.
+        trained_last: those of them that are trained.
         head: weights of the LM head.
         trained_head: the same if it is trained, else 0.
-        attention: query heads × head size, summed over the layers.
+        attention: query heads × head size, summed over the layers but the last.
+        last_attention: the same of the last layer.
         recomputes: whether gradient checkpointing repeats the forward pass.
     """
 
     body: int
     trained_body: int
+    last: int
+    trained_last: int
     head: int
     trained_head: int
     attention: int
+    last_attention: int
     recomputes: bool
 
-    def forward_flop(self, tokens: float, scored: float) -> float:
-        """FLOP of a forward pass over `tokens`, with the LM head at `scored` positions; 2 per multiplication."""
-        return 2 * self.body * tokens + 4 * self.attention * tokens**2 + 2 * self.head * scored
+    def forward_flop(self, tokens: float, read: float) -> float:
+        """FLOP of a forward pass over `tokens`, with logits at `read` positions; 2 per multiplication."""
+        return self._layers_flop(tokens, read) + 2 * self.head * read
 
-    def backward_flop(self, tokens: float, scored: float) -> float:
+    def backward_flop(self, tokens: float, read: float) -> float:
         """FLOP of the backward pass: every layer's input gradient, and the weight gradients of what is trained.
 
         The first layer's input gradient, which a frozen embedding does not ask for, is counted too.
         """
-        weights = 2 * self.trained_body * tokens + 2 * self.trained_head * scored
-        repeated = self.forward_flop(tokens, 0) if self.recomputes else 0.0
-        return self.forward_flop(tokens, scored) + 4 * self.attention * tokens**2 + weights + repeated
+        weights = 2 * self.trained_body * tokens + 2 * (self.trained_last + self.trained_head) * read
+        repeated = self._layers_flop(tokens, read) if self.recomputes else 0.0
+        return self.forward_flop(tokens, read) + self._attention_flop(tokens, read) + weights + repeated
+
+    def _layers_flop(self, tokens: float, read: float) -> float:
+        return 2 * self.body * tokens + 2 * self.last * read + self._attention_flop(tokens, read)
+
+    def _attention_flop(self, tokens: float, read: float) -> float:
+        return 4 * tokens * (self.attention * tokens + self.last_attention * read)
 
 
 def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
@@ -135,15 +148,19 @@ def network_shape(model: nn.Module, recomputes: bool = False) -> NetworkShape:
         model: the model.
         recomputes: whether it is trained with gradient checkpointing.
     """
-    size = {"body": 0, "trained_body": 0, "head": 0, "trained_head": 0}
-    attention = 0
+    size = dict.fromkeys(("body", "last", "head", "trained_body", "trained_last", "trained_head"), 0)
+    attention = {"attention": 0, "last_attention": 0}
+    config: Any = model.config
+    last = f".layers.{config.num_hidden_layers - 1}."
     for name, layer in _linear_layers(model):
-        part, weights = "head" if "lm_head" in name else "body", layer.in_features * layer.out_features
+        narrow = last in name and not re.search(r"\.[kv]_proj\b", name)
+        part = "head" if "lm_head" in name else "last" if narrow else "body"
+        weights = layer.in_features * layer.out_features
         size[part] += weights
         size[f"trained_{part}"] += weights * layer.weight.requires_grad
         if name.removesuffix(".base_layer").endswith(".o_proj"):
-            attention += layer.in_features
-    return NetworkShape(**size, attention=attention, recomputes=recomputes)
+            attention["last_attention" if last in name else "attention"] += layer.in_features
+    return NetworkShape(**size, **attention, recomputes=recomputes)
 
 
 def prompt_length(trainer: DiffusionGRPOTrainer) -> float:
@@ -169,7 +186,7 @@ def update_flop(trainer: DiffusionGRPOTrainer) -> UpdateCost:
     scored = shape.forward_flop(tokens, cost.targets)
     learned = scored + shape.backward_flop(tokens, cost.targets)
     return UpdateCost(
-        rollout=completions * (cost.rollout * shape.forward_flop(tokens, 0) + shape.forward_flop(0, heads)),
+        rollout=completions * cost.rollout * shape.forward_flop(tokens, heads / cost.rollout),
         probe=completions * cost.probe * probed,
         old=completions * cost.old * scored,
         reference=completions * cost.reference * scored,
