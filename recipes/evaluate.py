@@ -46,7 +46,9 @@ class EvaluateArguments:
 
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Model on the Hub or folder; the embedded one if there is no model and no adapter."},
+        metadata={
+            "help": "Model on the Hub or folder, or `embedded_sdar`; the embedded one if there is no model or adapter."
+        },
     )
     adapter: str | None = field(
         default=None, metadata={"help": "PEFT adapter; its own base is loaded if none is given."}

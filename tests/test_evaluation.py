@@ -413,6 +413,10 @@ def test_an_adapter_for_another_base_is_refused(adapter, tmp_path):
         load_model(shallow, folder, allow_other_base=True)
 
 
+def test_embedded_models_load_by_name():
+    assert [load_model(name)[0].config.model_type for name in ("embedded", "embedded_sdar")] == ["llada", "sdar"]
+
+
 def test_what_is_no_model_is_refused(tmp_path):
     with pytest.raises(ValueError, match="got neither"):
         load_model(None)

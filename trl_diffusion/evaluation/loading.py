@@ -12,6 +12,7 @@ from peft.utils import CONFIG_NAME, load_peft_weights
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_diffusion.models import family_of
+from trl_diffusion.models.embedded import EMBEDDED_MODELS
 
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -29,8 +30,8 @@ def load_model(
     """Load a diffusion language model, with an adapter on top if there is one, and its tokenizer.
 
     Args:
-        name: model on the Hub or in a folder; a folder with an adapter is taken as `adapter`. `None` for the base that
-            the adapter was trained on.
+        name: model on the Hub or in a folder, or the name of an embedded one (`embedded`, `embedded_sdar`); a folder
+            with an adapter is taken as `adapter`. `None` for the base that the adapter was trained on.
         adapter: PEFT adapter on the Hub or in a folder.
         revision: revision of the model on the Hub.
         dtype: `"auto"` for the checkpoint's, else for example `"bfloat16"`.
@@ -46,6 +47,8 @@ def load_model(
         ValueError: if there is neither model nor adapter, or the adapter was trained on another base.
         TypeError: if the model is not a diffusion language model.
     """
+    if name is not None:
+        name = EMBEDDED_MODELS.get(name, name)
     if name is not None and adapter is None and (Path(name) / CONFIG_NAME).is_file():
         name, adapter = None, name
     if adapter is not None:

@@ -27,7 +27,7 @@ def score_views(
 ) -> Scores:
     """Score each view's targets in one forward pass of the (wrapped) model.
 
-    Targets are gathered before the LM head, so its cost and memory are those of the targets alone.
+    The last layer and the LM head compute the targets alone.
 
     Args:
         model: a native diffusion language model, possibly wrapped (DDP, DeepSpeed, FSDP2, PEFT).
