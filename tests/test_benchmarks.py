@@ -173,7 +173,7 @@ def test_peak_memory_is_that_of_the_run():
     held = torch.zeros(block)
     for count in (1, 2):
         _, peak = measure.time_and_peak(lambda n=count: [torch.zeros(block) for _ in range(n)], CPU)
-        assert abs(peak - 64 * count) < 1
+        assert abs(peak - 64 * count) < 8  # huge pages, and counters that lag
     assert len(held) == block
 
 
@@ -283,5 +283,9 @@ def test_growth_benchmark(monkeypatch, tmp_path):
     monkeypatch.setattr(growth, "seconds_of", seconds_of)
     results = run(growth, monkeypatch, tmp_path, *SAMPLING, "--views", "1")["tiny"]["results"]
     sizes = {name: list(map(int, result["seconds"])) for name, result in results.items()}
-    assert sizes == {"completions": [2, 4, 8], "denoising steps": [4, 8, 16], "canvas blocks": [2, 4, 8]}
+    assert sizes == {
+        "completions": [2, 4, 6, 8, 10],
+        "denoising steps": [4, 8, 12, 16, 20],
+        "canvas blocks": [2, 3, 4, 6, 12],
+    }
     assert all(result["line"]["slope"] == pytest.approx(2) for result in results.values())

@@ -18,11 +18,15 @@ def parser(description: str, name: str) -> ArgumentParser:
     made.add_argument("--canvas", type=int, default=256)
     made.add_argument("--rounds", type=int, default=3)
     made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--compile", action="store_true", help="run the layers through torch.compile")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     made.add_argument("--device", type=torch.device, default=device)
     made.add_argument("--output_dir", type=Path, default=Path("outputs/benchmarks") / name)
     return made
+
+
+def add_compile(to: ArgumentParser) -> None:
+    """Whether scored passes are compiled; rollouts never are."""
+    to.add_argument("--compile", action="store_true", help="run the layers of scored passes through torch.compile")
 
 
 def add_sampling(to: ArgumentParser) -> None:
@@ -37,3 +41,4 @@ def add_updates(to: ArgumentParser) -> None:
     to.add_argument("--views", type=int, default=24, help="views per completion, AGRPO")
     to.add_argument("--iterations", type=int, default=12, help="inner updates, diffu-GRPO")
     to.add_argument("--full", action="store_true", help="train all weights instead of LoRA's")
+    add_compile(to)

@@ -2,8 +2,8 @@
 
     python recipes/benchmarks/growth.py
 
-One quantity grows at a time, all others stay; updates of its sizes alternate. A straight line through the medians says
-whether the growth is linear.
+One quantity grows at a time, all others stay; updates of its sizes alternate. A straight line through the medians of
+five sizes, and how far the farthest of them is from it, say whether the growth is linear.
 """
 
 from __future__ import annotations
@@ -46,16 +46,14 @@ def linear_fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
 def sizes(args: argparse.Namespace) -> dict[str, dict[int, dict[str, int]]]:
     """The settings of an update for every size of every quantity."""
     blocks = args.canvas // args.block
+    unit, share = max(blocks // 4, 1), max(args.steps // (5 * blocks), 1) * blocks
     return {
-        "completions": {
-            rows: {"per_device_train_batch_size": rows} for rows in (args.rows, 2 * args.rows, 4 * args.rows)
-        },
-        "denoising steps": {
-            steps: {"denoising_steps": steps} for steps in (args.steps // 4, args.steps // 2, args.steps)
-        },
+        "completions": {n * args.rows: {"per_device_train_batch_size": n * args.rows} for n in range(1, 6)},
+        "denoising steps": {n * share: {"denoising_steps": n * share} for n in range(1, 6)},
+        # a number of steps that all these numbers of blocks divide
         "canvas blocks": {
-            n: {"max_completion_length": n * args.block, "denoising_steps": 4 * blocks}
-            for n in (blocks // 2, blocks, 2 * blocks)
+            n * unit: {"max_completion_length": n * unit * args.block, "denoising_steps": 12 * unit}
+            for n in (2, 3, 4, 6, 12)
         },
     }
 
@@ -76,7 +74,7 @@ def main() -> None:
     parser = arguments.parser(__doc__.splitlines()[0], "growth")
     arguments.add_sampling(parser)
     arguments.add_updates(parser)
-    parser.set_defaults(shapes=["backbone-heavy"], views=8)
+    parser.set_defaults(shapes=["backbone-heavy"], views=8, canvas=128, steps=80)
     args = parser.parse_args()
 
     args.output_dir.mkdir(parents=True, exist_ok=True)

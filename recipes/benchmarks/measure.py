@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -101,7 +102,9 @@ def compare(modes: Sequence[Mode], rounds: int, device: torch.device, compiles: 
             flop += part.times * operations
             forwards += part.times * work.forwards
             tokens += part.times * work.tokens
-        results.append(Measured(mode.name, [], 0.0, flop, forwards, tokens, mode.extrapolated))
+        # at least a page, as ratios are taken
+        page = os.sysconf("SC_PAGE_SIZE") / MIB
+        results.append(Measured(mode.name, [], page, flop, forwards, tokens, mode.extrapolated))
     pairs = list(zip(modes, results, strict=True))
     for turn in track(range(rounds), description="rounds"):
         for mode, result in pairs[:: -1 if turn % 2 else 1]:
@@ -198,8 +201,18 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "commit": _commit(),
         "load_before": os.getloadavg()[0],
     }
+
+
+def _commit() -> str | None:
+    """The commit of the code, with a + if files differ from it; `None` outside of a repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def settings(args: Namespace) -> dict[str, Any]:

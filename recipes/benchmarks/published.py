@@ -5,8 +5,9 @@ Gumbel noise (float64) and the softmax of the confidence cover every position an
 does the same in float32 and at the positions of the canvas alone. Nothing stops when a text ends. Log-probabilities
 come from the log-softmax of full logits.
 
-Ids that are never sampled are excluded here too, so that the sampled distribution is the library's. Noise is made in
-place, so that the yardstick is no slower and no larger than the code that it stands for.
+Ids that are never sampled are excluded from its draws too, so that the sampled distribution is the library's; scores
+keep them, as published code does. Noise is made in place, so that the yardstick is no slower and no larger than the
+code that it stands for.
 """
 
 from __future__ import annotations

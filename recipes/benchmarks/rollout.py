@@ -127,7 +127,7 @@ def compare(networks: list[Rollouts], args: argparse.Namespace) -> list[Measured
             modes.append(Mode(name, [Part(partial(network.whole, config))]))
             if not config.approximate:
                 modes += [Mode(f"{name}, {kind}", [Part(partial(network.whole, config, kind))]) for kind in UNEVEN]
-    return measure.compare(modes, args.rounds, args.device, args.compile)
+    return measure.compare(modes, args.rounds, args.device)
 
 
 def gains(results: list[Measured]) -> Table:
@@ -159,9 +159,6 @@ def main() -> None:
         peak = measure.matmul_peak(args.device, shape.dtype)
         equal = {mode: tokens for network in networks for mode, tokens in network.equal_greedy_tokens().items()}
         Console().print(f"{name}, greedy tokens equal to those of the published schedule: {equal}")
-        if args.compile:
-            for network in networks:
-                network.model.model.compile()
         results = compare(networks, args)
         uneven = [result for result in results if result.name.endswith(UNEVEN)]
         measure.report(

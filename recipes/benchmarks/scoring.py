@@ -73,6 +73,7 @@ def main() -> None:
     parser = arguments.parser(__doc__.splitlines()[0], "scoring")
     parser.add_argument("--targets", type=float, nargs="+", default=[0.25, 1.0], help="shares of the canvas")
     parser.add_argument("--block", type=int, default=32, help="positions per block, for block-causal attention")
+    arguments.add_compile(parser)
     args = parser.parse_args()
 
     for name in args.shapes:

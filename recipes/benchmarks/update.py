@@ -117,12 +117,17 @@ class Trainers:
         return trainer
 
 
-def train(trainer: DiffusionGRPOTrainer) -> Work:
-    """One rollout and all its inner updates."""
-    trainer.train()
+def work_of(trainer: DiffusionGRPOTrainer) -> Work:
+    """What one rollout and all its inner updates do."""
     rows, cost = trainer.args.per_device_train_batch_size, trainer.completion_cost()
     passes = trainer.args.denoising_steps + cost.old + cost.reference + cost.training
     return Work(rows * passes, rows * trainer.args.max_completion_length)
+
+
+def train(trainer: DiffusionGRPOTrainer, work: Work) -> Work:
+    """One rollout and all its inner updates."""
+    trainer.train()
+    return work
 
 
 class PublishedUpdate:
@@ -208,7 +213,7 @@ def compare_updates(name: str, method: str, trainers: Trainers, peak: float) -> 
     first = next(iter(ours))
     plain = {yardstick: PublishedUpdate(trainers, ours[first], yardstick == "lean") for yardstick in YARDSTICKS}
     modes = [Mode(yardstick, update.parts()) for yardstick, update in plain.items()]
-    modes += [Mode(mode, [Part(partial(train, trainer))]) for mode, trainer in ours.items()]
+    modes += [Mode(mode, [Part(partial(train, trainer, work_of(trainer)))]) for mode, trainer in ours.items()]
     results = measure.compare(modes, args.rounds, args.device, args.compile)
     shares = breakdown(ours[first], args.rounds)
     measure.report(f"{name}_{method}", f"{method} update, {name}", results, YARDSTICKS, peak, args, breakdown=shares)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.utils import ModulesToSaveWrapper
+from torch import nn
 from transformers.utils import ModelOutput
 from transformers.utils.quantization_config import QuantizationMethod
 
@@ -223,10 +224,19 @@ class DiffusionLM:
 
         return DiffusionLMOutput(log_probs=scatter(log_probs), entropy=scatter(entropy))
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any):
+        """transformers' `resize_token_embeddings`; the new head scores too."""
+        embeddings = super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
+        if type(self.lm_head) is nn.Linear:
+            self.lm_head.__class__ = ScoringHead
+        return embeddings
+
     def _score(self, hidden, targets, support, temperature) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities and entropies [N] of targets [N] from hidden states [N, H]."""
-        head = self.lm_head
-        if isinstance(head, ScoringHead | ModulesToSaveWrapper) and "forward" not in vars(head):
+        head = inner = self.lm_head
+        if isinstance(head, ModulesToSaveWrapper):
+            inner = head.original_module
+        if isinstance(inner, ScoringHead) and "forward" not in vars(inner):
             return head(hidden, targets, support, temperature, self.family)
         # LoRA on the head adds to its logits, a quantised head computes its own, and so does a `forward` that was put
         # on it (TRL's `cast_lm_head_to_fp32`)

@@ -51,22 +51,29 @@ class DiffusionAttention:
         queries: torch.Tensor | None = None,
         **kwargs: Any,
     ):
-        """Attention output [R, T, H], or at the columns `queries` (long [R, K]) alone, [R, K, H]; and its weights."""
-        kwargs.pop("read", None)  # for the last layer
+        """Attention output and weights.
+
+        Args:
+            hidden_states: [R, T, H].
+            position_embeddings: cosines and sines of the columns, float32 [R or 1, T, head size].
+            attention_mask: of the kind that the implementation takes; with `queries`, [R or 1, 1, T, keys] or `None`.
+            past_key_values: a `WindowCache`.
+            queries: long [R, K], the columns to compute; all of them if not given.
+            **kwargs: for the implementation.
+
+        Returns:
+            ([R, T, H] or, with `queries`, [R, K, H]; the weights or `None`).
+        """
+        kwargs.pop("read", None)  # the stock network hands all layers what is meant for the last
         cos, sin = position_embeddings
-
-        def heads(projection, norm: str, states: torch.Tensor) -> torch.Tensor:
-            split = projection(states).view(*states.shape[:2], -1, self.head_dim)
-            return (getattr(self, norm)(split) if hasattr(self, norm) else split).transpose(1, 2)
-
         asked, query_cos, query_sin = hidden_states, cos, sin
         if queries is not None:
             asked, query_cos, query_sin = (take(states, queries) for states in (hidden_states, cos, sin))
             if attention_mask is not None:
                 attention_mask = take(attention_mask.squeeze(1), queries).unsqueeze(1)
-        query = _rotated(heads(self.q_proj, "q_norm", asked), query_cos, query_sin)
-        key = _rotated(heads(self.k_proj, "k_norm", hidden_states), cos, sin)
-        value = heads(self.v_proj, "", hidden_states)
+        query, key = self._normalised(self._heads(self.q_proj, asked), self._heads(self.k_proj, hidden_states))
+        query, key = _rotated(query, query_cos, query_sin), _rotated(key, cos, sin)
+        value = self._heads(self.v_proj, hidden_states)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -82,6 +89,13 @@ class DiffusionAttention:
         )
         return self.o_proj(output.reshape(*asked.shape[:2], -1).contiguous()), weights
 
+    def _heads(self, projection, states: torch.Tensor) -> torch.Tensor:
+        """[R, heads, T, head size]"""
+        return projection(states).view(*states.shape[:2], -1, self.head_dim).transpose(1, 2)
+
+    def _normalised(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return query, key
+
 
 class LastLayer:
     """A decoder layer that can leave out columns which nobody reads; only their keys and values are needed here.
@@ -95,7 +109,14 @@ class LastLayer:
     mlp: Any
 
     def forward(self, hidden_states, attention_mask=None, read: torch.Tensor | None = None, **kwargs: Any):
-        """Hidden states [R, T, H], or of the columns `read` (long [R, K]) alone, [R, K, H]."""
+        """Hidden states [R, T, H], or of the columns `read` (long [R, K]) alone, [R, K, H].
+
+        Args:
+            hidden_states: [R, T, H].
+            attention_mask: of the kind that the attention implementation takes.
+            read: long [R, K].
+            **kwargs: of the stock layer.
+        """
         if read is None:
             return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
         if attention_mask is not None and not (torch.is_tensor(attention_mask) and attention_mask.dim() == 4):

@@ -79,7 +79,10 @@ class SDARRotaryEmbedding(Float32Rotary, Qwen3RotaryEmbedding):
 
 
 class SDARAttention(DiffusionAttention, Qwen3Attention):  # type: ignore[misc]  # adds `queries`
-    """Qwen3's attention with the rotation in float32."""
+    """Qwen3's attention, with norms of queries and keys, and with the rotation in float32."""
+
+    def _normalised(self, query, key):
+        return self.q_norm(query), self.k_norm(key)
 
 
 class Qwen3DecoderLayer(LastLayer, qwen3.Qwen3DecoderLayer):  # type: ignore[misc]  # adds `read`

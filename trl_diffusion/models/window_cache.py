@@ -13,7 +13,8 @@ class WindowCache:
     that can be seen (prefix cache), one that ends with the active block (dual cache), or, with block-causal attention,
     one block of which nothing behind is visible.
 
-    For passes without gradient. It has of transformers' `Cache` what its models call.
+    For passes without gradient; the first window begins at column 0. It has of transformers' `Cache` what its models
+    call.
 
     Args:
         capacity: columns of prompt and canvas.
@@ -47,7 +48,7 @@ class WindowCache:
         if window.size(2) == self.capacity:
             store[layer] = window
         else:
-            if self.start == 0:
+            if layer not in store:
                 store[layer] = window.new_zeros((*window.shape[:2], self.capacity, window.size(3)))
             store[layer][:, :, self.start : end] = window
         return store[layer][:, :, : self.visible]
@@ -61,5 +62,6 @@ class WindowCache:
     def get_mask_sizes(self, query_length: int, layer: int | None = None) -> tuple[int, int]:
         return self.visible, 0
 
+    # kinds of its layers: none is special
     is_sliding: tuple[bool, ...] = ()
     is_linear: tuple[bool, ...] = ()

@@ -118,6 +118,11 @@ class SamplingConfig:
                 f"cache_refresh={self.cache_refresh} renews an approximate cache; with cache={self.cache!r} there is "
                 "none. Set cache to 'prefix' or 'dual', or leave cache_refresh at 0."
             )
+        if self.cache_refresh >= self.steps_per_block:
+            raise ValueError(
+                f"cache_refresh={self.cache_refresh} never comes due: a block has {self.steps_per_block} steps, and "
+                "the first of them renews the cache anyway. Lower it, or leave it at 0."
+            )
 
     def check_family(self, family: DiffusionFamily) -> None:
         """Whether completions of a family can be drawn so.

@@ -164,8 +164,8 @@ class WindowPasses(_CachedPasses):
 class BlockPasses(_CachedPasses):
     """The exact cache of block-causal attention: finished blocks never change, and nothing sees the blocks behind.
 
-    The keys and values of a finished block are written in the first pass of the next one. Rows with the same prompt
-    share the pass over it.
+    The keys and values of finished blocks are written in the next pass. Rows with the same prompt share the pass over
+    it.
     """
 
     _rows = torch.empty(0, dtype=torch.long)
@@ -179,7 +179,7 @@ class BlockPasses(_CachedPasses):
             if len(rows) < len(self._rows):
                 self._cache.keep(self._places(rows))
                 self._rows = rows
-            self._unwritten = self.config.block_length
+            self._unwritten += self.config.block_length  # more than one block where a given one needed no pass
 
     def _prefill(self, rows: torch.Tensor, begin: int) -> None:
         """Compute what lies before the block, once for rows that have the same there."""

@@ -98,7 +98,8 @@ def sample(
                 None if state is None else CanvasState(state.canvas[rows], state.length[rows]),
                 any_process,
             )
-            rollout.write()
+            with torch.compiler.set_stance("force_eager"):
+                rollout.write()
             parts.append(rollout.trajectory())
     finally:
         model.train(was_training)
