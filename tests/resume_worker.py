@@ -2,7 +2,7 @@
 
     python tests/resume_worker.py --cases agrpo diffu_grpo --out FOLDER
     accelerate launch --config_file recipes/accelerate_configs/cpu_zero2.yaml tests/resume_worker.py \
-        --cases "agrpo on two processes" --zero 2 --ports 29601 29602 29603 29604 29605 --out FOLDER
+        --cases "agrpo on two processes" --zero 2 --out FOLDER
 
 Every attempt is a process of its own, forked after the imports, that ends by SIGKILL: it sends it to itself at the
 moment asked for, or this process sends it at a random time. The last attempt finishes. What it leaves in
@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from launching import free_port
 from methods import PROMPTS, method_named
 from peft import LoraConfig
 from tiny import tiny_model
@@ -344,8 +345,13 @@ def attempt(number: int, run: Callable[[Path], None], kill: Kill | None, out: Pa
         if not ended:  # this process is told to stop
             os.kill(pid, signal.SIGKILL)
     killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-    if not killed and status != 0 and not over.exists():
-        raise RuntimeError(f"Attempt {number} failed with wait status {status}; expected to meet {kill}.")
+    if not killed and status != 0:
+        # the death of another rank ends this one too, and maybe before that one's parent has said so
+        patience = time.monotonic() + 30 * (int(os.environ.get("WORLD_SIZE", "1")) > 1)
+        while not over.exists() and time.monotonic() < patience:
+            time.sleep(0.02)
+        if not over.exists():
+            raise RuntimeError(f"Attempt {number} failed with wait status {status}; expected to meet {kill}.")
     if killed:
         over.touch()
     return status == 0
@@ -355,31 +361,39 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cases", nargs="+", choices=cases(), required=True)
     parser.add_argument("--zero", type=int, help="ZeRO stage")
-    parser.add_argument(
-        "--ports", type=int, nargs="*", default=[], help="a free port per attempt of several processes"
-    )
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     for name in arguments.cases:
         out = arguments.out / name
         out.mkdir(parents=True, exist_ok=True)
-        run_case(cases()[name], out, arguments.zero, iter(arguments.ports))
+        run_case(cases()[name], out, arguments.zero)
 
 
-def run_case(case: Case, out: Path, zero: int | None, ports: Iterator[int]) -> None:
+def run_case(case: Case, out: Path, zero: int | None) -> None:
     """All attempts in one folder, and then in another the run that nothing interrupts."""
     rank, processes = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1"))
     attempts = [*((kill, "killed") for kill in case.kills), (None, "killed"), (None, "whole")]
     for number, (kill, name) in enumerate(attempts):
         if zero:  # every attempt has processes of its own, which meet at a port of their own
-            os.environ |= {"MASTER_PORT": str(next(ports)), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+            os.environ |= {"MASTER_PORT": agreed_port(out, number, rank), "TORCHELASTIC_USE_AGENT_STORE": "False"}
         finished = attempt(number, partial(train, case, out / name, out / f"{name}.pt", kill, zero=zero), kill, out)
         if finished != (kill is None):
             raise RuntimeError(f"Attempt {number}: finished is {finished}, but it was to meet {kill}.")
         (out / f"done-{number}-{rank}").touch()
         while len(list(out.glob(f"done-{number}-*"))) < processes:
             time.sleep(0.02)
+
+
+def agreed_port(out: Path, number: int, rank: str) -> str:
+    """A port that is free now, chosen by rank 0 for all ranks of an attempt."""
+    told, part = out / f"port-{number}", out / f"port-{number}.part"
+    if rank == "0":
+        part.write_text(str(free_port()))
+        part.rename(told)
+    while not told.exists():
+        time.sleep(0.02)
+    return told.read_text()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 from test_sampling import network
-from tiny import coded_prompts, forwards_of
+from tiny import coded_prompts, forwards_of, tiny_sdar
 
 from trl_diffusion.sampling import SamplingConfig, buckets, row_generators, sample
 
@@ -44,6 +44,24 @@ def test_no_other_partition_by_length_is_cheaper(seed, device, each):
 def test_small_differences_are_not_worth_a_pass():
     assert buckets.prompt_buckets([100, 90, 95, 100], 256, CPU) == [[0, 1, 2, 3]]
     assert buckets.prompt_buckets([100, 900, 95, 900], 256, GPU) == [[1, 3], [0, 2]]
+
+
+@pytest.mark.parametrize(
+    ("cache", "refresh", "apart"),
+    [("none", 0, True), ("prefix", 0, False), ("dual", 1, True), ("dual", 0, False)],
+)
+def test_prompts_that_are_seldom_computed_are_not_worth_a_pass(cache, refresh, apart):
+    config = SamplingConfig(256, 128, 32, cache=cache, cache_refresh=refresh)
+    share = config.prompt_share(network().family)
+    assert share == {"none": 1.0}.get(cache, 1.0 if refresh else 1 / 16)
+    lengths = [100, 900, 95, 900]
+    assert (len(buckets.prompt_buckets(lengths, 256, GPU, share)) > 1) == apart
+
+
+def test_prompts_behind_the_block_cache_are_computed_once():
+    config = SamplingConfig(256, 128, 4)
+    assert config.prompt_share(tiny_sdar().family) == 1 / 129
+    assert buckets.prompt_buckets([100, 900, 95, 900], 256, GPU, 1 / 129) == [[0, 1, 2, 3]]
 
 
 def test_completions_are_those_of_one_padded_batch(monkeypatch):

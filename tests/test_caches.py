@@ -8,10 +8,10 @@ import pytest
 import torch
 from test_continuation import mixed_states
 from test_sampling import always, lockstep, network
-from tiny import A, B, canvas_logits, coded_prompts, forwards_of, tiny_model
+from tiny import MASK, A, B, canvas_logits, coded_prompts, forwards_of, tiny_model, without_ends
 
-from trl_diffusion.models import DreamModel, LLaDAModelLM, SDARForCausalLM
-from trl_diffusion.sampling import SamplingConfig, row_generators, sample
+from trl_diffusion.models import DreamModel, LLaDAModelLM, SDARForCausalLM, WindowCache
+from trl_diffusion.sampling import CanvasState, SamplingConfig, row_generators, sample
 from trl_diffusion.sampling.config import UNMASKING
 from trl_diffusion.sampling.passes import BlockPasses
 
@@ -100,6 +100,18 @@ def test_the_block_cache_from_partly_denoised_canvases(unmasking):
     assert_same(plain, cached)
 
 
+@pytest.mark.parametrize("given", [slice(4, 8), slice(0, 8), slice(6, 12)])
+def test_the_block_cache_over_given_blocks(given):
+    """A block that is given needs no pass of its own; what comes behind sees it all the same."""
+    model = without_ends(block_causal())
+    canvas = torch.full((ROWS, 12), MASK)
+    canvas[:, given] = torch.randint(A, B + 1, canvas[:, given].shape, generator=torch.Generator().manual_seed(0))
+    state = CanvasState(canvas, torch.full((ROWS,), 12))
+    plain, cached = (draw(model, replace(CONFIG, cache=cache), state=state) for cache in ("none", "block"))
+    assert (plain.row_forwards < 6).all() and (plain.unmask_step >= 0).any(1).all()
+    assert_same(plain, cached)
+
+
 def test_processes_that_share_weights_run_the_same_number_of_cached_passes():
     model = block_causal()
     steps = draw(model, CONFIG).steps_taken
@@ -161,6 +173,23 @@ class TestApproximateCaches:
             torch.testing.assert_close(trajectory.row_units, units)
 
 
+def test_a_window_at_the_first_column_keeps_what_lies_behind():
+    """Dream with a prompt of one token: its logits are shifted, so the first block's window begins at column 0."""
+    first, new = torch.randn(2, 1, 1, 5, 4, generator=torch.Generator().manual_seed(0)).unbind()
+    cache = WindowCache(6)
+    cache.window(0, 5).update(first, first, 0)
+    keys, values = cache.window(0, 5).update(new[:, :, :3], new[:, :, :3], 0)
+    assert torch.equal(keys, torch.cat([new[:, :, :3], first[:, :, 3:]], dim=2)) and torch.equal(keys, values)
+
+    model, one_token = tiny_model(5, 10.0, DreamModel, num_hidden_layers=1), torch.tensor([[A], [B]])
+    config = replace(CONFIG, unmasking="max_prob")
+    plain, dual = (
+        sample(model, one_token, None, replace(config, cache=cache), row_generators(0, rows=range(2)))
+        for cache in ("none", "dual")
+    )
+    assert_same(plain, dual)  # in one layer only changed tokens have new keys
+
+
 @pytest.mark.parametrize("cache", ["prefix", "dual"])
 def test_rows_that_finish_their_block_early_leave_the_window(cache):
     """The others' tokens are those they would have got alone."""
@@ -185,6 +214,7 @@ def test_rows_that_finish_their_block_early_leave_the_window(cache):
         ({"cache_refresh": 2}, "cache_refresh=2 renews an approximate cache; with cache='auto' there is none"),
         ({"cache": "block", "cache_refresh": 2}, "with cache='block' there is none"),
         ({"cache": "dual", "cache_refresh": -1}, "cache_refresh must be at least 0"),
+        ({"cache": "dual", "cache_refresh": 2}, "cache_refresh=2 never comes due: a block has 2 steps"),
     ],
 )
 def test_settings_that_do_not_go_together(settings, message):

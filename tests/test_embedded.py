@@ -57,7 +57,7 @@ def test_chat_template_is_llada_s(tokenizer):
     assert render(messages, tokenize=False) == f"{user}{header}4<|eot_id|>"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, derandomize=True, deadline=None)
 @given(text=st.text(max_size=80))
 def test_any_text_survives_the_tokenizer(text):
     tokenizer = _TOKENIZER

@@ -8,10 +8,12 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
+from launching import accelerate_launch
 
 from trl_diffusion.models.embedded import EMBEDDED_MODEL
 from trl_diffusion.tasks.word_problems import load_word_problems
@@ -27,15 +29,8 @@ pytestmark = pytest.mark.slow
 
 def start(output_dir: Path, *arguments: str, processes: int = 1) -> subprocess.Popen:
     config = {1: "single_gpu", 2: "cpu_ddp"}[processes]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_cpu_threads_per_process", "1"]
-    command += [
-        "--config_file",
-        f"recipes/accelerate_configs/{config}.yaml",
-        "recipes/evaluate.py",
-        "--use_cpu",
-        "true",
-    ]
-    command += [*ARGUMENTS, "--output_dir", str(output_dir), *arguments]
+    command = [*accelerate_launch(config, "--num_cpu_threads_per_process", "1"), "recipes/evaluate.py"]
+    command += ["--use_cpu", "true", *ARGUMENTS, "--output_dir", str(output_dir), *arguments]
     return subprocess.Popen(
         command,
         cwd=ROOT,
@@ -90,7 +85,8 @@ def test_two_processes_killed_and_started_again_give_the_same_files(alone, tmp_p
         time.sleep(0.01)
     # the launcher's workers lead sessions of their own
     for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-        one.kill()
+        with suppress(psutil.NoSuchProcess):  # helpers of one that is dead already
+            one.kill()
     process.communicate()
     done = sum(part.read_bytes().count(b"\n") for part in parts) // BATCH
     assert 2 <= done < PROBLEMS / BATCH

@@ -49,6 +49,7 @@ from trl_diffusion.models import (
 )
 from trl_diffusion.models.llada import native_weight_name
 from trl_diffusion.models.lora import LoraCoverage, coverage_table, lora_coverage
+from trl_diffusion.models.scoring_head import ScoringHead
 
 CLASSES = {"llada": LLaDAModelLM, "dream": DreamModel, "sdar": SDARForCausalLM}
 CONFIGS = {"llada": LLaDAConfig, "dream": DreamConfig, "sdar": SDARConfig}
@@ -619,6 +620,19 @@ def test_lora_coverage_shows_what_a_wrong_recipe_misses(load):
     lines = console.export_text().splitlines()
     assert any("q_proj" in line and "3 of 3" in line for line in lines)
     assert any("o_proj" in line and "0 of 3" in line for line in lines)
+
+
+@families
+def test_a_resized_head_scores_in_chunks_too(load, ids, family):
+    model = load(family)
+    positions, targets = torch.tensor([[6, 8]] * 3), ids[:, :2]
+    expected = reference_log_probs(model, ids, None)[torch.arange(3)[:, None], positions, targets]
+    model.resize_token_embeddings(VOCABULARY + 5)  # ids without a token, which are never sampled
+    assert type(model.lm_head) is ScoringHead
+    trained = get_peft_model(model, LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    for scorer in (model, trained):
+        output = scorer(input_ids=ids, positions=positions, targets=targets)
+        torch.testing.assert_close(output.log_probs, expected, rtol=1e-6, atol=1e-6)
 
 
 # Scoring

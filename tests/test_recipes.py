@@ -10,6 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from launching import accelerate_launch
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
@@ -24,8 +25,7 @@ pytestmark = pytest.mark.slow
 
 
 def launch(script: str, *arguments: str, fails: bool = False, processes: str = "single_gpu") -> str:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    command += [f"recipes/accelerate_configs/{processes}.yaml", script, *arguments]
+    command = [*accelerate_launch(processes), script, *arguments]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     if "zero" not in processes:  # with it, accelerate would not start DeepSpeed
         environment["ACCELERATE_USE_CPU"] = "true"

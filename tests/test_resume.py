@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
-from launching import accelerate_launch, free_port, run
+from launching import accelerate_launch, run
 from methods import PROMPTS, method_named
 from resume_worker import IN_A_CHECKPOINT, SETTINGS, accuracy_of, cases, without_times
 from tiny import tiny_model
@@ -45,8 +45,7 @@ def killed(tmp_path_factory):
         names = [name for name in CASES if ("two processes" in name) == bool(zero)]
         arguments = ["tests/resume_worker.py", "--cases", *names, "--out", str(out)]
         if zero:
-            ports = [str(free_port()) for name in names for _ in range(len(CASES[name].kills) + 2)]
-            arguments += ["--zero", str(zero), "--ports", *ports]
+            arguments += ["--zero", str(zero)]
         command = accelerate_launch(f"cpu_zero{zero}", *arguments) if zero else [sys.executable, *arguments]
         return out, run(command, out, TIMEOUT)[1]
 

@@ -416,6 +416,16 @@ def test_a_checkpoint_that_names_a_stock_class_is_refused_before_it_is_built(tmp
         make(tmp_path, model=str(tmp_path))
 
 
+@pytest.mark.parametrize("peft_config", [None, LoraConfig(target_modules="all-linear")])
+def test_a_model_on_several_devices_is_refused(peft_config, tmp_path):
+    model = tiny_model()
+    model.hf_device_map = {"model.embed_tokens": "cpu", "model.layers": "cpu", "model.norm": "disk", "lm_head": "disk"}
+    with pytest.raises(ValueError, match=r"layers lie on several devices \(cpu, disk\).*one process per GPU"):
+        method_named("agrpo").make(tmp_path, model=model, peft_config=peft_config)
+    model.hf_device_map = {"": "cpu"}
+    method_named("agrpo").make(tmp_path, model=model, peft_config=peft_config)
+
+
 def test_a_missing_mask_token_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no `mask_token_id`"):
         make(tmp_path, model=tiny_model(mask_token_id=None))

@@ -16,7 +16,7 @@ from trl_diffusion.models.family import DiffusionFamily
 
 # Logits in a chunk (4 bytes each). On a CPU few enough for its cache, yet enough rows for the matrix product to be
 # efficient; elsewhere more, because every chunk reads the whole weight.
-_CPU_CHUNK, _CHUNK = 2**23, 2**26
+_CPU_CHUNK, _CHUNK = 2**22, 2**26
 
 # In place of a log-probability of −inf, so that 0 · log 0 is 0: its exponential is 0.
 _SMALLEST = -1e4

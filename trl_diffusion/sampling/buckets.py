@@ -10,23 +10,26 @@ import torch
 _PASS_TOKENS, _CPU_PASS_TOKENS = 256, 64
 
 
-def prompt_buckets(lengths: list[int], canvas_length: int, device: torch.device) -> list[list[int]]:
+def prompt_buckets(
+    lengths: list[int], canvas_length: int, device: torch.device, prompt_share: float = 1.0
+) -> list[list[int]]:
     """Split rows by prompt length, so that little padding is computed and batches stay large.
 
     Args:
         lengths: tokens of each row's prompt.
         canvas_length: L, which every row adds.
         device: where passes run.
+        prompt_share: share of the passes that compute the prompts; the others gain nothing from shorter ones.
 
     Returns:
         Lists of row indices in ascending order, those of the longest prompts first. They minimise the tokens of one
-        pass over every bucket, where each pass counts as 256 tokens more (64 on a CPU).
+        pass over prompts and canvases of every bucket, where each pass counts as 256 tokens more (64 on a CPU).
     """
-    pass_tokens = _CPU_PASS_TOKENS if device.type == "cpu" else _PASS_TOKENS
+    pass_tokens = (_CPU_PASS_TOKENS if device.type == "cpu" else _PASS_TOKENS) / prompt_share
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     same = [list(rows) for _, rows in groupby(order, key=lambda row: lengths[row])]
     # best[i]: cost of the first i lengths, and where the last of their buckets begins
-    best: list[tuple[int, int]] = [(0, 0)]
+    best: list[tuple[float, int]] = [(0, 0)]
     for end in range(1, len(same) + 1):
         costs, rows = [], 0
         for start in range(end - 1, -1, -1):

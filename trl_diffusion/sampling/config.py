@@ -192,9 +192,20 @@ class SamplingConfig:
             return (prompt_length / group + (steps + 1) * self.canvas_length - block) / columns
         if not self.approximate:
             return self.denoising_steps
-        full = -(-steps // self.cache_refresh) if self.cache_refresh else 1
+        full = self._full_passes()
         windows = [block if self.cache == "dual" else columns - end + block for end in ends]
         return full * self.num_blocks + (steps - full) * sum(windows) / columns
+
+    def prompt_share(self, family: DiffusionFamily) -> float:
+        """Share of a rollout's passes that compute the prompt's columns."""
+        cache = self.cache_for(family)
+        if cache == "block":
+            return 1 / (self.denoising_steps + 1)
+        return 1.0 if cache == "none" else self._full_passes() / self.steps_per_block
+
+    def _full_passes(self) -> int:
+        """Steps of a block that compute all columns, with an approximate cache."""
+        return -(-self.steps_per_block // self.cache_refresh) if self.cache_refresh else 1
 
     def head_positions(self) -> int:
         """Positions at which the LM head runs for one completion that fills its canvas."""

@@ -77,7 +77,7 @@ def sample(
     lengths = attention_mask.sum(1).tolist()
     # where processes share the weights, all must run as many passes
     buckets = (
-        prompt_buckets(lengths, config.canvas_length, input_ids.device)
+        prompt_buckets(lengths, config.canvas_length, input_ids.device, config.prompt_share(family))
         if any_process is None
         else [list(range(batch))]
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from accelerate.utils import DistributedType, parse_flag_from_env
 from transformers import TrainingArguments
@@ -43,6 +44,21 @@ def check_backend(args: TrainingArguments) -> None:
                 f"optim={optimizer!r} would silently become DeepSpeed's Adam, because its state is offloaded. Use "
                 "adamw_torch, or set `zero_force_ds_cpu_optimizer: false` in a DeepSpeed config file."
             )
+
+
+def check_device_map(model: Any) -> None:
+    """Refuse a model whose layers lie on several devices.
+
+    Raises:
+        ValueError: if a `device_map` has split it.
+    """
+    devices = sorted({str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()})
+    if len(devices) > 1:
+        raise ValueError(
+            f"The model's layers lie on several devices ({', '.join(devices)}), and its canvases can lie on one only. "
+            "Start one process per GPU with `accelerate launch`, or load the model with device_map=None; with "
+            "DeepSpeed ZeRO-3 or FSDP2 its weights are shared over all of them."
+        )
 
 
 def check_reference_loading() -> None:

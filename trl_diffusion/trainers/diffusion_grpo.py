@@ -32,7 +32,7 @@ from trl_diffusion.likelihood import Scores, Views, score_views
 from trl_diffusion.models import family_of
 from trl_diffusion.sampling import SamplingConfig, Trajectory, row_generators, sample
 from trl_diffusion.trainers.adapter_setup import AdapterPrecision, native_peft_config
-from trl_diffusion.trainers.backends import check_backend, check_reference_loading
+from trl_diffusion.trainers.backends import check_backend, check_device_map, check_reference_loading
 from trl_diffusion.trainers.checkpoints import Checkpoints, is_plain
 from trl_diffusion.trainers.checks import check_arguments, check_columns
 from trl_diffusion.trainers.cost import CompletionCost, rollout_units
@@ -288,6 +288,7 @@ class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloV
             )
         adapter_precision.restore(self.model, args.deepspeed_plugin)
         self.family = family_of(self.model)
+        check_device_map(self.model)
         self._check_family()
         self.eos_token_ids = sorted({*self.family.end_token_ids, self._tokenizer.eos_token_id})
         self._checkpointing_kwargs: Any = args.gradient_checkpointing_kwargs
