@@ -7,6 +7,7 @@ import random
 import threading
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cache
 from itertools import combinations, product
 
@@ -18,7 +19,7 @@ from tiny import END, MASK, TAIL, A, B, canvas_logits, coded_prompts, coded_row,
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from trl_diffusion.models import DreamModel, score_targets
-from trl_diffusion.sampling import SamplingConfig, row_generators, sample
+from trl_diffusion.sampling import SamplingConfig, row_generators, sample, sampler
 from trl_diffusion.sampling.config import UNMASKING
 from trl_diffusion.sampling.distribution import draw, truncate
 from trl_diffusion.sampling.noise import uniforms
@@ -774,3 +775,22 @@ def test_every_key_has_a_stream_of_its_own():
     keys = [(1,), (1, 0), (1, 0, 0), (2**32 + 1,), (1, 1), (0, 1), (0, 0, 1)]
     draws = {tuple(row_generators(*key, rows=[row])[0].random(4)) for key in keys for row in (0, 1)}
     assert len(draws) == 2 * len(keys)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"temperature": 0.7}, {"temperature": 0.0}, {"top_k": 3, "top_p": 0.9}], ids=str
+)
+def test_tokens_with_confidence_are_drawn_some_rows_at_a_time(settings, monkeypatch):
+    model, (prompts, mask) = tiny_model(), coded_prompts(9)
+    config = replace(SamplingConfig(12, 6, 4, 1.0, unmasking="low_confidence"), **settings)
+    softmax, most = torch.Tensor.softmax, []
+    monkeypatch.setattr(torch.Tensor, "softmax", lambda self, dim: most.append(len(self)) or softmax(self, dim))
+    whole = sample(model, prompts, mask, config, row_generators(0, rows=range(9)))
+    assert max(most) == 9
+    most.clear()
+    monkeypatch.setattr(sampler, "_CPU_CHUNK", 2 * 4 * model.config.vocab_size)
+    parts = sample(model, prompts, mask, config, row_generators(0, rows=range(9)))
+    assert min(most) <= 2 and max(most) == 4  # of 4 masked positions, then of 2
+    for name, value in vars(whole).items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(getattr(parts, name), value), name

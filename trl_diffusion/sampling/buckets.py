@@ -4,28 +4,23 @@ from __future__ import annotations
 
 from itertools import groupby
 
-import torch
-
-# What a pass costs beside its tokens, in tokens: below a few hundred, a GPU waits for the weights.
-_PASS_TOKENS, _CPU_PASS_TOKENS = 256, 64
+# What a pass costs beside its tokens, in tokens: below a few hundred, it waits for the weights.
+_PASS_TOKENS = 256
 
 
-def prompt_buckets(
-    lengths: list[int], canvas_length: int, device: torch.device, prompt_share: float = 1.0
-) -> list[list[int]]:
+def prompt_buckets(lengths: list[int], canvas_length: int, prompt_share: float = 1.0) -> list[list[int]]:
     """Split rows by prompt length, so that little padding is computed and batches stay large.
 
     Args:
         lengths: tokens of each row's prompt.
         canvas_length: L, which every row adds.
-        device: where passes run.
         prompt_share: share of the passes that compute the prompts; the others gain nothing from shorter ones.
 
     Returns:
         Lists of row indices in ascending order, those of the longest prompts first. They minimise the tokens of one
-        pass over prompts and canvases of every bucket, where each pass counts as 256 tokens more (64 on a CPU).
+        pass over prompts and canvases of every bucket, where each pass counts as 256 tokens more.
     """
-    pass_tokens = (_CPU_PASS_TOKENS if device.type == "cpu" else _PASS_TOKENS) / prompt_share
+    pass_tokens = _PASS_TOKENS / prompt_share
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     same = [list(rows) for _, rows in groupby(order, key=lambda row: lengths[row])]
     # best[i]: cost of the first i lengths, and where the last of their buckets begins

@@ -77,7 +77,7 @@ def sample(
     lengths = attention_mask.sum(1).tolist()
     # where processes share the weights, all must run as many passes
     buckets = (
-        prompt_buckets(lengths, config.canvas_length, input_ids.device, config.prompt_share(family))
+        prompt_buckets(lengths, config.canvas_length, config.prompt_share(family))
         if any_process is None
         else [list(range(batch))]
     )
@@ -104,6 +104,10 @@ def sample(
     finally:
         model.train(was_training)
     return Trajectory.gather(parts, torch.tensor([row for bucket in buckets for row in bucket]).to(input_ids.device))
+
+
+# Probabilities that are held at once beside the logits (4 bytes each).
+_CPU_CHUNK, _CHUNK = 2**22, 2**27
 
 
 class _Drawn(NamedTuple):
@@ -253,13 +257,8 @@ class _Rollout:
         logits = self._logits(rows, masked)
         signals = _signals(logits, open_) if config.record_signals else None
         if config.unmasking == "low_confidence":
-            probabilities, noise = logits.softmax(-1), self._noise(rows, step, masked)
-            if config.temperature == 1 and not config.top_k:
-                tokens, support = draw(probabilities, noise), None
-            else:
-                tokens, support = self._tokens(logits, noise)
-            confidence = probabilities.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).masked_fill(~open_, -1.0)
-            slots = confidence.topk(count, dim=1).indices
+            tokens, support, confidence = self._tokens_with_confidence(logits, self._noise(rows, step, masked))
+            slots = confidence.masked_fill(~open_, -1.0).topk(count, dim=1).indices
             support = None if support is None else _take(support, slots)
             return slots, least, self._scored(_take(logits, slots), _take(tokens, slots), support), signals
         if config.unmasking != "random":
@@ -298,6 +297,23 @@ class _Rollout:
         log_probs, ids = truncate(logits, config.temperature, config.top_k, config.top_p)
         tokens = ids.gather(-1, draw(log_probs.exp(), noise).unsqueeze(-1)).squeeze(-1).long()
         return tokens, torch.nn.functional.pad(ids, (0, config.top_k - ids.size(-1)), value=-1)
+
+    def _tokens_with_confidence(self, logits: torch.Tensor, noise: torch.Tensor):
+        """The same with the tokens' probabilities at temperature 1, [R, n]; some rows at a time, for memory's sake."""
+        tokens, supports, confidence = [], [], []
+        chunk = _CPU_CHUNK if logits.device.type == "cpu" else _CHUNK
+        rows = max(chunk // max(logits[:1].numel(), 1), 1)
+        for part, part_noise in zip(logits.split(rows), noise.split(rows), strict=True):
+            probabilities = part.softmax(-1)
+            if self.config.temperature == 1 and not self.config.top_k:
+                drawn, support = draw(probabilities, part_noise), None
+            else:
+                drawn, support = self._tokens(part, part_noise)
+            tokens.append(drawn)
+            confidence.append(probabilities.gather(-1, drawn.unsqueeze(-1)).squeeze(-1))
+            if support is not None:
+                supports.append(support)
+        return torch.cat(tokens), torch.cat(supports) if supports else None, torch.cat(confidence)
 
     def _scored(self, logits: torch.Tensor, tokens: torch.Tensor, support: torch.Tensor | None) -> _Drawn:
         """Tokens [R, n] with their log-probabilities and entropies; at temperature 0, those of temperature 1."""
