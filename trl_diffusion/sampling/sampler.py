@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -98,12 +99,19 @@ def sample(
                 None if state is None else CanvasState(state.canvas[rows], state.length[rows]),
                 any_process,
             )
-            with torch.compiler.set_stance("force_eager"):
+            with _uncompiled(model):
                 rollout.write()
             parts.append(rollout.trajectory())
     finally:
         model.train(was_training)
     return Trajectory.gather(parts, torch.tensor([row for bucket in buckets for row in bucket]).to(input_ids.device))
+
+
+def _uncompiled(model: torch.nn.Module) -> AbstractContextManager:
+    """Where nothing runs compiled that was compiled in place, as DeepSpeed does it. The switch is the whole process's,
+    also of its other threads, so it is left alone where there is nothing to switch off."""
+    compiled = any(module._compiled_call_impl is not None for module in model.modules())
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 # Probabilities that are held at once beside the logits (4 bytes each).
