@@ -231,7 +231,7 @@ def test_towers_of_powers_cost_nothing(bomb):
         for name, score in SCORES:
             start = time.perf_counter()
             assert score(wrapped, ROWS[name])["puzzles_solved" if name == "sudoku" else "accuracy"] == 0
-            assert time.perf_counter() - start < 1.5, name  # a bomb that goes off takes its limit, 2 seconds
+            assert time.perf_counter() - start < 0.5, name
 
 
 def test_names_and_calls_are_refused_not_run(tmp_path):

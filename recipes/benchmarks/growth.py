@@ -46,13 +46,13 @@ def linear_fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
 def sizes(args: argparse.Namespace) -> dict[str, dict[int, dict[str, int]]]:
     """The settings of an update for every size of every quantity."""
     blocks = args.canvas // args.block
-    unit, share = max(blocks // 4, 1), max(args.steps // (5 * blocks), 1) * blocks
+    quarter, fifth = max(blocks // 4, 1), max(args.steps // (5 * blocks), 1) * blocks
     return {
         "completions": {n * args.rows: {"per_device_train_batch_size": n * args.rows} for n in range(1, 6)},
-        "denoising steps": {n * share: {"denoising_steps": n * share} for n in range(1, 6)},
+        "denoising steps": {n * fifth: {"denoising_steps": n * fifth} for n in range(1, 6)},
         # a number of steps that all these numbers of blocks divide
         "canvas blocks": {
-            n * unit: {"max_completion_length": n * unit * args.block, "denoising_steps": 12 * unit}
+            n * quarter: {"max_completion_length": n * quarter * args.block, "denoising_steps": 12 * quarter}
             for n in (2, 3, 4, 6, 12)
         },
     }

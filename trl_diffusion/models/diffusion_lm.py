@@ -236,7 +236,7 @@ class DiffusionLM:
         head = inner = self.lm_head
         if isinstance(head, ModulesToSaveWrapper):
             inner = head.original_module
-        if isinstance(inner, ScoringHead) and "forward" not in vars(inner):
+        if isinstance(inner, ScoringHead) and not any("forward" in vars(module) for module in (head, inner)):
             return head(hidden, targets, support, temperature, self.family)
         # LoRA on the head adds to its logits, a quantised head computes its own, and so does a `forward` that was put
         # on it (TRL's `cast_lm_head_to_fp32`)

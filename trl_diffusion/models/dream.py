@@ -16,7 +16,6 @@ from transformers import (
 )
 from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2RotaryEmbedding
 
 from trl_diffusion.models.diffusion_lm import DiffusionLM, require_plain_rope
 from trl_diffusion.models.layers import DiffusionAttention, Float32Rotary, LastLayer
@@ -69,11 +68,11 @@ class DreamConfig(Qwen2Config):
         return output
 
 
-class DreamRotaryEmbedding(Float32Rotary, Qwen2RotaryEmbedding):
+class DreamRotaryEmbedding(Float32Rotary, qwen2.Qwen2RotaryEmbedding):
     """Qwen2's rotary embedding in float32."""
 
 
-class DreamAttention(DiffusionAttention, Qwen2Attention):  # type: ignore[misc]  # adds `queries`
+class DreamAttention(DiffusionAttention, qwen2.Qwen2Attention):  # type: ignore[misc]  # adds `queries`
     """Qwen2's attention with the rotation in float32."""
 
 

@@ -117,11 +117,11 @@ class LastLayer:
             read: long [R, K].
             **kwargs: of the stock layer.
         """
-        if read is None:
-            return super().forward(hidden_states, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
-        if attention_mask is not None and not (torch.is_tensor(attention_mask) and attention_mask.dim() == 4):
-            # flash and flex attention have masks in which single queries cannot be chosen
-            return take(super().forward(hidden_states, attention_mask=attention_mask, **kwargs), read)  # type: ignore[misc]
+        # flash and flex attention have masks in which single queries cannot be chosen
+        by_query = attention_mask is None or (torch.is_tensor(attention_mask) and attention_mask.dim() == 4)
+        if read is None or not by_query:
+            output = super().forward(hidden_states, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
+            return output if read is None else take(output, read)
         attended, _ = self.self_attn(
             self.input_layernorm(hidden_states), attention_mask=attention_mask, queries=read, **kwargs
         )

@@ -14,7 +14,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.llama import modeling_llama as llama
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRotaryEmbedding
 
 from trl_diffusion.models.diffusion_lm import DiffusionLM, require_plain_rope
 from trl_diffusion.models.layers import DiffusionAttention, Float32Rotary, LastLayer
@@ -157,11 +156,11 @@ class LLaDAConfig(LlamaConfig):
         return {**REQUIRED_VALUES, **output}
 
 
-class LLaDARotaryEmbedding(Float32Rotary, LlamaRotaryEmbedding):
+class LLaDARotaryEmbedding(Float32Rotary, llama.LlamaRotaryEmbedding):
     """Llama's rotary embedding in float32 (LLaDA's `rope_full_precision`)."""
 
 
-class LLaDAAttention(DiffusionAttention, LlamaAttention):  # type: ignore[misc]  # adds `queries`
+class LLaDAAttention(DiffusionAttention, llama.LlamaAttention):  # type: ignore[misc]  # adds `queries`
     """Llama's attention with the rotation in float32."""
 
 

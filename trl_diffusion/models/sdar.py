@@ -11,7 +11,6 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RotaryEmbedding
 
 from trl_diffusion.models.diffusion_lm import DiffusionLM, require_plain_rope
 from trl_diffusion.models.layers import DiffusionAttention, Float32Rotary, LastLayer
@@ -74,11 +73,11 @@ class SDARConfig(Qwen3Config):
         return output
 
 
-class SDARRotaryEmbedding(Float32Rotary, Qwen3RotaryEmbedding):
+class SDARRotaryEmbedding(Float32Rotary, qwen3.Qwen3RotaryEmbedding):
     """Qwen3's rotary embedding in float32."""
 
 
-class SDARAttention(DiffusionAttention, Qwen3Attention):  # type: ignore[misc]  # adds `queries`
+class SDARAttention(DiffusionAttention, qwen3.Qwen3Attention):  # type: ignore[misc]  # adds `queries`
     """Qwen3's attention, with norms of queries and keys, and with the rotation in float32."""
 
     def _normalised(self, query, key):

@@ -21,6 +21,9 @@ from trl_diffusion.sampling.passes import PASSES
 from trl_diffusion.sampling.state import CanvasState
 from trl_diffusion.sampling.trajectory import Trajectory
 
+# Probabilities that low-confidence unmasking holds at once beside the logits (4 bytes each).
+_CPU_CHUNK, _CHUNK = 2**22, 2**27
+
 
 @torch.no_grad()
 def sample(
@@ -86,22 +89,22 @@ def sample(
     model.eval()
     try:
         parts = []
-        for bucket in buckets:
-            rows = torch.tensor(bucket, device=input_ids.device)
-            shown = slice(prompt_length - max(lengths[row] for row in bucket), None)
-            rollout = _Rollout(
-                model,
-                family,
-                config,
-                input_ids[rows, shown],
-                attention_mask[rows, shown],
-                [generators[row] for row in bucket],
-                None if state is None else CanvasState(state.canvas[rows], state.length[rows]),
-                any_process,
-            )
-            with _uncompiled(model):
+        with _uncompiled(model):
+            for bucket in buckets:
+                rows = torch.tensor(bucket, device=input_ids.device)
+                shown = slice(prompt_length - max(lengths[row] for row in bucket), None)
+                rollout = _Rollout(
+                    model,
+                    family,
+                    config,
+                    input_ids[rows, shown],
+                    attention_mask[rows, shown],
+                    [generators[row] for row in bucket],
+                    None if state is None else CanvasState(state.canvas[rows], state.length[rows]),
+                    any_process,
+                )
                 rollout.write()
-            parts.append(rollout.trajectory())
+                parts.append(rollout.trajectory())
     finally:
         model.train(was_training)
     return Trajectory.gather(parts, torch.tensor([row for bucket in buckets for row in bucket]).to(input_ids.device))
@@ -112,10 +115,6 @@ def _uncompiled(model: torch.nn.Module) -> AbstractContextManager:
     also of its other threads, so it is left alone where there is nothing to switch off."""
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-
-
-# Probabilities that are held at once beside the logits (4 bytes each).
-_CPU_CHUNK, _CHUNK = 2**22, 2**27
 
 
 class _Drawn(NamedTuple):
@@ -307,7 +306,7 @@ class _Rollout:
         return tokens, torch.nn.functional.pad(ids, (0, config.top_k - ids.size(-1)), value=-1)
 
     def _tokens_with_confidence(self, logits: torch.Tensor, noise: torch.Tensor):
-        """The same with the tokens' probabilities at temperature 1, [R, n]; some rows at a time, for memory's sake."""
+        """What `_tokens` draws, and the probabilities [R, n] of these tokens at temperature 1; some rows at a time."""
         tokens, supports, confidence = [], [], []
         chunk = _CPU_CHUNK if logits.device.type == "cpu" else _CHUNK
         rows = max(chunk // max(logits[:1].numel(), 1), 1)
