@@ -454,7 +454,8 @@ def test_7_views_of_a_completion_are_drawn_from_its_own_stream(method, tmp_path)
     def planned(own: list[int], rollout: int = 0, **changes: torch.Tensor) -> torch.Tensor:
         """What the views show if the trainer plans them for some of the rows alone."""
         trainer._rollouts["train"] = rollout
-        part = {name: rows[name][own] for name in ("prompt_ids", "prompt_mask", "completion_ids", "global_row")}
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "global_row", "advantages")
+        part = {name: rows[name][own] for name in names}
         part |= changes
         learns = torch.ones(len(own), dtype=torch.bool)
         return shown(trainer, part | trainer._plan_views("train", part_of(trajectory, own), part, learns))
