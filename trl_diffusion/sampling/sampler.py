@@ -15,11 +15,14 @@ from transformers import PreTrainedModel
 from trl_diffusion.models import DiffusionFamily, family_of, score_targets
 from trl_diffusion.sampling.buckets import prompt_buckets
 from trl_diffusion.sampling.config import SamplingConfig
-from trl_diffusion.sampling.distribution import draw, truncate
+from trl_diffusion.sampling.distribution import draw, sum_before, truncate
 from trl_diffusion.sampling.noise import uniforms
 from trl_diffusion.sampling.passes import PASSES
 from trl_diffusion.sampling.state import CanvasState
 from trl_diffusion.sampling.trajectory import Trajectory
+
+# What sums of entropies are multiples of.
+_NATS = 2.0**-40
 
 # Probabilities that low-confidence unmasking holds at once beside the logits (4 bytes each).
 _CPU_CHUNK, _CHUNK = 2**22, 2**27
@@ -285,8 +288,9 @@ class _Rollout:
             return (certainty >= math.log(self.config.confidence_threshold)).sum(1)
         assert self.config.entropy_bound is not None
         # entropies in ascending order: the sum of all but the largest is the sum of those before
-        before = (-certainty).cumsum(1) + certainty
-        return ((before <= self.config.entropy_bound) & (certainty > -torch.inf)).sum(1)
+        open_ = certainty > -torch.inf
+        before = sum_before((-certainty).masked_fill(~open_, 0.0), _NATS)
+        return ((before <= self.config.entropy_bound) & open_).sum(1)
 
     def _noise(self, rows, step: int, offsets: torch.Tensor) -> torch.Tensor:
         return self.token_noise[rows, self.block[rows], step].gather(1, offsets)
