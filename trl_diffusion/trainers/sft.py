@@ -28,6 +28,7 @@ from trl.trainer.base_trainer import _BaseTrainer
 from trl_diffusion.likelihood import noised_views, score_views
 from trl_diffusion.models import DiffusionFamily, family_of
 from trl_diffusion.sampling import row_generators
+from trl_diffusion.tokenization import encode_prompt
 from trl_diffusion.trainers.adapter_setup import native_peft_config
 from trl_diffusion.trainers.backends import check_backend
 from trl_diffusion.trainers.model_card import card_arguments, complete_card
@@ -265,7 +266,7 @@ def tokenize_dataset(
         )
     rows = dataset.map(
         lambda row, index: {
-            "prompt_ids": prompt_token_ids(row["prompt"], tokenizer),
+            "prompt_ids": encode_prompt(row["prompt"], tokenizer),
             "completion_ids": [
                 *tokenizer(completion_content(row["completion"]), add_special_tokens=False)["input_ids"],
                 family.end_token_ids[-1],
@@ -284,14 +285,6 @@ def tokenize_dataset(
             "max_completion_length or filter the data set."
         )
     return rows
-
-
-def prompt_token_ids(prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a prompt, through the chat template if it is a list of messages."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def completion_content(completion: str | list[dict[str, Any]]) -> str:
