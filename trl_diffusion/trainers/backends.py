@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -44,6 +45,20 @@ def check_backend(args: TrainingArguments) -> None:
                 f"optim={optimizer!r} would silently become DeepSpeed's Adam, because its state is offloaded. Use "
                 "adamw_torch, or set `zero_force_ds_cpu_optimizer: false` in a DeepSpeed config file."
             )
+
+
+def check_processes(accelerator: Accelerator) -> None:
+    """Refuse processes that were launched together and do not know of each other.
+
+    Raises:
+        RuntimeError: if more processes were launched than accelerate counts, so that each would train alone.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:
+        raise RuntimeError(
+            f"{launched} processes were launched, but each believes to be one of {accelerator.num_processes} and "
+            "would train alone. On a CPU pass --use_cpu true for DDP, or --ddp_backend gloo for DeepSpeed."
+        )
 
 
 def check_device_map(model: Any) -> None:

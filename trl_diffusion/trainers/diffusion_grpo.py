@@ -32,7 +32,12 @@ from trl_diffusion.likelihood import Scores, Views, score_views
 from trl_diffusion.models import family_of
 from trl_diffusion.sampling import SamplingConfig, Trajectory, row_generators, sample
 from trl_diffusion.trainers.adapter_setup import AdapterPrecision, native_peft_config
-from trl_diffusion.trainers.backends import check_backend, check_device_map, check_reference_loading
+from trl_diffusion.trainers.backends import (
+    check_backend,
+    check_device_map,
+    check_processes,
+    check_reference_loading,
+)
 from trl_diffusion.trainers.checkpoints import Checkpoints, is_plain
 from trl_diffusion.trainers.checks import check_arguments, check_columns
 from trl_diffusion.trainers.cost import CompletionCost, rollout_units
@@ -280,12 +285,7 @@ class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloV
         if reference is not None:
             self._adopt_reference(reference)
 
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if launched != self.accelerator.num_processes:
-            raise RuntimeError(
-                f"{launched} processes were launched, but each believes to be one of {self.accelerator.num_processes} "
-                "and would train alone. On a CPU pass --use_cpu true for DDP, or --ddp_backend gloo for DeepSpeed."
-            )
+        check_processes(self.accelerator)
         adapter_precision.restore(self.model, args.deepspeed_plugin)
         self.family = family_of(self.model)
         check_device_map(self.model)
