@@ -30,6 +30,7 @@ from trl_diffusion.models import DiffusionFamily, family_of
 from trl_diffusion.sampling import row_generators
 from trl_diffusion.trainers.adapter_setup import native_peft_config
 from trl_diffusion.trainers.backends import check_backend
+from trl_diffusion.trainers.checkpoints import Checkpoints, ResumeConfig
 from trl_diffusion.trainers.model_card import card_arguments, complete_card
 
 # Keeps the noise of training and of evaluation apart.
@@ -37,7 +38,7 @@ _TRAIN, _EVAL = 0, 1
 
 
 @dataclass
-class SFTConfig(_BaseConfig):
+class SFTConfig(ResumeConfig, _BaseConfig):
     """Configuration of [`SFTTrainer`]; defaults are d1's (2504.12216).
 
     The fields of `transformers.TrainingArguments` are there too; those below are new or have another default.
@@ -72,7 +73,7 @@ class SFTConfig(_BaseConfig):
             raise ValueError(f"max_completion_length must be at least 1, got {self.max_completion_length}.")
 
 
-class SFTTrainer(_BaseTrainer):
+class SFTTrainer(Checkpoints, _BaseTrainer):
     """Masked supervised fine-tuning.
 
     Args:
