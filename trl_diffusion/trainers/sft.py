@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from trl_diffusion.models import DiffusionFamily, family_of
 from trl_diffusion.sampling import row_generators
 from trl_diffusion.trainers.adapter_setup import native_peft_config
 from trl_diffusion.trainers.backends import check_backend, check_device_map, check_processes
+from trl_diffusion.trainers.checkpoints import Checkpoints, ResumeConfig
 from trl_diffusion.trainers.checks import check_arguments
 from trl_diffusion.trainers.guards import UpdateGuardConfig
 from trl_diffusion.trainers.model_card import card_arguments, complete_card
@@ -45,13 +47,10 @@ _TRAIN, _EVAL = 0, 1
 
 
 @dataclass
-class SFTConfig(UpdateGuardConfig, _BaseConfig):
+class SFTConfig(UpdateGuardConfig, ResumeConfig, _BaseConfig):
     """Configuration of [`SFTTrainer`]; defaults are d1's (2504.12216).
 
     The fields of `transformers.TrainingArguments` are there too; those below are new or have another default.
-
-    Args:
-        resume_from_checkpoint: for recipes, what they pass to `train`; on the command line it needs no value.
 
     Raises:
         ValueError: if a value is out of its range, or a setting has no meaning for this loss.
@@ -80,15 +79,6 @@ class SFTConfig(UpdateGuardConfig, _BaseConfig):
         default=None,
         metadata={"help": "Arguments of `from_pretrained`, such as `dtype`, where the model is given by name."},
     )
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "Go on from this checkpoint; without a value, from the last whole one in `output_dir`, or from "
-            "the start if there is none.",
-            "nargs": "?",
-            "const": "last",
-        },
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -110,7 +100,7 @@ class SFTConfig(UpdateGuardConfig, _BaseConfig):
                 raise ValueError(f"SFTConfig does not support `{name}`: {reason}. Leave it at its default.")
 
 
-class SFTTrainer(GuardedUpdates, _BaseTrainer):  # type: ignore[misc]
+class SFTTrainer(Checkpoints, GuardedUpdates, _BaseTrainer):  # type: ignore[misc]
     """Masked supervised fine-tuning.
 
     Args:
@@ -221,6 +211,14 @@ class SFTTrainer(GuardedUpdates, _BaseTrainer):  # type: ignore[misc]
         logs |= {name: sum(values) / len(values) for name, values in metrics.items()}
         metrics.clear()
         super().log(logs, start_time)
+
+    def _run_state(self) -> dict[str, Any]:
+        return {**super()._run_state(), "metrics": {mode: dict(values) for mode, values in self._metrics.items()}}
+
+    def _take_back(self, state: dict[str, Any], checkpoint: Path) -> None:
+        super()._take_back(state, checkpoint)
+        for mode, metrics in state["metrics"].items():
+            self._metrics[mode].update(metrics)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):  # type: ignore[override]  # as TRL's
         super().create_model_card(**card_arguments(self, model_name, dataset_name), tags=tags)
