@@ -13,6 +13,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from trl_diffusion.models.block_attention import block_causal_bias
 from trl_diffusion.models.family import DiffusionFamily
+from trl_diffusion.models.layers import CACHE_KEYWORD
 from trl_diffusion.models.scoring_head import ScoringHead, score_targets
 from trl_diffusion.models.window_cache import WindowCache
 
@@ -180,11 +181,12 @@ class DiffusionLM:
                 "training use trl_diffusion.trainers.SFTTrainer; to score tokens pass `positions=` and `targets=`."
             )
         assert input_ids is not None
+        kwargs.setdefault("use_cache", False)  # the hub's configs ask for the growing cache of autoregressive models
         if cache is not None or noisy_copy:
             first = 0 if cache is None else cache.start
             columns = torch.arange(first, first + input_ids.size(1), device=input_ids.device)
             columns[input_ids.size(1) - noisy_copy :] -= noisy_copy
-            kwargs |= {"position_ids": columns.unsqueeze(0), "past_key_values": cache}
+            kwargs |= {"position_ids": columns.unsqueeze(0), CACHE_KEYWORD: cache}
         if self.attention_block is not None:
             attention_mask = block_causal_bias(
                 torch.ones_like(input_ids) if attention_mask is None else attention_mask,
@@ -200,14 +202,18 @@ class DiffusionLM:
                 f"what it is asked for. {type(self).__name__} has full attention; score one noised view per pass."
             )
         if positions is None:
-            return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
+            output = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
+            if cache is not None:
+                cache.require_written(len(self.model.layers))
+            return output
 
-        kwargs["use_cache"] = False
         # the first token has no logits before it and, as in Dream's own code, takes those at its own position
         read = (positions - self.family.logit_shift).clamp(min=0)
         if read.size(1) == 0:  # a pass for its keys and values; attention needs a query
             read = read.new_zeros(len(read), 1)
         hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, read=read, **kwargs).last_hidden_state
+        if cache is not None:
+            cache.require_written(len(self.model.layers))
         if targets is None:
             return DiffusionLMOutput(logits=self._diffusion_logits(hidden[:, : positions.size(1)]))
 
