@@ -30,16 +30,20 @@ from trl.trainer.utils import disable_dropout_in_model, get_config_model_id, pad
 from trl_diffusion.credit.step_aware import CITATION
 from trl_diffusion.likelihood import Scores, Views, score_views
 from trl_diffusion.models import family_of
+from trl_diffusion.models.adapters import is_adapter
 from trl_diffusion.sampling import SamplingConfig, Trajectory, row_generators, sample
-from trl_diffusion.trainers.adapter_setup import AdapterPrecision, native_peft_config
-from trl_diffusion.trainers.backends import (
-    check_backend,
-    check_device_map,
-    check_processes,
-    check_reference_loading,
-)
+from trl_diffusion.tokenization import encode_prompt
+from trl_diffusion.trainers.adapter_setup import AdapterPrecision, load_to_train, native_peft_config
+from trl_diffusion.trainers.backends import check_backend, check_device_map, check_reference_loading, fit_to_cpu
 from trl_diffusion.trainers.checkpoints import ResumeConfig
-from trl_diffusion.trainers.checks import check_arguments, check_columns
+from trl_diffusion.trainers.checks import (
+    check_adapter,
+    check_arguments,
+    check_eval_batch,
+    check_model,
+    check_rollout_data,
+    check_trainable,
+)
 from trl_diffusion.trainers.cost import CompletionCost, rollout_units
 from trl_diffusion.trainers.guards import GuardConfig
 from trl_diffusion.trainers.model_card import card_arguments, complete_card
@@ -122,6 +126,7 @@ class DiffusionGRPOConfig(GuardConfig, ResumeConfig, GRPOConfig):
     )
 
     def __post_init__(self):
+        fit_to_cpu(self)
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         micro_batches = self.steps_per_generation or self.gradient_accumulation_steps
         completions = self.generation_batch_size or self.per_device_train_batch_size * micro_batches * processes
@@ -200,7 +205,8 @@ class DiffusionGRPOTrainer(RolloutCheckpoints, GuardedUpdates, GRPOTrainer, Mont
     functions adds its process reward to the advantages of any method.
 
     Args:
-        model: a path or hub id, a native diffusion language model, or a `PeftModel` around one.
+        model: a path or hub id, also of an adapter, which is then trained further; a native diffusion language model,
+            or a `PeftModel` around one.
         reward_funcs: as in TRL; at most one may be a `StepAwareReward`.
         args: a `DiffusionGRPOConfig`.
         train_dataset: as in TRL; a column `prompt` and whatever the reward functions need.
@@ -237,9 +243,15 @@ class DiffusionGRPOTrainer(RolloutCheckpoints, GuardedUpdates, GRPOTrainer, Mont
             args = self.config_class(f"{name.split('/')[-1]}-{self._name}")
         if not isinstance(args, DiffusionGRPOConfig):
             raise TypeError(f"args must be a {self.config_class.__name__}, got {type(args).__name__}.")
-        check_arguments(model, processing_class, kwargs)
-        check_columns(train_dataset, reward_funcs)
         check_backend(args)
+        check_arguments(processing_class, kwargs)
+        if isinstance(model, str) and is_adapter(model):
+            model = load_to_train(model, args, kwargs.pop("quantization_config", None))
+            args = copy.copy(args)
+            args.model_init_kwargs = None  # used; TRL warns where they come with a model
+        check_model(model)
+        check_adapter(model, kwargs.get("peft_config"))
+        check_rollout_data(args, train_dataset, eval_dataset, reward_funcs)
         kwargs["peft_config"] = native_peft_config(kwargs.get("peft_config"), model, args.model_init_kwargs)
         adapter_precision = AdapterPrecision(model)
         if args.sync_ref_model and (isinstance(model, PeftModel) or kwargs.get("peft_config") is not None):
@@ -276,7 +288,7 @@ class DiffusionGRPOTrainer(RolloutCheckpoints, GuardedUpdates, GRPOTrainer, Mont
         if reference is not None:
             self._adopt_reference(reference)
 
-        check_processes(self.accelerator)
+        check_trainable(self.model)
         adapter_precision.restore(self.model, args.deepspeed_plugin)
         self.family = family_of(self.model)
         check_device_map(self.model)
@@ -369,6 +381,11 @@ class DiffusionGRPOTrainer(RolloutCheckpoints, GuardedUpdates, GRPOTrainer, Mont
         lengths = self.family.effective_length(trajectory.completion_ids).tolist()
         completions = [ids[:n] for ids, n in zip(trajectory.completion_ids.tolist(), lengths, strict=True)]
         return completions, None
+
+    def _tokenize_prompts(self, prompts):
+        # TRL would close a last assistant message, which is the beginning of the answer
+        kwargs: Any = self.chat_template_kwargs
+        return [encode_prompt(prompt, self._tokenizer, **kwargs) for prompt in prompts], None, {}
 
     def _pad_prompts(self, prompt_ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         rows = [torch.tensor(ids) for ids in prompt_ids]
@@ -708,6 +725,7 @@ class DiffusionGRPOTrainer(RolloutCheckpoints, GuardedUpdates, GRPOTrainer, Mont
                 card.write(f"\nThe reward is step-aware (SAPO). Cite it as:\n\n```bibtex\n{CITATION}\n```\n")
 
     def evaluate(self, *args, **kwargs):
+        check_eval_batch(self.args)
         self._rollouts["eval"] = 0  # every evaluation draws with the same noise
         return super().evaluate(*args, **kwargs)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, set_seed
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -32,11 +32,20 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from trl_diffusion.likelihood import noised_views, score_views
 from trl_diffusion.models import DiffusionFamily, family_of
+from trl_diffusion.models.adapters import is_adapter
 from trl_diffusion.sampling import row_generators
-from trl_diffusion.trainers.adapter_setup import native_peft_config
-from trl_diffusion.trainers.backends import check_backend, check_device_map, check_processes
+from trl_diffusion.tokenization import encode_prompt
+from trl_diffusion.trainers.adapter_setup import load_to_train, native_peft_config
+from trl_diffusion.trainers.backends import check_backend, check_device_map, fit_to_cpu
 from trl_diffusion.trainers.checkpoints import Checkpoints, ResumeConfig
-from trl_diffusion.trainers.checks import check_arguments
+from trl_diffusion.trainers.checks import (
+    check_adapter,
+    check_arguments,
+    check_dataset,
+    check_model,
+    check_rows,
+    check_trainable,
+)
 from trl_diffusion.trainers.guards import UpdateGuardConfig
 from trl_diffusion.trainers.model_card import card_arguments, complete_card
 from trl_diffusion.trainers.sft_report import print_sft_report
@@ -81,6 +90,7 @@ class SFTConfig(UpdateGuardConfig, ResumeConfig, _BaseConfig):
     )
 
     def __post_init__(self) -> None:
+        fit_to_cpu(self)
         super().__post_init__()
         if not 0 < self.min_noise_level <= 1:
             raise ValueError(f"min_noise_level must lie in (0, 1], got {self.min_noise_level}.")
@@ -150,25 +160,21 @@ class SFTTrainer(Checkpoints, GuardedUpdates, _BaseTrainer):  # type: ignore[mis
         args = args or SFTConfig()
         if not isinstance(args, SFTConfig):
             raise TypeError(f"args must be an SFTConfig, got {type(args).__name__}.")
-        check_arguments(model, processing_class, {})
         check_backend(args)
-        set_seed(args.seed)  # the weights of a new adapter are drawn below
-        policy: Any = _loaded(model, args, quantization_config)
+        check_arguments(processing_class, {})
+        _check_data(train_dataset, eval_dataset, args)
+        set_seed(args.seed)  # before the weights of a new adapter are drawn
+        policy = _policy(model, args, peft_config, quantization_config)
         self.family = family_of(policy)
         if processing_class is None:
             name = get_config_model_id(policy.config)
             processing_class = AutoTokenizer.from_pretrained(name, revision=_load_arguments(args).get("revision"))
-        if peft_config is not None:
-            policy = _with_new_adapter(policy, peft_config, args)
-        if isinstance(policy, PeftModel) and args.gradient_checkpointing:
-            policy.enable_input_require_grads()
-        policy.config.use_cache = False
 
         def tokenize(dataset: Dataset) -> Dataset:
             return tokenize_dataset(dataset, processing_class, self.family, args.max_completion_length)
 
         if isinstance(eval_dataset, dict):
-            eval_dataset = {name: tokenize(dataset) for name, dataset in eval_dataset.items()}
+            eval_dataset = {name: tokenize(rows) for name, rows in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = tokenize(eval_dataset)
         super().__init__(
@@ -181,23 +187,9 @@ class SFTTrainer(Checkpoints, GuardedUpdates, _BaseTrainer):  # type: ignore[mis
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        check_processes(self.accelerator)
         check_device_map(self.model)
         self.check_update_policy()
-        self._check_enough_rows()
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
-
-    def _check_enough_rows(self) -> None:
-        """Refuse a data set of which `dataloader_drop_last` leaves nothing, so that no update would be made."""
-        args, rows = self.args, None if self.train_dataset is None else len(self.train_dataset)  # type: ignore[arg-type]
-        batch = args.train_batch_size * self.accelerator.num_processes
-        if rows is not None and args.dataloader_drop_last and rows < batch:
-            raise ValueError(
-                f"train_dataset has {rows} rows, and dataloader_drop_last=True leaves out a batch of fewer than "
-                f"{batch} (per_device_train_batch_size {args.per_device_train_batch_size} × "
-                f"{self.accelerator.num_processes} processes), so that nothing would be trained. Give more rows, a "
-                "smaller batch, or dataloader_drop_last=False."
-            )
 
     def train(self, *args, **kwargs):
         """TRL's `train`. With the progress bar (`disable_tqdm=False`) the start-up report is printed first."""
@@ -259,6 +251,42 @@ class SFTTrainer(Checkpoints, GuardedUpdates, _BaseTrainer):  # type: ignore[mis
         return loss.mean().detach(), None, None
 
 
+def _check_data(train_dataset: Any, eval_dataset: Any, args: SFTConfig) -> None:
+    """Refuse data sets from which nothing could be trained or measured; the model need not be loaded yet."""
+    if train_dataset is not None:
+        check_rows_of_texts(train_dataset, "train_dataset")
+    several = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
+    for split, rows in several.items():
+        if rows is not None:
+            check_rows_of_texts(rows, "eval_dataset" if split is None else f"eval_dataset[{split!r}]")
+    if train_dataset is not None and args.dataloader_drop_last:
+        batch = args.train_batch_size * args.world_size
+        check_rows(
+            train_dataset,
+            batch,
+            f"dataloader_drop_last=True leaves out a batch of fewer than {batch} (per_device_train_batch_size "
+            f"{args.per_device_train_batch_size} × {args.world_size} processes)",
+        )
+
+
+def _policy(
+    model: Any,
+    args: SFTConfig,
+    peft_config: PeftConfig | None,
+    quantization_config: QuantizationConfigMixin | None,
+) -> Any:
+    """The model that is trained, with a new adapter if one is asked for."""
+    policy = _loaded(model, args, quantization_config)
+    check_adapter(policy, peft_config)
+    if peft_config is not None:
+        policy = _with_new_adapter(policy, peft_config, args)
+    check_trainable(policy)
+    if isinstance(policy, PeftModel) and args.gradient_checkpointing:
+        policy.enable_input_require_grads()
+    policy.config.use_cache = False
+    return policy
+
+
 def _loaded(model: Any, args: SFTConfig, quantization_config: QuantizationConfigMixin | None) -> Any:
     """The model itself, or the one that a name stands for, in float32 as TRL's trainers load it."""
     arguments = _load_arguments(args)
@@ -266,10 +294,14 @@ def _loaded(model: Any, args: SFTConfig, quantization_config: QuantizationConfig
         given = {"model_init_kwargs": arguments, "quantization_config": quantization_config}
         if ignored := [name for name, value in given.items() if value]:
             raise ValueError(
-                f"{' and '.join(ignored)} say how a model is loaded, but the model given is loaded already. Leave "
-                "them out, or give the model's name."
+                f"{' and '.join(ignored)} would be ignored, because the model given is loaded already. Leave them out, "
+                "or give the model's name."
             )
+        check_model(model)
         return model
+    if is_adapter(model):
+        return load_to_train(model, args, quantization_config)
+    check_model(model)
     if quantization_config is not None:
         arguments = {**arguments, "quantization_config": quantization_config}
     if args.distributed_state is not None and args.distributed_state.distributed_type != DistributedType.NO:
@@ -371,14 +403,11 @@ def tokenize_dataset(
         Columns `prompt_ids`, `completion_ids` (with the turn-end id, without the tail) and `row`.
 
     Raises:
-        TypeError: if it is not a `Dataset`.
-        ValueError: if it has no rows, a column or a text is missing, a completion is not one assistant message, or
-            completions do not fit.
+        ValueError: if a message is not text, a completion is not one assistant message, or completions do not fit.
     """
-    check_rows(dataset)
     rows = dataset.map(
         lambda row, index: {
-            "prompt_ids": prompt_token_ids(row["prompt"], tokenizer),
+            "prompt_ids": encode_prompt(_checked_text(row["prompt"]), tokenizer),
             "completion_ids": [
                 *tokenizer(completion_content(row["completion"]), add_special_tokens=False)["input_ids"],
                 family.end_token_ids[-1],
@@ -399,41 +428,33 @@ def tokenize_dataset(
     return rows
 
 
-def check_rows(dataset: Any) -> None:
-    """Refuse what is no data set of prompts and completions; for the arguments and errors see `tokenize_dataset`."""
-    if isinstance(dataset, DatasetDict):
-        raise TypeError(f"SFT trains on one split, got a DatasetDict; choose one of {', '.join(dataset)}.")
-    if not isinstance(dataset, Dataset):
+def check_rows_of_texts(dataset: Any, name: str) -> None:
+    """Refuse what is no data set of prompts and completions.
+
+    Args:
+        dataset: the trainer's argument.
+        name: of the argument, for messages.
+
+    Raises:
+        TypeError: if it is a stream or no data set.
+        ValueError: if it has several splits, no rows, lacks a column, or a row has no prompt or no completion.
+    """
+    check_dataset(dataset, name, dict.fromkeys(("prompt", "completion"), "masked SFT"))
+    if isinstance(dataset, IterableDataset):
         raise TypeError(
-            f"SFT needs a datasets.Dataset, got {type(dataset).__name__}. Of a stream take rows with "
-            "`Dataset.from_list(list(stream.take(n)))`; of a list of rows make one with `Dataset.from_list`."
+            f"{name} is a stream, and masked SFT needs all its rows: each is noised by its number, and is checked to "
+            "fit before training starts. Take a part, `Dataset.from_list(list(stream.take(n)))`."
         )
-    if len(dataset) == 0:
-        raise ValueError("The data set for SFT has no rows. Check the filter or the split that it comes from.")
-    if missing := {"prompt", "completion"} - set(dataset.column_names):
-        raise ValueError(
-            f"SFT needs the columns `prompt` and `completion`; {sorted(missing)} missing, found "
-            f"{sorted(dataset.column_names)}. Rename or build them, see trl_diffusion.tasks for examples."
-        )
+    check_rows(dataset, 1, "masked SFT needs one", name)
     for column in ("prompt", "completion"):
-        if absent := [row for row, value in enumerate(dataset[column]) if value is None]:
+        if absent := [row for row, value in enumerate(dataset[column]) if value is None or value == []]:
             raise ValueError(
-                f"{len(absent)} of {len(dataset)} rows have no {column}, the first is row {absent[0]}. Fill them in "
-                "or leave these rows out."
+                f"{len(absent)} of {len(dataset)} rows of {name} have no {column}; the first is row {absent[0]}. Fill "
+                "them in or leave these rows out."
             )
 
 
-def prompt_token_ids(prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a prompt, through the chat template if it is a list of messages.
-
-    Raises:
-        ValueError: if a message is more than text.
-    """
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    _check_text(prompt)
-    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+prompt_token_ids = encode_prompt  # the import path it had
 
 
 def completion_content(completion: str | list[dict[str, Any]]) -> str:
@@ -449,17 +470,18 @@ def completion_content(completion: str | list[dict[str, Any]]) -> str:
             f"A completion must be a string or one assistant message, got {completion!r}. Move earlier turns to "
             "`prompt`."
         )
-    _check_text(completion)
+    _checked_text(completion)
     return completion[0]["content"]
 
 
-def _check_text(messages: list[dict[str, Any]]) -> None:
-    """Refuse messages that hold parts of several kinds, which a chat template for text would print as a list."""
-    for message in messages:
+def _checked_text(prompt: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """The prompt, if all its messages are text; a template for text would print other content as a list."""
+    for message in [] if isinstance(prompt, str) else prompt:
         if not isinstance(message["content"], str):
             raise ValueError(
                 f"The content of a message must be a string, got {message['content']!r}: only text is supported."
             )
+    return prompt
 
 
 def make_collator(tail_token_id: int, max_completion_length: int) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
