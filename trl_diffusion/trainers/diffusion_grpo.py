@@ -35,7 +35,7 @@ from trl_diffusion.sampling import SamplingConfig, Trajectory, row_generators, s
 from trl_diffusion.tokenization import encode_prompt
 from trl_diffusion.trainers.adapter_setup import AdapterPrecision, load_to_train, native_peft_config
 from trl_diffusion.trainers.backends import check_backend, check_device_map, check_reference_loading, fit_to_cpu
-from trl_diffusion.trainers.checkpoints import Checkpoints, is_plain
+from trl_diffusion.trainers.checkpoints import ResumeConfig
 from trl_diffusion.trainers.checks import (
     check_adapter,
     check_arguments,
@@ -50,13 +50,14 @@ from trl_diffusion.trainers.model_card import card_arguments, complete_card
 from trl_diffusion.trainers.monte_carlo_views import MonteCarloViews
 from trl_diffusion.trainers.random_streams import EVAL_ROLLOUT, TRAIN_ROLLOUT
 from trl_diffusion.trainers.reward_guard import RewardGuard
+from trl_diffusion.trainers.rollout_checkpoints import RolloutCheckpoints, is_plain
 from trl_diffusion.trainers.startup_report import print_report
 from trl_diffusion.trainers.step_aware_probe import FinishedBatch, StepAwareProbe
 from trl_diffusion.trainers.update_guard import GuardedUpdates
 
 
 @dataclass
-class DiffusionGRPOConfig(GuardConfig, GRPOConfig):
+class DiffusionGRPOConfig(GuardConfig, ResumeConfig, GRPOConfig):
     """What every method's config has: TRL's `GRPOConfig`, how the canvas is written, and the guards' policies.
 
     TRL's `max_completion_length` is the canvas length L, `temperature`, `top_k` and `top_p` are those of the sampler.
@@ -75,7 +76,6 @@ class DiffusionGRPOConfig(GuardConfig, GRPOConfig):
         cache_refresh: steps between two full passes with `prefix` and `dual`; 0 for one at the start of a block.
         num_mc_samples: Monte-Carlo views per completion and update. Memory does not grow with it, but for methods
             that need a completion's views together (ESPO, coupled-GRPO, SPG, WDDO).
-        resume_from_checkpoint: for recipes, what they pass to `train`; on the command line it needs no value.
 
     Raises:
         ValueError: if settings do not fit together, or one cannot work with diffusion sampling.
@@ -120,15 +120,6 @@ class DiffusionGRPOConfig(GuardConfig, GRPOConfig):
         default=8, metadata={"help": "Monte-Carlo views (noised canvases) per completion and update."}
     )
     max_completion_length: int = field(default=256, metadata={"help": "Length of the canvas in tokens."})
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "Go on from this checkpoint; without a value, from the last whole one in `output_dir`, or from "
-            "the start if there is none.",
-            "nargs": "?",
-            "const": "last",
-        },
-    )
     disable_dropout: bool = field(
         default=True,
         metadata={"help": "Turn dropout off, so that ratios start at 1; with dropout they measure its noise."},
@@ -207,7 +198,7 @@ class DiffusionGRPOConfig(GuardConfig, GRPOConfig):
                 )
 
 
-class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
+class DiffusionGRPOTrainer(RolloutCheckpoints, GuardedUpdates, GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
     """GRPO for diffusion language models; a method says in which noised views its completions are scored.
 
     A subclass overrides `_plan_views` and `_view_of`. A `StepAwareReward` (SAPO, 2510.01544) among the reward
