@@ -296,6 +296,7 @@ def _end_ids(given: Any, family: DiffusionFamily) -> tuple[int, ...]:
     if outside := [token for token in ids if not 0 <= token < family.num_tokens or token == family.mask_token_id]:
         raise ValueError(
             f"eos_token_id holds {outside[0]}, an id that is never sampled: ids run from 0 to "
-            f"{family.num_tokens - 1}, and {family.mask_token_id} is the mask. Leave it out; the family's own end ids end a text in any case."
+            f"{family.num_tokens - 1}, and {family.mask_token_id} is the mask. Leave it out; the family's own end "
+            "ids end a text in any case."
         )
     return tuple(ids)
