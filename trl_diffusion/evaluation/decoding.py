@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_diffusion.models import family_of
 from trl_diffusion.sampling import SamplingConfig, sample
-from trl_diffusion.trainers.sft import prompt_token_ids
+from trl_diffusion.tokenization import encode_prompt as encode_prompt  # its import path
 
 
 @dataclass(frozen=True)
@@ -34,14 +33,6 @@ class Decoded:
     tokens: int
     forwards: int
     ended: bool
-
-
-def encode_prompt(prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a prompt; a last assistant message is the beginning of the answer, to be continued."""
-    if isinstance(prompt, str) or prompt[-1]["role"] != "assistant":
-        return prompt_token_ids(prompt, tokenizer)
-    text = tokenizer.apply_chat_template(prompt[:-1], add_generation_prompt=True, tokenize=False)
-    return tokenizer(text + prompt[-1]["content"], add_special_tokens=False)["input_ids"]
 
 
 def fixed_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
