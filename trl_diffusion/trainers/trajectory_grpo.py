@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from trl.trainer.utils import get_callable_name
 
 from trl_diffusion.credit import (
     SELECTORS,
@@ -36,6 +37,7 @@ from trl_diffusion.trainers.cost import CompletionCost
 from trl_diffusion.trainers.diffusion_grpo import DiffusionGRPOConfig, DiffusionGRPOTrainer
 from trl_diffusion.trainers.random_streams import EVAL_VIEWS, SELECTION, TRAIN_VIEWS
 from trl_diffusion.trainers.rollout_correction import RolloutCorrectionConfig, log_mismatch
+from trl_diffusion.trainers.run_facts import Facts
 
 # Loss types whose per-token terms are summed and divided by something the view does not change.
 _KEEP_FLOAT_MASK = ("dr_grpo", "dapo", "cispo", "luspo")
@@ -345,6 +347,12 @@ class TrajectoryGRPOTrainer(DiffusionGRPOTrainer):
             targets=length / steps,
             buffer_bytes=4.0 * length * (2 + args.top_k) + 12.0 * views,
         )
+
+    def _collect_facts(self) -> Facts:
+        facts = super()._collect_facts()
+        if self.step_selector is not None and self.args.step_selector is None:  # a function, in no setting
+            facts["run"] = facts["run"] | {"step selector": get_callable_name(self.step_selector)}
+        return facts
 
     def _extra_state(self) -> dict[str, Any]:
         signals = {} if self._running_signals is None else {"running_signals": asdict(self._running_signals)}
