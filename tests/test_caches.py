@@ -9,8 +9,10 @@ import torch
 from test_continuation import mixed_states
 from test_sampling import always, lockstep, network
 from tiny import MASK, A, B, canvas_logits, coded_prompts, forwards_of, tiny_model, without_ends
+from transformers import DynamicCache
 
 from trl_diffusion.models import DreamModel, LLaDAModelLM, SDARForCausalLM, WindowCache
+from trl_diffusion.models.layers import CACHE_KEYWORD
 from trl_diffusion.sampling import CanvasState, SamplingConfig, row_generators, sample
 from trl_diffusion.sampling.config import UNMASKING
 from trl_diffusion.sampling.passes import BlockPasses
@@ -229,3 +231,37 @@ def test_a_cache_that_does_not_go_with_the_attention():
         draw(block_causal(), replace(CONFIG, cache="dual"))
     with pytest.raises(ValueError, match=r"sdar writes blocks of 4 tokens.*block_length=6\. Set block_length=4"):
         draw(block_causal(), SamplingConfig(12, 6, 6))
+
+
+FAMILIES = pytest.mark.parametrize("model_class", [LLaDAModelLM, DreamModel, SDARForCausalLM])
+
+
+@FAMILIES
+def test_a_cache_that_the_attention_does_not_know_is_an_error(model_class):
+    model, (prompts, _) = tiny_model(model_class=model_class), coded_prompts(2)
+    with pytest.raises(TypeError, match=f"got {CACHE_KEYWORD}=DynamicCache.*use_cache=False"):
+        model(prompts, use_cache=True)
+    with pytest.raises(TypeError, match=f"got {CACHE_KEYWORD}=DynamicCache"):
+        model(prompts, past_key_values=DynamicCache())
+    states = torch.zeros(1, 2, model.config.hidden_size)
+    angles = model.model.rotary_emb(states, torch.arange(2)[None])
+    for layer in model.model.layers:
+        with pytest.raises(TypeError, match=f"got a cache as 'renamed', and knows it as '{CACHE_KEYWORD}'"):
+            layer(states, position_embeddings=angles, renamed=WindowCache(2))
+
+
+@FAMILIES
+def test_a_config_for_autoregressive_models_makes_no_growing_cache(model_class):
+    model, (prompts, _) = tiny_model(model_class=model_class, use_cache=True), coded_prompts(2)
+    output = model(prompts)
+    assert output.logits.shape == (2, PROMPT, 5) and output.get(CACHE_KEYWORD) is None
+
+
+@FAMILIES
+def test_a_cache_in_training_mode_is_an_error(model_class):
+    """Gradient checkpointing would drop it, and the window would be without the columns before it."""
+    model, (prompts, _) = tiny_model(model_class=model_class), coded_prompts(2)
+    cache = WindowCache(PROMPT)
+    model.eval()(prompts, cache=cache.window(0, PROMPT))
+    with pytest.raises(ValueError, match=r"in training mode.*model\.eval\(\)"):
+        model.train()(prompts[:, 4:], cache=cache.window(4, PROMPT))

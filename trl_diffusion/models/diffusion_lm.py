@@ -13,6 +13,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from trl_diffusion.models.block_attention import block_causal_bias
 from trl_diffusion.models.family import DiffusionFamily
+from trl_diffusion.models.layers import CACHE_KEYWORD
 from trl_diffusion.models.scoring_head import ScoringHead, score_targets
 from trl_diffusion.models.window_cache import WindowCache
 
@@ -67,6 +68,7 @@ class DiffusionLM:
     attention_class: type
     last_layer_class: type
     hf_quantizer: Any = None  # set by transformers on a quantised model
+    training: bool
     logit_shift: int = 0
     attention_block: int | None = None
 
@@ -171,20 +173,27 @@ class DiffusionLM:
             The stock class's output without `positions`, else a `DiffusionLMOutput`.
 
         Raises:
-            ValueError: if `labels` is given: the stock loss is the autoregressive one; or a noised copy with full
-                attention, which would see the clean tokens.
+            ValueError: if `labels` is given: the stock loss is the autoregressive one; a noised copy with full
+                attention, which would see the clean tokens; or a cache in training mode.
+            TypeError: for transformers' growing caches (`use_cache=True`, `past_key_values`).
         """
         if labels is not None:
             raise ValueError(
                 "A diffusion language model has no next-token loss, so `labels=` is refused. For supervised "
                 "training use trl_diffusion.trainers.SFTTrainer; to score tokens pass `positions=` and `targets=`."
             )
+        if cache is not None and self.training:
+            raise ValueError(
+                "A pass with a cache is for sampling, and this model is in training mode, in which gradient "
+                "checkpointing drops caches. Call `model.eval()` before it."
+            )
         assert input_ids is not None
+        kwargs.setdefault("use_cache", False)  # the hub's configs ask for the growing cache of autoregressive models
         if cache is not None or noisy_copy:
             first = 0 if cache is None else cache.start
             columns = torch.arange(first, first + input_ids.size(1), device=input_ids.device)
             columns[input_ids.size(1) - noisy_copy :] -= noisy_copy
-            kwargs |= {"position_ids": columns.unsqueeze(0), "past_key_values": cache}
+            kwargs |= {"position_ids": columns.unsqueeze(0), CACHE_KEYWORD: cache}
         if self.attention_block is not None:
             attention_mask = block_causal_bias(
                 torch.ones_like(input_ids) if attention_mask is None else attention_mask,
@@ -202,7 +211,6 @@ class DiffusionLM:
         if positions is None:
             return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
 
-        kwargs["use_cache"] = False
         # the first token has no logits before it and, as in Dream's own code, takes those at its own position
         read = (positions - self.family.logit_shift).clamp(min=0)
         if read.size(1) == 0:  # a pass for its keys and values; attention needs a query

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
+from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
+from transformers.models.llama.modeling_llama import LlamaModel, eager_attention_forward, rotate_half
+
+from trl_diffusion.models.window_cache import WindowCache
+
+# transformers 5.24 renamed the keyword by which networks and their layers hand the cache on.
+CACHE_KEYWORD = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 
 class Float32Rotary:
@@ -47,7 +54,6 @@ class DiffusionAttention:
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask=None,
-        past_key_values=None,
         queries: torch.Tensor | None = None,
         **kwargs: Any,
     ):
@@ -57,14 +63,18 @@ class DiffusionAttention:
             hidden_states: [R, T, H].
             position_embeddings: cosines and sines of the columns, float32 [R or 1, T, head size].
             attention_mask: of the kind that the implementation takes; with `queries`, [R or 1, 1, T, keys] or `None`.
-            past_key_values: a `WindowCache`.
             queries: long [R, K], the columns to compute; all of them if not given.
-            **kwargs: for the implementation.
+            **kwargs: for the implementation; and a `WindowCache` under transformers' keyword for caches.
 
         Returns:
             ([R, T, H] or, with `queries`, [R, K, H]; the weights or `None`).
+
+        Raises:
+            TypeError: for a cache of another kind, or one under another keyword.
         """
         kwargs.pop("read", None)  # the stock network hands all layers what is meant for the last
+        cache = kwargs.pop(CACHE_KEYWORD, None)
+        _require_window_cache(cache, kwargs)
         cos, sin = position_embeddings
         asked, query_cos, query_sin = hidden_states, cos, sin
         if queries is not None:
@@ -74,8 +84,8 @@ class DiffusionAttention:
         query, key = self._normalised(self._heads(self.q_proj, asked), self._heads(self.k_proj, hidden_states))
         query, key = _rotated(query, query_cos, query_sin), _rotated(key, cos, sin)
         value = self._heads(self.v_proj, hidden_states)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         output, weights = attention(
             self,
@@ -133,6 +143,23 @@ def take(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """States [R or 1, T, H] of columns (long [R, K]), [R, K, H]."""
     index = columns.unsqueeze(-1).expand(-1, -1, states.size(-1))
     return states.expand(len(columns), -1, -1).gather(1, index)
+
+
+def _require_window_cache(cache: Any, others: dict[str, Any]) -> None:
+    """Raise if a cache is not a `WindowCache`, or if another argument is a cache, which would be left unused."""
+    if cache is not None and not isinstance(cache, WindowCache):
+        raise TypeError(
+            f"The attention of a diffusion language model got {CACHE_KEYWORD}={type(cache).__name__}; it rewrites "
+            "columns and keeps their keys and values in a WindowCache only. Call the model with use_cache=False, or "
+            "sample with `model.generate(…, cache=…)`."
+        )
+    for name, value in others.items():
+        if isinstance(value, (WindowCache, Cache)):
+            raise TypeError(
+                f"The attention of a diffusion language model got a cache as {name!r}, and knows it as "
+                f"{CACHE_KEYWORD!r}: this release of transformers names it otherwise. Install one of the releases "
+                "that pyproject.toml names."
+            )
 
 
 def _rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
