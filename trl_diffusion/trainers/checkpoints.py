@@ -1,33 +1,26 @@
 """Checkpoints from which a run goes on as if it had never stopped.
 
-transformers saves weights, optimizer, schedule, random generators and its own state. A GRPO run also stands in the
-middle of a rollout batch, of an epoch of its sampler and of what it averages for the next log; that is saved here, and
-which checkpoints are whole (`trl_diffusion.trainers.manifest`).
+transformers saves weights, optimizer, schedule, random generators and its own state. Missing there are the loss and
+the time since the last log, and any way to tell a checkpoint that was written to its end from one that was not (see
+`trl_diffusion.trainers.manifest`). What a GRPO run needs besides is in `trl_diffusion.trainers.rollout_checkpoints`.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import deque
-from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate.utils import gather_object, send_to_device
-from safetensors import safe_open
-from safetensors.torch import save_file
+from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl.trainer.utils import RepeatSampler
 
 from trl_diffusion.trainers.manifest import discard, fault, read_manifest, rotate, seal, survey
 
 logger = logging.getLogger(__name__)
-
-REFERENCE_WEIGHTS = "reference_model.safetensors"
 
 # With other values the rollout batch and the position in it would mean something else.
 _FIXED_SETTINGS = (
@@ -41,6 +34,25 @@ _FIXED_SETTINGS = (
 )
 
 
+@dataclass
+class ResumeConfig:
+    """The field by which a run is resumed; part of every config of this library.
+
+    Args:
+        resume_from_checkpoint: for recipes, what they pass to `train`; on the command line it needs no value.
+    """
+
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Go on from this checkpoint; without a value, from the last whole one in `output_dir`, or from "
+            "the start if there is none.",
+            "nargs": "?",
+            "const": "last",
+        },
+    )
+
+
 class Checkpoints(Trainer):
     """Saves and restores a run at any optimizer step; stands before TRL's trainer in the method resolution order.
 
@@ -48,18 +60,9 @@ class Checkpoints(Trainer):
     CPU process that is so bit for bit.
     """
 
+    state_file = "run_state"  # of each process; its index and `.pt` follow
     args: Any
     model: Any  # transformers types it as optional
-    ref_model: Any
-    forward_units: float
-    entropy_coef: float
-    _last_world_entropy: float
-    _rollouts: dict[str, int]
-    _step: int
-    _buffered_inputs: list[dict[str, Any]] | None
-    _metrics: dict[str, Any]
-    _logs: dict[str, Any]
-    _train_sampler: _EpochRepeatSampler | None = None
     _pending: dict[str, Any] | None = None
     _seconds_before = 0.0
     _started = 0.0
@@ -75,13 +78,8 @@ class Checkpoints(Trainer):
 
         Raises:
             ValueError: if the checkpoint named is torn, or was written with other settings or another number of
-                processes; or if checkpoints cannot hold what changes.
+                processes.
         """
-        if self.args.sync_ref_model and self.is_fsdp_enabled and self.args.save_strategy != "no":
-            raise ValueError(
-                "Checkpoints cannot hold a reference model that sync_ref_model changes and FSDP shards, so the run "
-                "could not go on from them. Set save_strategy='no' or sync_ref_model=False, or use DDP or DeepSpeed."
-            )
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         self._pending, self._seconds_before, self._started = None, 0.0, time.time()
         if checkpoint is None:
@@ -169,8 +167,7 @@ class Checkpoints(Trainer):
             discard(folder)  # what a killed run left
         self.accelerator.wait_for_everyone()
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(self._run_state(), folder / self._rollout_state_name())
-        self._save_reference(folder)
+        self._write_state(folder)
         # transformers would delete old checkpoints before this one is whole
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
@@ -191,36 +188,24 @@ class Checkpoints(Trainer):
     def _seal(self, folder: Path) -> None:
         self.accelerator.wait_for_everyone()  # all have written
         if self.args.should_save:
-            settings = {name: getattr(self.args, name) for name in _FIXED_SETTINGS}
+            settings = {name: vars(self.args)[name] for name in _FIXED_SETTINGS if name in vars(self.args)}
             seal(folder, processes=self.accelerator.num_processes, settings=settings)
+
+    def _write_state(self, folder: Path) -> None:
+        """Write what transformers does not save."""
+        torch.save(self._run_state(), folder / self._state_name())
 
     def _run_state(self) -> dict[str, Any]:
         """What this process must remember; plain values and tensors."""
         return {
-            "step": self._step,
-            "rollouts": self._rollouts,
-            "forward_units": self.forward_units,
-            "buffer": self._buffered_inputs if self._buffer_in_use() else None,
-            "metrics": _plain(self._metrics),
-            "logs": _plain(self._logs),
             "loss": self._tr_loss.cpu(),
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
-            "entropy_coef": self.entropy_coef,
-            "last_world_entropy": self._last_world_entropy,
             "seconds": self._seconds_before + time.time() - self._started,
-        } | self._extra_state()
+        }
 
-    def _buffer_in_use(self) -> bool:
-        """Whether the next step learns from the rollout batch of the last one."""
-        return self._step % (self.args.steps_per_generation * self.args.num_iterations) != 0
-
-    def _extra_state(self) -> dict[str, Any]:
-        """What a method must remember in a checkpoint."""
-        return {}
-
-    def _rollout_state_name(self) -> str:
-        return f"rollout_state_{self.accelerator.process_index}.pt"
+    def _state_name(self) -> str:
+        return f"{self.state_file}_{self.accelerator.process_index}.pt"
 
     # ---------------------------------------------------------------- restore
 
@@ -237,21 +222,12 @@ class Checkpoints(Trainer):
         if checkpoint is None:
             return
         # by way of the CPU: torch.load does not know accelerate's device `cpu:0`
-        path = Path(checkpoint) / self._rollout_state_name()
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        self._step, self._rollouts, self.forward_units = state["step"], state["rollouts"], state["forward_units"]
-        self._buffered_inputs = send_to_device(state["buffer"], self.accelerator.device)
-        for mode, metrics in state["metrics"].items():
-            self._metrics[mode].clear()
-            self._metrics[mode].update(metrics)
-        _refill(self._logs, state["logs"])
-        self.entropy_coef, self._last_world_entropy = state["entropy_coef"], state["last_world_entropy"]
-        self._load_extra_state(state)
-        self._load_reference(Path(checkpoint))
-        self._pending = state
+        state = torch.load(Path(checkpoint) / self._state_name(), map_location="cpu", weights_only=True)
+        self._take_back(state, Path(checkpoint))
 
-    def _load_extra_state(self, state: dict[str, Any]) -> None:
-        """Take back what `_extra_state` gave."""
+    def _take_back(self, state: dict[str, Any], checkpoint: Path) -> None:
+        """Take back what `_write_state` wrote."""
+        self._pending = state
 
     def take_back_pending(self) -> None:
         """Loss since the last log and time spent before; transformers sets them to zero when training starts."""
@@ -274,65 +250,6 @@ class Checkpoints(Trainer):
         self._initial_global_step = 0
         return super()._finalize_training(trial, num_train_samples, start_time - self._seconds_before)
 
-    # ---------------------------------------------------------------- data
-
-    def _get_train_sampler(self, dataset=None):
-        of_trl: Any = super()._get_train_sampler(dataset)
-        self._train_sampler = _EpochRepeatSampler(
-            data_source=of_trl.data_source,
-            mini_repeat_count=of_trl.mini_repeat_count,
-            batch_size=of_trl.batch_size,
-            repeat_count=of_trl.repeat_count,
-            shuffle=of_trl.shuffle,
-            seed=of_trl.seed,
-        )
-        return self._train_sampler
-
-    def _run_epoch(self, model, epoch, *args, **kwargs):
-        # With several processes accelerate does not reach the sampler of a dataloader whose first batches are skipped
-        if self._train_sampler is not None:
-            self._train_sampler.set_epoch(epoch)
-        return super()._run_epoch(model, epoch, *args, **kwargs)
-
-    # ---------------------------------------------------------------- a reference model that changes
-
-    def _save_reference(self, folder: Path) -> None:
-        """The reference weights, if `sync_ref_model` changes them; else they are those the run started from."""
-        if self.ref_model is None or not self.args.sync_ref_model:
-            return
-        weights = {}
-        for name, parameter in self.accelerator.unwrap_model(self.ref_model).named_parameters():
-            with self._whole(parameter):
-                if self.args.should_save:
-                    weights[name] = parameter.detach().cpu().clone()
-        if self.args.should_save:
-            save_file(weights, folder / REFERENCE_WEIGHTS)
-
-    def _load_reference(self, checkpoint: Path) -> None:
-        if self.ref_model is None or not self.args.sync_ref_model:
-            return
-        with safe_open(checkpoint / REFERENCE_WEIGHTS, framework="pt") as weights:
-            for name, parameter in self.accelerator.unwrap_model(self.ref_model).named_parameters():
-                with self._whole(parameter):
-                    parameter.data.copy_(weights.get_tensor(name))
-
-    def _whole(self, parameter: torch.nn.Parameter):
-        """Under ZeRO-3 a parameter is gathered for the context, and what the first process writes to it is kept."""
-        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
-        if plugin is None or plugin.zero_stage != 3:
-            return nullcontext()
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
-
-
-class _EpochRepeatSampler(RepeatSampler):
-    """`RepeatSampler` whose order is a function of (seed, epoch), so that a resumed run sees the order it left."""
-
-    def set_epoch(self, epoch: int) -> None:
-        if self.shuffle and self.seed is not None:
-            self.generator.manual_seed(self.seed + epoch)
-
 
 class _TakeBackPending(TrainerCallback):
     """Calls `Checkpoints.take_back_pending` when it is time."""
@@ -342,33 +259,3 @@ class _TakeBackPending(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.take_back_pending()
-
-
-def is_plain(value: Any) -> bool:
-    """Whether a checkpoint can hold a value: text, numbers, tensors, and dicts and lists of these."""
-    if type(value) is dict:
-        return all(map(is_plain, value.values()))
-    if type(value) is list:
-        return all(map(is_plain, value))
-    return value is None or type(value) in (str, int, float, bool, torch.Tensor)
-
-
-def _plain(value: Any) -> Any:
-    """A table of log entries as `is_plain` wants it; what a reward function logged of another kind becomes text."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, deque)):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        return value.item()
-    return value if is_plain(value) else str(value)
-
-
-def _refill(logs: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Put saved entries back into TRL's tables of bounded columns."""
-    for name, values in saved.items():
-        if isinstance(values, dict):
-            _refill(logs[name], values)
-        else:
-            logs[name].clear()
-            logs[name].extend(values)

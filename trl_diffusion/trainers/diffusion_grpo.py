@@ -35,7 +35,7 @@ from trl_diffusion.sampling import SamplingConfig, Trajectory, row_generators, s
 from trl_diffusion.tokenization import encode_prompt
 from trl_diffusion.trainers.adapter_setup import AdapterPrecision, load_to_train, native_peft_config
 from trl_diffusion.trainers.backends import check_backend, check_device_map, check_reference_loading, fit_to_cpu
-from trl_diffusion.trainers.checkpoints import Checkpoints, is_plain
+from trl_diffusion.trainers.checkpoints import ResumeConfig
 from trl_diffusion.trainers.checks import (
     check_adapter,
     check_arguments,
@@ -50,13 +50,14 @@ from trl_diffusion.trainers.model_card import card_arguments, complete_card
 from trl_diffusion.trainers.monte_carlo_views import MonteCarloViews
 from trl_diffusion.trainers.random_streams import EVAL_ROLLOUT, TRAIN_ROLLOUT
 from trl_diffusion.trainers.reward_guard import RewardGuard
+from trl_diffusion.trainers.rollout_checkpoints import RolloutCheckpoints, is_plain
 from trl_diffusion.trainers.startup_report import print_report
 from trl_diffusion.trainers.step_aware_probe import FinishedBatch, StepAwareProbe
 from trl_diffusion.trainers.update_guard import GuardedUpdates
 
 
 @dataclass
-class DiffusionGRPOConfig(GuardConfig, GRPOConfig):
+class DiffusionGRPOConfig(GuardConfig, ResumeConfig, GRPOConfig):
     """What every method's config has: TRL's `GRPOConfig`, how the canvas is written, and the guards' policies.
 
     TRL's `max_completion_length` is the canvas length L, `temperature`, `top_k` and `top_p` are those of the sampler.
@@ -75,7 +76,6 @@ class DiffusionGRPOConfig(GuardConfig, GRPOConfig):
         cache_refresh: steps between two full passes with `prefix` and `dual`; 0 for one at the start of a block.
         num_mc_samples: Monte-Carlo views per completion and update. Memory does not grow with it, but for methods
             that need a completion's views together (ESPO, coupled-GRPO, SPG, WDDO).
-        resume_from_checkpoint: for recipes, what they pass to `train`; on the command line it needs no value.
 
     Raises:
         ValueError: if settings do not fit together, or one cannot work with diffusion sampling.
@@ -120,15 +120,6 @@ class DiffusionGRPOConfig(GuardConfig, GRPOConfig):
         default=8, metadata={"help": "Monte-Carlo views (noised canvases) per completion and update."}
     )
     max_completion_length: int = field(default=256, metadata={"help": "Length of the canvas in tokens."})
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "Go on from this checkpoint; without a value, from the last whole one in `output_dir`, or from "
-            "the start if there is none.",
-            "nargs": "?",
-            "const": "last",
-        },
-    )
     disable_dropout: bool = field(
         default=True,
         metadata={"help": "Turn dropout off, so that ratios start at 1; with dropout they measure its noise."},
@@ -207,7 +198,7 @@ class DiffusionGRPOConfig(GuardConfig, GRPOConfig):
                 )
 
 
-class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
+class DiffusionGRPOTrainer(RolloutCheckpoints, GuardedUpdates, GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
     """GRPO for diffusion language models; a method says in which noised views its completions are scored.
 
     A subclass overrides `_plan_views` and `_view_of`. A `StepAwareReward` (SAPO, 2510.01544) among the reward
@@ -407,6 +398,11 @@ class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloV
         """Index (prompt · G + g) of this process's rows in the batch of all processes."""
         return torch.arange(count, device=self.accelerator.device) + self.accelerator.process_index * count
 
+    def _own_rows(self, count: int) -> slice:
+        """Where this process's rows lie in what is gathered from all processes."""
+        first = self.accelerator.process_index * count
+        return slice(first, first + count)
+
     def group_size(self, mode: str) -> int:
         """Completions per prompt, G."""
         size = self.num_generations if mode == "train" else self.num_generations_eval
@@ -455,6 +451,10 @@ class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloV
         finished, self._finished = self._finished, None
         assert trajectory is not None and finished is not None
         rows["global_row"] = self._global_rows(len(finished.prompts))
+        unscored = finished.rewards.isnan().all(1)[self._own_rows(len(finished.prompts))]
+        # TRL gives a completion without a reward the advantage 0; NaN keeps it out of every statistic of its group
+        advantages = rows["advantages"].masked_fill(unscored, torch.nan)
+        rows["advantages"] = self._over_groups(mode, advantages, self._group_advantages)
         if mode == "train":
             self.last_rollout = trajectory, finished
             if self._probe is not None:
@@ -473,6 +473,7 @@ class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloV
         if self.beta != 0.0:
             rows["ref_per_token_logps"] = self._reference_logps(mode, rows)
         self._assign_credit(mode, rows)
+        rows["advantages"] = rows["advantages"].masked_fill(unscored, 0.0)
         return rows
 
     def _plan_views(
@@ -483,7 +484,8 @@ class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloV
         Args:
             mode: `"train"` (`num_iterations` inner updates) or `"eval"` (one).
             trajectory: of the B completions.
-            rows: `prompt_ids` and `prompt_mask` [B, P], `completion_ids` [B, L], `global_row` and `advantages` [B].
+            rows: `prompt_ids` and `prompt_mask` [B, P], `completion_ids` [B, L], `global_row` and `advantages` [B]
+                (NaN for a completion without a reward).
             learns: bool [B], whether a completion may learn at all.
 
         Returns:
@@ -501,15 +503,29 @@ class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloV
         """Views per completion and inner update."""
         return self.args.num_mc_samples
 
+    def _group_advantages(self, advantages: torch.Tensor) -> torch.Tensor:
+        """The method's own advantages; by default TRL's.
+
+        A process reward (SAPO) is added to them, so what centres or scales the rewards of a group belongs here.
+
+        Args:
+            advantages: TRL's, [N, G] for N prompts; NaN for a completion without a reward, which must not count.
+
+        Returns:
+            [N, G], NaN where the argument is.
+        """
+        return advantages
+
     def _assign_credit(self, mode: str, rows: dict[str, torch.Tensor]) -> None:
-        """Turn `rows["advantages"]` [B] into what the method learns from; by default they are that."""
+        """Turn `rows["advantages"]` [B], NaN for completions without a reward, into weights over their group, for
+        methods that learn from such weights."""
 
     def _over_groups(
         self, mode: str, values: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
         """Apply a function of whole prompt groups [N, G], which may lie on several processes, to values [B]."""
         results = function(self.accelerator.gather(values).view(-1, self.group_size(mode)))
-        return results.flatten()[self._global_rows(len(values))]
+        return results.flatten()[self._own_rows(len(values))]
 
     # ---------------------------------------------------------------- likelihood
 
