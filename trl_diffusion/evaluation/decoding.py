@@ -47,27 +47,6 @@ def fixed_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def check_fits(model: PreTrainedModel, prompts: Sequence[Sequence[int]], canvas_length: int, what: str) -> None:
-    """Refuse prompts that do not fit into the model's positions together with the canvas.
-
-    Args:
-        model: the model.
-        prompts: token ids.
-        canvas_length: positions to write.
-        what: what the prompts are of, for the message.
-
-    Raises:
-        ValueError: if the longest prompt and the canvas have more positions than the model.
-    """
-    longest, positions = max(map(len, prompts)), model.config.max_position_embeddings
-    if longest + canvas_length > positions:
-        raise ValueError(
-            f"A canvas of {canvas_length} does not fit: the longest prompt of {what} has {longest} tokens, and the "
-            f"model has {positions} positions. Choose a canvas of at most {max(0, positions - longest)}, or leave out "
-            "the longest prompts."
-        )
-
-
 def decode_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -21,8 +21,9 @@ class Trajectory:
             temperature and support, given the canvas before its step (at temperature 0: temperature 1). 0 where
             nothing was sampled.
         entropies: float32 [B, L], entropy in nats of the distribution each token was drawn from.
-        support: int32 [B, L, top_k], ids that each token was drawn from, -1 for none; `None` for the full vocabulary.
-        temperature: the sampling temperature.
+        support: int32 [B, L, top_k], ids that each token was drawn from, -1 for none; `None` for the full vocabulary,
+            and where `record_support` was off.
+        temperature: the sampling temperature. A greedy trajectory (0) is scored again at temperature 1.
         step_entropy: float32 [B, S], mean entropy in nats over the positions the sampler could commit at a step, at
             temperature 1 on the full vocabulary; 0 behind a row's end; `None` unless asked for.
         step_margin: float32 [B, S], mean of p1 - p2 (the two largest probabilities) over the same positions.
