@@ -33,6 +33,7 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id
 from trl_diffusion.likelihood import noised_views, score_views
 from trl_diffusion.models import DiffusionFamily, family_of
 from trl_diffusion.models.adapters import is_adapter
+from trl_diffusion.models.positions import check_fits
 from trl_diffusion.sampling import row_generators
 from trl_diffusion.tokenization import encode_prompt
 from trl_diffusion.trainers.adapter_setup import load_to_train, native_peft_config
@@ -171,7 +172,9 @@ class SFTTrainer(Checkpoints, GuardedUpdates, _BaseTrainer):  # type: ignore[mis
             processing_class = AutoTokenizer.from_pretrained(name, revision=_load_arguments(args).get("revision"))
 
         def tokenize(dataset: Dataset) -> Dataset:
-            return tokenize_dataset(dataset, processing_class, self.family, args.max_completion_length)
+            rows = tokenize_dataset(dataset, processing_class, self.family, args.max_completion_length)
+            check_fits(policy, max(map(len, rows["prompt_ids"])), args.max_completion_length, "the data set")
+            return rows
 
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: tokenize(rows) for name, rows in eval_dataset.items()}
