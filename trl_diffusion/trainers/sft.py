@@ -298,8 +298,8 @@ def _loaded(model: Any, args: SFTConfig, quantization_config: QuantizationConfig
         given = {"model_init_kwargs": arguments, "quantization_config": quantization_config}
         if ignored := [name for name, value in given.items() if value]:
             raise ValueError(
-                f"{' and '.join(ignored)} would be ignored, because the model given is loaded already. Leave them out, "
-                "or give the model's name."
+                f"{' and '.join(ignored)} would be ignored, because the model given is loaded already. Leave them "
+                "out, or give the model's name."
             )
         check_model(model)
         return model
