@@ -109,7 +109,6 @@ def _without_half_box(answer: str) -> str:
     return answer[:-1].strip() if lost else answer
 
 
-
 def _boxes(text: str) -> Iterator[Span]:
     """Every box whose braces balance; one pass, whatever the nesting."""
     opened: list[tuple[int, int] | None] = []

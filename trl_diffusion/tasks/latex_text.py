@@ -48,13 +48,15 @@ _TEXT = re.compile(r"\\(?:text|mathrm|textrm|mbox)\s*\{\s*([^{}]*?)\s*\}")
 _UNIT_LETTERS = frozenset("mgshtdlLVAWNJKCF")
 
 _SMALL_ARGUMENTS = re.compile(r"\\(frac|binom)\s*(\d)\s*(\d)")
-_SMALL_SCRIPT = re.compile(r"([_^])\s*(\d)(?=\s)")
+_SMALL_SCRIPT = re.compile(r"([_^])\s*(\d)(?!\d)")
 _MIXED = re.compile(r"(?<![\d.])(\d+) (\d+)\s*/\s*(\d+)(?!\d)")
 _ROOT_OF_DIGITS = re.compile(r"√\s*(\d+)")
 _ROOT_OF_BRACKET = re.compile(r"\\?(?<![a-zA-Z])(?:sqrt|√)\s*(\[\d\])?\s*\(([^()]*)\)")
 _REPEATING = re.compile(r"(?<!\d)(\d{0,9})\.(\d{0,9})\\(?:overline|bar)\s*\{?(\d{1,9})\}?")
 
-_BASE_IN_WORDS = re.compile(r"(?<=\d)(?:\s*_\s*\{?\s*\\text\s*\{\s*(?:base)?\s*(\w+)\s*\}\s*\}?|\s*(?:\\text\s*\{\s*)?base\s*\}?\s*(\w+)\s*\}?)$")
+_BASE_IN_WORDS = re.compile(
+    r"(?<=\d)(?:\s*_\s*\{?\s*\\text\s*\{\s*(?:base)?\s*(\w+)\s*\}\s*\}?|\s*(?:\\text\s*\{\s*)?base\s*\}?\s*(\w+)\s*\}?)$"
+)
 _BASE = re.compile(r"\d\s*_\s*\{?\s*(\w+)\s*\}?")
 _WORDS_OF_BASES = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
