@@ -22,7 +22,7 @@ from trl_diffusion.sampling import row_generators
 from trl_diffusion.tasks.word_problems import load_word_problems
 from trl_diffusion.trainers import sft
 from trl_diffusion.trainers.sft import SFTConfig, SFTTrainer, draw_noise, masked_loss, tokenize_dataset
-from trl_diffusion.trainers.sft_report import sft_report, update_cost
+from trl_diffusion.trainers.sft_report import scored_positions, sft_report, update_cost
 
 CANVAS = 16
 ROWS = [
@@ -409,23 +409,31 @@ def test_the_report_says_what_will_be_done(tokenizer, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("network", [EMBEDDED_MODEL, EMBEDDED_SDAR_MODEL], ids=["full attention", "block-causal"])
-def test_the_report_costs_an_update_as_it_is_counted(network, tmp_path):
+def test_the_report_costs_an_update_as_it_is_counted(network, tmp_path, monkeypatch):
     # the counter knows matrix products, not the CPU's fused attention
     model = AutoModelForCausalLM.from_pretrained(network, attn_implementation="eager")
-    data = load_word_problems("train", 8, 0)
-    settings = {
-        "max_steps": 40,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "logging_steps": 99,
-    }
+    data = load_word_problems("train", 4, 0)
+    settings = {"max_steps": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
     trainer = SFTTrainer(model, config(tmp_path, max_completion_length=32, **settings), data)
+
+    def half_of_the_canvas(*key, rows, length, min_noise_level):
+        return torch.arange(length).remainder(2).bool().expand(len(rows), -1), torch.full((len(rows),), 0.5)
+
+    monkeypatch.setattr(sft, "draw_noise", half_of_the_canvas)  # as it is on average, with one row a micro-batch
     forward_units, flop = update_cost(trainer)
     with FlopCounterMode(display=False) as counter:
         trainer.train()
-    assert counter.get_total_flops() / 40 == pytest.approx(flop, rel=0.05)  # prompts and noise vary
-    prompt = 27  # tokens, on average
-    assert forward_units == pytest.approx(12 if network == EMBEDDED_MODEL else 12 * (1 + 32 / (32 + prompt)), rel=0.03)
+    assert counter.get_total_flops() == pytest.approx(flop, rel=2e-3)
+    prompt = sum(map(len, trainer.train_dataset["prompt_ids"])) / 4
+    assert forward_units == pytest.approx(12 if network == EMBEDDED_MODEL else 12 * (1 + 32 / (32 + prompt)))
+
+
+def test_the_report_costs_the_masks_of_a_batch_as_they_are_drawn(tmp_path):
+    masked, _ = draw_noise(0, rows=range(6000), length=32, min_noise_level=0.25)
+    for rows in (1, 3):
+        fullest = masked.sum(1).view(-1, rows).max(1).values.float().mean().item()
+        args = config(tmp_path, per_device_train_batch_size=rows, max_completion_length=32, min_noise_level=0.25)
+        assert scored_positions(args) == pytest.approx(fullest, rel=0.02)
 
 
 # ---------------------------------------------------------------- training
