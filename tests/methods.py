@@ -1,6 +1,7 @@
 """The methods under test. A new method joins `test_properties.py` by one entry here.
 
-`applies` names the properties (numbers of ALGORITHMS.md's closing list) that the method claims.
+`applies` names the properties that the method claims, by the numbers in the names of the tests there. (3, that the
+estimate is what its formula says, is tested method by method.)
 """
 
 from __future__ import annotations

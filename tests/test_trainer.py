@@ -24,14 +24,16 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
-from tiny import MASK, A, B, tiny_model, tiny_tokenizer
+from tiny import END, MASK, A, B, tiny_model, tiny_tokenizer
 from trainer_helpers import parameters_of
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from trl_diffusion.credit import StepAwareReward
+from trl_diffusion.evaluation.decoding import encode_prompt
 from trl_diffusion.likelihood import score_views
 from trl_diffusion.models import family_of
 from trl_diffusion.trainers import AGRPOConfig, AGRPOTrainer, DiffusionGRPOConfig, DiffusionGRPOTrainer
+from trl_diffusion.trainers.sft import tokenize_dataset
 
 BASE, AGRPO = method_named("trajectory_grpo"), method_named("agrpo")
 
@@ -246,6 +248,35 @@ def test_conversational_prompts_and_default_arguments(tmp_path, monkeypatch):
     trainer.reward_funcs = [lambda completions, **_: seen.extend(completions) or [float(len(c)) for c in completions]]
     trainer.train()
     assert seen and all(completion[0]["role"] == "assistant" for completion in seen)
+
+
+CLOSING = (
+    "{% for message in messages %}{{ message['content'] + ' <end> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ header or 'b' }} {% endif %}"
+)
+
+
+def test_a_last_assistant_message_is_continued_in_rollouts_sft_and_evaluation_alike(tmp_path):
+    trainer = AGRPO.make(tmp_path, chat_template_kwargs={"header": "b b"})
+    tokenizer = trainer._tokenizer
+    tokenizer.chat_template = CLOSING
+    question = {"role": "user", "content": "a b"}
+    begun, asked = [question, {"role": "assistant", "content": "a a"}], [question]
+    trainer.model.train()
+    rows = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in (begun, asked) for _ in range(4)])
+    ids = [row[mask.bool()].tolist() for row, mask in zip(rows["prompt_ids"], rows["prompt_mask"], strict=True)]
+    assert ids[0] == [A, B, END, B, B, A, A] and ids[4] == [A, B, END, B, B]
+    data = Dataset.from_list([{"prompt": prompt, "completion": "b"} for prompt in (begun, asked)])
+    tokenized = tokenize_dataset(data, tokenizer, trainer.family, 8)
+    assert tokenized["prompt_ids"][:] == [[A, B, END, B, A, A], [A, B, END, B]]
+    assert [encode_prompt(prompt, tokenizer) for prompt in (begun, asked)] == tokenized["prompt_ids"][:]
+
+
+def test_a_beginning_that_is_no_text_is_refused(tmp_path):
+    trainer = AGRPO.make(tmp_path)
+    parts = [{"type": "text", "text": "a"}]
+    with pytest.raises(ValueError, match="last message of a prompt is of the assistant, and its content is"):
+        trainer._tokenize_prompts([[{"role": "user", "content": "a"}, {"role": "assistant", "content": parts}]])
 
 
 # ---------------------------------------------------------------- reference model and LoRA

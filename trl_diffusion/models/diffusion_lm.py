@@ -68,6 +68,7 @@ class DiffusionLM:
     attention_class: type
     last_layer_class: type
     hf_quantizer: Any = None  # set by transformers on a quantised model
+    training: bool
     logit_shift: int = 0
     attention_block: int | None = None
 
@@ -172,13 +173,19 @@ class DiffusionLM:
             The stock class's output without `positions`, else a `DiffusionLMOutput`.
 
         Raises:
-            ValueError: if `labels` is given: the stock loss is the autoregressive one; or a noised copy with full
-                attention, which would see the clean tokens.
+            ValueError: if `labels` is given: the stock loss is the autoregressive one; a noised copy with full
+                attention, which would see the clean tokens; or a cache in training mode.
+            TypeError: for transformers' growing caches (`use_cache=True`, `past_key_values`).
         """
         if labels is not None:
             raise ValueError(
                 "A diffusion language model has no next-token loss, so `labels=` is refused. For supervised "
                 "training use trl_diffusion.trainers.SFTTrainer; to score tokens pass `positions=` and `targets=`."
+            )
+        if cache is not None and self.training:
+            raise ValueError(
+                "A pass with a cache is for sampling, and this model is in training mode, in which gradient "
+                "checkpointing drops caches. Call `model.eval()` before it."
             )
         assert input_ids is not None
         kwargs.setdefault("use_cache", False)  # the hub's configs ask for the growing cache of autoregressive models
@@ -202,18 +209,13 @@ class DiffusionLM:
                 f"what it is asked for. {type(self).__name__} has full attention; score one noised view per pass."
             )
         if positions is None:
-            output = super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
-            if cache is not None:
-                cache.require_written(len(self.model.layers))
-            return output
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
 
         # the first token has no logits before it and, as in Dream's own code, takes those at its own position
         read = (positions - self.family.logit_shift).clamp(min=0)
         if read.size(1) == 0:  # a pass for its keys and values; attention needs a query
             read = read.new_zeros(len(read), 1)
         hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, read=read, **kwargs).last_hidden_state
-        if cache is not None:
-            cache.require_written(len(self.model.layers))
         if targets is None:
             return DiffusionLMOutput(logits=self._diffusion_logits(hidden[:, : positions.size(1)]))
 

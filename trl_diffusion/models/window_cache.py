@@ -23,27 +23,13 @@ class WindowCache:
     def __init__(self, capacity: int):
         self.capacity = capacity
         self.start = self.visible = 0
-        self.written = 0  # layers that have written the present window
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
 
     def window(self, start: int, visible: int) -> WindowCache:
         """Let the next pass write from column `start` on and attend to columns 0..visible-1; returns the cache."""
-        self.start, self.visible, self.written = start, visible, 0
+        self.start, self.visible = start, visible
         return self
-
-    def require_written(self, layers: int) -> None:
-        """Check that the pass over the present window went through the cache in all layers of the network.
-
-        Raises:
-            RuntimeError: if it did not, so that the pass saw its window alone.
-        """
-        if self.written != layers:
-            raise RuntimeError(
-                f"Only {self.written} of {layers} layers wrote to the cache, so this pass saw the columns "
-                f"{self.start}..{self.visible - 1} in part. Gradient checkpointing drops caches: use a cache under "
-                "`model.eval()` and `torch.no_grad()`."
-            )
 
     def keep(self, rows: torch.Tensor) -> None:
         """Take these rows of the batch (long [R], repeats allowed), in this order."""
@@ -55,7 +41,6 @@ class WindowCache:
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args, **kwargs):
         """Write the window of one layer, [R, heads, columns, head size]; returns all that is visible."""
-        self.written += 1
         return self._write(self.keys, layer, keys), self._write(self.values, layer, values)
 
     def _write(self, store: dict[int, torch.Tensor], layer: int, window: torch.Tensor) -> torch.Tensor:

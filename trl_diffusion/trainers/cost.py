@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import IterableDataset
 from torch import nn
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.training_args import OptimizerNames
 
 if TYPE_CHECKING:
@@ -280,8 +279,9 @@ def _shares(trainer: DiffusionGRPOTrainer | SFTTrainer) -> dict[int, float]:
 
 
 def numel(parameter) -> int:
-    """Stored elements of a parameter, also of one that ZeRO-3 has sharded."""
-    return parameter.ds_numel if is_deepspeed_zero3_enabled() else parameter.numel()
+    """Stored elements of a parameter; of one that ZeRO-3 has sharded, those of all shards."""
+    # Weights of an adapter are made outside of ZeRO's init and stay whole until DeepSpeed starts.
+    return vars(parameter).get("ds_numel", parameter.numel())
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -398,6 +398,11 @@ class DiffusionGRPOTrainer(RolloutCheckpoints, GuardedUpdates, GRPOTrainer, Mont
         """Index (prompt · G + g) of this process's rows in the batch of all processes."""
         return torch.arange(count, device=self.accelerator.device) + self.accelerator.process_index * count
 
+    def _own_rows(self, count: int) -> slice:
+        """Where this process's rows lie in what is gathered from all processes."""
+        first = self.accelerator.process_index * count
+        return slice(first, first + count)
+
     def group_size(self, mode: str) -> int:
         """Completions per prompt, G."""
         size = self.num_generations if mode == "train" else self.num_generations_eval
@@ -446,6 +451,10 @@ class DiffusionGRPOTrainer(RolloutCheckpoints, GuardedUpdates, GRPOTrainer, Mont
         finished, self._finished = self._finished, None
         assert trajectory is not None and finished is not None
         rows["global_row"] = self._global_rows(len(finished.prompts))
+        unscored = finished.rewards.isnan().all(1)[self._own_rows(len(finished.prompts))]
+        # TRL gives a completion without a reward the advantage 0; NaN keeps it out of every statistic of its group
+        advantages = rows["advantages"].masked_fill(unscored, torch.nan)
+        rows["advantages"] = self._over_groups(mode, advantages, self._group_advantages)
         if mode == "train":
             self.last_rollout = trajectory, finished
             if self._probe is not None:
@@ -464,6 +473,7 @@ class DiffusionGRPOTrainer(RolloutCheckpoints, GuardedUpdates, GRPOTrainer, Mont
         if self.beta != 0.0:
             rows["ref_per_token_logps"] = self._reference_logps(mode, rows)
         self._assign_credit(mode, rows)
+        rows["advantages"] = rows["advantages"].masked_fill(unscored, 0.0)
         return rows
 
     def _plan_views(
@@ -474,7 +484,8 @@ class DiffusionGRPOTrainer(RolloutCheckpoints, GuardedUpdates, GRPOTrainer, Mont
         Args:
             mode: `"train"` (`num_iterations` inner updates) or `"eval"` (one).
             trajectory: of the B completions.
-            rows: `prompt_ids` and `prompt_mask` [B, P], `completion_ids` [B, L], `global_row` and `advantages` [B].
+            rows: `prompt_ids` and `prompt_mask` [B, P], `completion_ids` [B, L], `global_row` and `advantages` [B]
+                (NaN for a completion without a reward).
             learns: bool [B], whether a completion may learn at all.
 
         Returns:
@@ -492,15 +503,29 @@ class DiffusionGRPOTrainer(RolloutCheckpoints, GuardedUpdates, GRPOTrainer, Mont
         """Views per completion and inner update."""
         return self.args.num_mc_samples
 
+    def _group_advantages(self, advantages: torch.Tensor) -> torch.Tensor:
+        """The method's own advantages; by default TRL's.
+
+        A process reward (SAPO) is added to them, so what centres or scales the rewards of a group belongs here.
+
+        Args:
+            advantages: TRL's, [N, G] for N prompts; NaN for a completion without a reward, which must not count.
+
+        Returns:
+            [N, G], NaN where the argument is.
+        """
+        return advantages
+
     def _assign_credit(self, mode: str, rows: dict[str, torch.Tensor]) -> None:
-        """Turn `rows["advantages"]` [B] into what the method learns from; by default they are that."""
+        """Turn `rows["advantages"]` [B], NaN for completions without a reward, into weights over their group, for
+        methods that learn from such weights."""
 
     def _over_groups(
         self, mode: str, values: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
         """Apply a function of whole prompt groups [N, G], which may lie on several processes, to values [B]."""
         results = function(self.accelerator.gather(values).view(-1, self.group_size(mode)))
-        return results.flatten()[self._global_rows(len(values))]
+        return results.flatten()[self._own_rows(len(values))]
 
     # ---------------------------------------------------------------- likelihood
 
