@@ -40,9 +40,13 @@ from trl_diffusion.trainers.checks import (
     check_adapter,
     check_arguments,
     check_eval_batch,
+    check_load_arguments,
     check_model,
+    check_prompts_fit,
     check_rollout_data,
     check_trainable,
+    named_eval_datasets,
+    warn_of_eight_bit,
 )
 from trl_diffusion.trainers.cost import CompletionCost, rollout_units
 from trl_diffusion.trainers.guards import GuardConfig
@@ -165,6 +169,22 @@ class DiffusionGRPOConfig(GuardConfig, ResumeConfig, GRPOConfig):
         """Whether views carry weights other than 1."""
         return False
 
+    def require_token_ratios(self) -> None:
+        """For methods whose views score a part of the completion each.
+
+        Raises:
+            ValueError: if `importance_sampling_level` or `loss_type` ask for the ratio of whole sequences.
+        """
+        of_tokens = {"importance_sampling_level": self.importance_sampling_level == "token"}
+        of_tokens["loss_type"] = self.loss_type != "vespo"  # its weights are functions of the sequence's ratio
+        for name, fits in of_tokens.items():
+            if not fits:
+                raise ValueError(
+                    f"{type(self).__name__} scores a part of the tokens per view, which has no sequence-level ratio; "
+                    f"got {name}={getattr(self, name)!r}. Set importance_sampling_level='token' and a loss_type other "
+                    "than 'vespo', or use ESPO, whose ratio is that of sequences."
+                )
+
     def _refuse_what_cannot_work(self) -> None:
         autoregressive = "it generates one token after the other; completions here are drawn by diffusion"
         refused = {
@@ -245,6 +265,7 @@ class DiffusionGRPOTrainer(RolloutCheckpoints, GuardedUpdates, GRPOTrainer, Mont
             raise TypeError(f"args must be a {self.config_class.__name__}, got {type(args).__name__}.")
         check_backend(args)
         check_arguments(processing_class, kwargs)
+        check_load_arguments(args.model_init_kwargs)
         if isinstance(model, str) and is_adapter(model):
             model = load_to_train(model, args, kwargs.pop("quantization_config", None))
             args = copy.copy(args)
@@ -293,6 +314,13 @@ class DiffusionGRPOTrainer(RolloutCheckpoints, GuardedUpdates, GRPOTrainer, Mont
         self.family = family_of(self.model)
         check_device_map(self.model)
         self._check_family()
+        warn_of_eight_bit(self.model)
+        check_prompts_fit(
+            self.model,
+            args.max_completion_length,
+            {"train_dataset": train_dataset} | named_eval_datasets(eval_dataset),
+            lambda prompts: self._tokenize_prompts(prompts)[0],
+        )
         self.eos_token_ids = sorted({*self.family.end_token_ids, self._tokenizer.eos_token_id})
         self._checkpointing_kwargs: Any = args.gradient_checkpointing_kwargs
         self._rollouts = {"train": 0, "eval": 0}

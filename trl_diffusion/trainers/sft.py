@@ -43,9 +43,11 @@ from trl_diffusion.trainers.checks import (
     check_adapter,
     check_arguments,
     check_dataset,
+    check_load_arguments,
     check_model,
     check_rows,
     check_trainable,
+    named_eval_datasets,
 )
 from trl_diffusion.trainers.guards import UpdateGuardConfig
 from trl_diffusion.trainers.model_card import card_arguments, complete_card
@@ -163,6 +165,7 @@ class SFTTrainer(Checkpoints, GuardedUpdates, _BaseTrainer):  # type: ignore[mis
             raise TypeError(f"args must be an SFTConfig, got {type(args).__name__}.")
         check_backend(args)
         check_arguments(processing_class, {})
+        check_load_arguments(args.model_init_kwargs)
         _check_data(train_dataset, eval_dataset, args)
         set_seed(args.seed)  # before the weights of a new adapter are drawn
         policy = _policy(model, args, peft_config, quantization_config)
@@ -258,10 +261,8 @@ def _check_data(train_dataset: Any, eval_dataset: Any, args: SFTConfig) -> None:
     """Refuse data sets from which nothing could be trained or measured; the model need not be loaded yet."""
     if train_dataset is not None:
         check_rows_of_texts(train_dataset, "train_dataset")
-    several = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
-    for split, rows in several.items():
-        if rows is not None:
-            check_rows_of_texts(rows, "eval_dataset" if split is None else f"eval_dataset[{split!r}]")
+    for name, rows in named_eval_datasets(eval_dataset).items():
+        check_rows_of_texts(rows, name)
     if train_dataset is not None and args.dataloader_drop_last:
         batch = args.train_batch_size * args.world_size
         check_rows(
