@@ -33,7 +33,8 @@ CELLS = 16
 _GRID = re.compile(r"(?<![0-9])[0-4](?:[\s|,;:.+_&\\\[\](){}*\u2500-\u257f-]*[0-4]){15}(?![0-9])")
 # A row of a board on a line of its own, maybe with its number or name: "Row 2: 3 4 1 2", "| R2 | 3 | 4 | 1 | 2 |".
 _ROW = re.compile(
-    r"[^\w\\]*(?:[a-z][a-z \t]{0,19}[\W_]*)?(?:([1-4])(?:st|nd|rd|th)?[\W_]+(?:row[\W_]+)?)?([0-4](?:[\W_]*[0-4]){3})[\W_]*",
+    r"[^\w\\]*(?:[a-z][a-z \t]{0,19}[\W_]*)?(?:([1-4])(?:st|nd|rd|th)?[\W_]+(?:row[\W_]+)?)?"
+    r"([0-4](?:[\W_]*[0-4]){3})[\W_]*",
     re.IGNORECASE,
 )
 _RULER = re.compile(r"[\s|:+=\u2500-\u257f-]*")
@@ -237,7 +238,7 @@ def _boards(text: str) -> Iterator[tuple[int, str]]:
         start, end = end, end + len(line)
         found = _ROW.fullmatch(line) if len(line) <= _LONGEST_ROW else None
         if found is not None:
-            rows.append(found.groups())
+            rows.append((found[1], found[2]))
             if board := _board(rows, ruled_after):
                 yield start + len(line.rstrip()), board
         elif _RULER.fullmatch(line):
@@ -247,7 +248,7 @@ def _boards(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _board(rows: list[tuple[str | None, str]], ruled_after: list[int]) -> str | None:
-    """The last four rows, if they are numbered 1 to 4, or not at all and whole boards or a heading stand before them."""
+    """The last four rows, if they are numbered 1 to 4, or without numbers and after whole boards or a heading."""
     numbers = [number for number, _ in rows[-4:]]
     if numbers == list("1234") or (numbers == [None] * 4 and (len(rows) % 4 == 0 or ruled_after[:1] == [1])):
         return "".join(cells for _, cells in rows[-4:])
