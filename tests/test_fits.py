@@ -46,9 +46,7 @@ def test_a_trainer_names_prompts_that_do_not_fit(tmp_path):
 
 def test_a_canvas_that_leaves_no_room_is_refused(tmp_path):
     settings = dict(max_completion_length=16, denoising_steps=4, block_length=4)
-    with pytest.raises(
-        ValueError, match=r"canvas of 16 does not fit: the longest prompt of any data set has 1 tokens"
-    ):
+    with pytest.raises(ValueError, match=r"canvas of 16 does not fit: .* of any data set has 1 tokens"):
         with_prompts(tmp_path, ["a"] * 8, **settings)
 
 
