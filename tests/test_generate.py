@@ -100,6 +100,11 @@ def test_the_plan_of_a_canvas(length, block, steps, attention, expected):
             dict(max_new_tokens=64, denoising_steps=33),
             r"denoising_steps=33 cannot.*64 positions.*multiple of 2 \(blocks",
         ),
+        (dict(max_new_tokens=8, block_length=0), r"block_length \(0\) must be at least 1"),
+        (
+            dict(max_new_tokens=8, denoising_steps=9),
+            r"denoising_steps \(9\) must be .* at most the canvas length \(8\)",
+        ),
         (dict(max_new_tokens=0), "max_new_tokens must be at least 1, got 0"),
         (dict(max_length=3), "max_length=3 counts the prompt, which has 3 tokens"),
         (dict(max_new_tokens=4, max_length=9), "max_new_tokens=4 and max_length=9 both"),
