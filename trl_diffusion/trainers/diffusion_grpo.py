@@ -78,6 +78,9 @@ class DiffusionGRPOConfig(GuardConfig, ResumeConfig, GRPOConfig):
         cache: keys and values that the rollout reuses, see `SamplingConfig`. What `auto` reuses is exact; under
             `prefix` and `dual` completions are those of another policy, close to the network's.
         cache_refresh: steps between two full passes with `prefix` and `dual`; 0 for one at the start of a block.
+        per_device_train_batch_size: completions of a micro-batch on each process. If not given, whole groups of
+            `num_generations`: as many as 8 completions hold, at least one.
+        per_device_eval_batch_size: the same for evaluations, with `num_generations_eval` if that is given.
         num_mc_samples: Monte-Carlo views per completion and update. Memory does not grow with it, but for methods
             that need a completion's views together (ESPO, coupled-GRPO, SPG, WDDO).
 
@@ -124,6 +127,20 @@ class DiffusionGRPOConfig(GuardConfig, ResumeConfig, GRPOConfig):
         default=8, metadata={"help": "Monte-Carlo views (noised canvases) per completion and update."}
     )
     max_completion_length: int = field(default=256, metadata={"help": "Length of the canvas in tokens."})
+    per_device_train_batch_size: int = field(
+        default=0,
+        metadata={
+            "help": "Completions of a micro-batch on each process; if not given (0), groups of num_generations up to "
+            "8 completions, at least one group."
+        },
+    )
+    per_device_eval_batch_size: int = field(
+        default=0,
+        metadata={
+            "help": "Completions of an evaluation batch on each process; if not given (0), groups of "
+            "num_generations_eval (or num_generations) up to 8 completions, at least one group."
+        },
+    )
     disable_dropout: bool = field(
         default=True,
         metadata={"help": "Turn dropout off, so that ratios start at 1; with dropout they measure its noise."},
@@ -131,6 +148,10 @@ class DiffusionGRPOConfig(GuardConfig, ResumeConfig, GRPOConfig):
 
     def __post_init__(self):
         fit_to_cpu(self)
+        group = self.num_generations or 1
+        evaluated = self.num_generations_eval or group
+        self.per_device_train_batch_size = self.per_device_train_batch_size or _whole_groups(group)
+        self.per_device_eval_batch_size = self.per_device_eval_batch_size or _whole_groups(evaluated)
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         micro_batches = self.steps_per_generation or self.gradient_accumulation_steps
         completions = self.generation_batch_size or self.per_device_train_batch_size * micro_batches * processes
@@ -216,6 +237,11 @@ class DiffusionGRPOConfig(GuardConfig, ResumeConfig, GRPOConfig):
                 raise ValueError(
                     f"{type(self).__name__} does not support `{name}`: {reason}. Leave it at its default."
                 )
+
+
+def _whole_groups(size: int) -> int:
+    """Completions of a batch of whole groups of a size: as many as fit into 8, TRL's default, but at least one."""
+    return size * max(8 // size, 1)
 
 
 class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
