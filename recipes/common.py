@@ -14,6 +14,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, ProgressCallback, Trainer
@@ -166,13 +167,14 @@ def train_and_save(trainer, arguments: tuple, print_result: Callable[[], None]) 
         arguments: what `parse` returned.
         print_result: called on the first process when the model is saved.
     """
-    script_args, training_args, model_args = arguments[:3]
+    script_args, training_args = arguments[:2]
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
     trainer.create_model_card(dataset_name=script_args.dataset_path)
     if trainer.accelerator.is_main_process:
         print_result()
-        print(f"{'Adapter' if model_args.use_peft else 'Model'} and model card: {Path(training_args.output_dir)}")
+        kind = "Adapter" if isinstance(trainer.model, PeftModel) else "Model"
+        print(f"{kind} and model card: {Path(training_args.output_dir)}")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_path)
     trainer.end()
