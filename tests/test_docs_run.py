@@ -69,8 +69,9 @@ def hub_data(source: str, name: str | None = None, split: str = "train") -> Data
 
 @pytest.fixture(scope="module")
 def earlier_runs(tmp_path_factory) -> Path:
-    """A folder with adapters as training on LLaDA-8B would have left them, here of the embedded model."""
+    """A folder with a file of d1's, and adapters as training on LLaDA-8B leaves them, here of the embedded model."""
     folder = tmp_path_factory.mktemp("earlier_runs")
+    (folder / "countdown_cd3_test.jsonl").write_text('{"input": "3,7,25", "output": "46"}\n')
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL), config)
     model.save_pretrained(folder / "outputs" / "llada_8b_gsm8k_agrpo")
@@ -204,6 +205,7 @@ def read_arguments(script: str, arguments: list[str], monkeypatch) -> None:
         pytest.skip("lm-eval is not installed")
     with monkeypatch.context() as context:
         stop_after_parsing(context)
+        context.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)  # not run, so no GPU
         try:
             run_script(script, arguments, context)
         except Parsed:
@@ -214,8 +216,8 @@ def read_arguments(script: str, arguments: list[str], monkeypatch) -> None:
 @pytest.mark.parametrize("block", BASH, ids=lambda block: block.place)
 def test_commands_run(block, enter, monkeypatch):
     assert block.marker is not None, (
-        f"{block.place}: put a marker on the line before this block, `<!-- run: … -->` with arguments that shorten its "
-        "recipes or `<!-- skip: … -->` with the reason."
+        f"{block.place}: put a marker on the line before this block, `<!-- run: … -->` with arguments that shorten "
+        "its recipes or `<!-- skip: … -->` with the reason."
     )
     enter(block.page)
     starts = [start for command in commands(block.code) for start in launched(command)]
@@ -238,7 +240,8 @@ def test_commands_in_sentences_are_understood(page, command, enter, monkeypatch)
 
 
 def test_every_block_is_of_a_known_language_and_every_marker_belongs_to_one():
-    assert {block.language for block in BLOCKS} == {"python", "bash", "text"}
+    others = [block.place for block in BLOCKS if block.language not in ("python", "bash", "text")]
+    assert not others, f"{others}: write them as python, bash or text, or say here how they are checked"
     for page in PAGES:
         text, blocks = page.read_text(), blocks_of(page)
         assert text.count("```") == 2 * len(blocks), f"{page}: a fence is not at the start of a line, or not closed"
@@ -251,7 +254,7 @@ def test_every_block_is_of_a_known_language_and_every_marker_belongs_to_one():
     [
         ("accelerate launch recipes/gsm8k.py --method dmpo --alpho 0.1", ValueError),
         ("accelerate launch --num_procesess 2 recipes/gsm8k.py --method dmpo", SystemExit),
-        ("accelerate launch --config_file recipes/accelerate_configs/zero9.yaml recipes/gsm8k_agrpo.py", AssertionError),
+        ("accelerate launch --config_file recipes/accelerate_configs/zero9.yaml recipes/gsm8k.py", AssertionError),
         ("accelerate launch recipes/gsm8k_agrpo.py --config recipes/configs/llada_8b/none.yaml", FileNotFoundError),
         ("python recipes/none.py", FileNotFoundError),
         ("python recipes/benchmarks/scoring.py --shapes huge", AssertionError),
