@@ -30,8 +30,8 @@ SHOWN = ("reward", "eval_accuracy", "completions/mean_length", "rollout/tokens_p
 
 
 @dataclass
-class RecipeArguments:
-    """How held-out accuracy is measured (greedy, by default on the canvas of training), and what is plotted."""
+class RunArguments:
+    """The data, how held-out accuracy is measured (greedy, by default on the canvas of training), and a dry run."""
 
     dataset_path: str = field(default="", metadata={"help": "The data."})
 
@@ -45,6 +45,12 @@ class RecipeArguments:
     dry_run: bool = field(
         default=False, metadata={"help": "Load everything, check it, print the start-up report and stop."}
     )
+
+
+@dataclass
+class RecipeArguments(RunArguments):
+    """Arguments of every recipe for reinforcement learning."""
+
     plot_every: int = field(
         default=0,
         metadata={
@@ -131,21 +137,41 @@ def run(
         print_report(trainer)
         trainer.end()
         return
-    measure = partial(
-        evaluate_accuracy, tokenizer=tokenizer, correct=is_correct, **script_args.decoding(training_args)
-    )
-    accuracy = AccuracyCallback(trainer, held_out, measure, every=script_args.eval_every)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(ShortProgress)
-    trainer.add_callback(accuracy)
+    accuracy = measure_accuracy(trainer, held_out, is_correct, script_args)
     if script_args.plot_every:
         trainer.add_callback(ConfusionZoneCallback(trainer, every=script_args.plot_every, success_threshold=1.0))
+    train_and_save(trainer, arguments, lambda: report(trainer, accuracy, time.perf_counter() - start))
 
+
+def measure_accuracy(trainer, held_out, is_correct: Callable[[str, dict[str, Any]], bool], script_args: RunArguments):
+    """Let a trainer measure held-out accuracy; returns the callback that keeps what was measured."""
+    measure = partial(
+        evaluate_accuracy,
+        tokenizer=trainer.processing_class,
+        correct=is_correct,
+        **script_args.decoding(trainer.args),
+    )
+    accuracy = AccuracyCallback(trainer, held_out, measure, every=script_args.eval_every)
+    trainer.add_callback(accuracy)
+    return accuracy
+
+
+def train_and_save(trainer, arguments: tuple, print_result: Callable[[], None]) -> None:
+    """Train, or resume; save with a model card, report and push.
+
+    Args:
+        trainer: any trainer of this library.
+        arguments: what `parse` returned.
+        print_result: called on the first process when the model is saved.
+    """
+    script_args, training_args, model_args = arguments[:3]
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
     trainer.create_model_card(dataset_name=script_args.dataset_path)
     if trainer.accelerator.is_main_process:
-        report(trainer, accuracy, time.perf_counter() - start)
+        print_result()
         print(f"{'Adapter' if model_args.use_peft else 'Model'} and model card: {Path(training_args.output_dir)}")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_path)
@@ -155,15 +181,17 @@ def run(
 class ShortProgress(ProgressCallback):
     """transformers' progress bar with one line per log instead of a dictionary of thirty entries."""
 
+    shown: tuple[str, ...] = SHOWN
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero and self.training_bar is not None:
-            shown = [f"{name} {logs[name]:.3g}" for name in SHOWN if logs.get(name) is not None]
+            shown = [f"{name} {logs[name]:.3g}" for name in self.shown if logs.get(name) is not None]
             if shown:
                 self.training_bar.write(f"update {state.global_step:>4}  " + "  ".join(shown))
 
 
-def report(trainer: Trainer, accuracy: AccuracyCallback, seconds: float) -> None:
-    """Print accuracy before and after, and save the curves of reward and accuracy as `curves.png`."""
+def report(trainer: Trainer, accuracy: AccuracyCallback, seconds: float, curve: str = "reward") -> None:
+    """Print accuracy before and after, and save the curves of reward (or loss) and accuracy as `curves.png`."""
     (_, before), (last, after) = accuracy.history[0], accuracy.history[-1]
     table = Table("", "held-out accuracy", "95 % interval", title=f"{trainer._name}, {last} updates, {seconds:.0f} s")
     for name, value in (("before", before), ("after", after)):
@@ -173,10 +201,11 @@ def report(trainer: Trainer, accuracy: AccuracyCallback, seconds: float) -> None
     console = Console()
     console.print(table)
 
-    rewards = [(entry["step"], entry["reward"]) for entry in trainer.state.log_history if "reward" in entry]
+    logged = [(entry["step"], entry[curve]) for entry in trainer.state.log_history if curve in entry]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    left.plot(*zip(*rewards, strict=True), marker=".")
-    left.set(xlabel="update", ylabel="mean reward of the rollouts", title="Reward")
+    left.plot([step for step, _ in logged], [value for _, value in logged], marker=".")
+    labels = {"reward": "mean reward of the rollouts", "loss": "mean loss of the updates"}
+    left.set(xlabel="update", ylabel=labels[curve], title=curve.capitalize())
     steps, values = zip(*accuracy.history, strict=True)
     errors = [[100 * (v.value - v.low) for v in values], [100 * (v.high - v.value) for v in values]]
     right.errorbar(steps, [100 * v.value for v in values], yerr=errors, marker="o", capsize=3)

@@ -92,7 +92,7 @@ class EvaluateArguments:
     cache_refresh: int = field(default=0, metadata={"help": "Steps between full passes with prefix or dual."})
     temperature: float = field(default=0.0, metadata={"help": "0 is greedy."})
     top_k: int = field(default=0, metadata={"help": "Tokens to draw from; 0 for all."})
-    top_p: float = field(default=1.0, metadata={"help": "Probability mass to draw from; below 1 it needs top_k."})
+    top_p: float = field(default=1.0, metadata={"help": "Probability mass to draw from."})
     completions_per_prompt: int = field(default=1, metadata={"help": "Completions of every prompt."})
     seed: int = field(default=0, metadata={"help": "Seed of sampling."})
 
@@ -119,6 +119,7 @@ class EvaluateArguments:
                 temperature=self.temperature,
                 top_k=self.top_k,
                 top_p=self.top_p,
+                record_support=False,
                 unmasking=self.unmasking,
                 confidence_threshold=self.confidence_threshold,
                 entropy_bound=self.entropy_bound,

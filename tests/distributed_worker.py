@@ -69,6 +69,9 @@ EVERY = tuple(BACKENDS)
 MAIN = ("single", "ddp", "zero2", "zero3")
 # Methods that also run on the others.
 COMPARED = ("agrpo", "diffu_grpo", "espo", "dmpo")
+# One method for every way to go through views: drawn steps, masks one by one, masks together, two streams. All share
+# the loop over views, so that these run with many views on every backend; the others do so alone (`test_properties`).
+MANY_VIEWS = ("agrpo", "diffu_grpo", "espo", "dipo")
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,14 @@ def cases() -> dict[str, Case]:
             for method in with_property(4)
         },
         **{
-            f"{method.name}, three updates, {name}": Case(method, three_updates | views)
+            f"{method.name}, three updates, few views": Case(method, three_updates | method.few_views)
             for method in counted
-            for name, views in (("few views", method.few_views), ("many views", method.many_views))
+        },
+        **{
+            f"{name}, three updates, many views": Case(
+                method_named(name), three_updates | method_named(name).many_views
+            )
+            for name in MANY_VIEWS
         },
         **{
             f"{method.name}, five updates": Case(method, five_updates, backends=EVERY)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from methods import method_named
 from tiny import tiny_model
 
 from trl_diffusion.trainers import AGRPOConfig
-from trl_diffusion.trainers.backends import check_backend, check_reference_loading
+from trl_diffusion.trainers.backends import check_backend, check_reference_loading, fit_to_cpu
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "recipes" / "accelerate_configs"
@@ -156,10 +157,34 @@ def test_fsdp_without_fsdp_is_refused(tmp_path, monkeypatch):
     args = config(tmp_path, use_cpu=True)
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    check_backend(args)
+    with pytest.raises(RuntimeError, match="2 processes were launched, but each believes to be one of 1"):
+        check_backend(args)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(RuntimeError, match="FSDP was launched, but accelerate started"):
         check_backend(args)
+
+
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "fields", "expected"),
+    [
+        ({}, {}, {"use_cpu": True, "bf16": None}),
+        (DEEPSPEED, {}, {"use_cpu": False, "ddp_backend": "gloo", "bf16": False}),
+        (DEEPSPEED, {"ddp_backend": "mpi", "bf16": True}, {"ddp_backend": "mpi", "bf16": True}),
+        ({}, {"deepspeed": "file.json"}, {"use_cpu": False, "ddp_backend": "gloo", "bf16": False}),
+    ],
+)
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_where_there_is_no_accelerator_a_launch_needs_no_flag(accelerator, environment, fields, expected, monkeypatch):
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: accelerator)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    given = {"use_cpu": False, "ddp_backend": None, "bf16": None, "deepspeed": None} | fields
+    args = SimpleNamespace(**given)
+    fit_to_cpu(args)
+    assert vars(args) == (given if accelerator else given | expected)
 
 
 def test_an_optimizer_that_offload_would_replace_is_refused(tmp_path):

@@ -16,9 +16,11 @@ from trainer_helpers import parameters_of, rollout_of
 
 from trl_diffusion.credit import (
     effective_sample_size,
+    group_softmax,
     leave_one_out,
     opposed_softmax,
     population_z_score,
+    scored_in_group,
     target_log_weights,
 )
 from trl_diffusion.likelihood import elbo_of_pairs, mean_of_targets, upper_bound_per_token
@@ -50,8 +52,8 @@ def logs(values) -> torch.Tensor:
     return tensor(values).log()
 
 
-def approx(expected: list, abs: float = 1e-6):
-    return pytest.approx(expected, abs=abs)
+def approx(expected: list, abs: float = 1e-6, nan_ok: bool = False):
+    return pytest.approx(expected, abs=abs, nan_ok=nan_ok)
 
 
 # A view that scores both tokens and one that scores the second; a view that scores the first and an empty one.
@@ -168,6 +170,84 @@ def test_dmpo_baselines_by_hand(baseline, expected, tmp_path, monkeypatch):
         assert found.tolist() == approx([0.731059, 0.268941, 0.119203, 0.880797])
 
 
+# ------------------------------------------- a group of rewards (none, 5, −2, −3), and one without any
+
+SCORED = [None, 5.0, -2.0, -3.0]
+SOFTMAX = [0.998754, 0.000911, 0.000335]  # of (5, −2, −3)
+THIRD = 1 / 3
+GROUP_CREDIT: dict[str, tuple[dict[str, Any], dict[str, list[float]]]] = {
+    "trajectory_grpo": ({"scale_rewards": "none"}, {"advantages": [0, 5, -2, -3]}),
+    # standard deviation √(38/2)
+    "atpo": ({}, {"advantages": [0, 1.147053, -0.458821, -0.688232]}),
+    "spg": ({}, {"advantages": [0, 5, -2, -3]}),
+    "espo": ({}, {"advantages": [0, 7.5, -3, -4.5]}),
+    "coupled_grpo": ({}, {"advantages": [0, 7.5, -3, -4.5]}),
+    "tracerl": ({}, {"advantages": [0, 1.404879, -0.561951, -0.842927]}),
+    "dipo": ({}, {"advantages": [0, 1.404879, -0.561951, -0.842927]}),
+    # times 4, because the loss is a mean over completions
+    "wd1": ({}, {"weights": [0, 3.994037, -1.071862, -2.922175]}),
+    "dmpo": ({}, {"weights": [0, *SOFTMAX], "weight_baseline": [0, THIRD, THIRD, THIRD]}),
+    "dmpo, none": ({"weight_baseline": "none"}, {"weights": [0, *SOFTMAX], "weight_baseline": [0, 0, 0, 0]}),
+    # of (−5, 2, 3)
+    "dmpo, individual": (
+        {"weight_baseline": "individual"},
+        {"weights": [0, *SOFTMAX], "weight_baseline": [0, 0.000245, 0.268876, 0.730879]},
+    ),
+    "dmpo, model": (
+        {"weight_baseline": "model"},
+        {"weights": [0, *SOFTMAX], "weight_baseline": [0, THIRD, THIRD, THIRD]},
+    ),
+    # ¾ of it: times 4 they have mean 1 over the three
+    "dmpo, wddo": ({}, {"weights": [0, 0.749065, 0.000683, 0.000251]}),
+}
+
+
+@pytest.mark.parametrize("name", GROUP_CREDIT)
+def test_a_completion_without_a_reward_is_left_out_of_its_group(name, tmp_path):
+    settings, expected = GROUP_CREDIT[name]
+    method = method_named(name if name in ("dmpo, wddo",) else name.split(",")[0])
+
+    def reward(completions, **kwargs) -> list[float | None]:
+        return [*SCORED, *[None] * 4]
+
+    trainer = method.make(tmp_path, reward=reward, **settings)
+    rows = rollout_of(trainer, "a b", "b a a")
+    for key, values in expected.items():
+        assert rows[key][:4].tolist() == approx(values, 1e-4), key
+        assert rows[key][4:].tolist() == [0] * 4, key
+    assert rows["advantages"].isfinite().all() and rows["advantages"][[0, 4, 5, 6, 7]].tolist() == [0] * 5
+    if name.startswith("dmpo"):
+        size = trainer._metrics["train"]["dmpo/effective_sample_size"]
+        assert size == approx([1 / sum(weight**2 for weight in SOFTMAX)], 1e-4)  # of the group that has any
+
+
+@pytest.mark.parametrize("name", ["wd1", "dmpo", "dmpo, wddo", "spg"])
+def test_a_completion_without_a_reward_learns_nothing(name, tmp_path):
+    trainer = method_named(name).make(tmp_path, reward=lambda completions, **kwargs: SCORED * 2)
+    rows = rollout_of(trainer, "a b b a b", "b a a b a")
+    views = slice(None) if trainer.joint else slice(1)
+    shape = rows["targets"][:, 0, views].shape
+    targets = rows["targets"][:, 0, views]
+    logps = (-torch.rand(shape, generator=torch.Generator().manual_seed(0)) * targets).requires_grad_()
+    losses = trainer._completion_losses(rows, 0, targets, logps)
+    (slopes,) = torch.autograd.grad(losses.sum(), logps)
+    slopes = (slopes * targets).abs().amax((1, 2))
+    assert slopes[[0, 4]].tolist() == [0, 0] and slopes[[1, 2, 3, 5, 6, 7]].min() > 0
+
+
+def test_the_model_baseline_leaves_out_what_has_no_reward(tmp_path):
+    trainer = method_named("dmpo").make(tmp_path, weight_baseline="model", reward=lambda completions, **_: SCORED * 2)
+    rows = rollout_of(trainer, "a b", "b a a")
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.mul_(1.1)
+    trainer._buffered_inputs = [rows]
+    trainer._refresh_model_baseline()
+    baseline = rows["weight_baseline"].view(2, 4)
+    assert baseline[:, 0].tolist() == [0, 0] and baseline.sum(1).tolist() == approx([1, 1])
+    assert (baseline[:, 1:] - THIRD).abs().max() > 1e-2
+
+
 SPG_LOGPS = logs([[[0.5, 0.25], [1.0, 0.4]], [[0.8, 1.0], [0.6, 1.0]]])
 SPG_TARGETS = torch.tensor([[[1, 1], [0, 1]], [[1, 0], [1, 0]]]).bool()
 SPG_LENGTH = torch.tensor([2, 1])
@@ -214,6 +294,24 @@ def test_prompt_groups_by_hand():
     assert population_z_score(tensor([[1, 3]])).tolist() == [[-1, 1]]
     third = torch.tensor([[0.1, 0.1, 0.1]]) - torch.tensor([[0.1, 0.1, 0.1]]).mean()  # equal but for rounding
     assert population_z_score(third + torch.tensor([[0, 1e-8, -1e-8]])).tolist() == [[0, 0, 0]]
+    # without a reward: rewards (–, 5, −2, −3): 5 + 2.5, −2 − 1, −3 − 1.5; deviations of variance 38/3
+    nan = float("nan")
+    scored, nothing = tensor([[nan, 5, -2, -3]]), tensor([[nan, nan]])
+    assert leave_one_out(scored)[0].tolist() == approx([nan, 7.5, -3, -4.5], nan_ok=True)
+    assert population_z_score(scored)[0].tolist() == approx([nan, 1.404879, -0.561951, -0.842927], nan_ok=True)
+    # softmax (5, −2, −3) = 0.998754, 0.000911, 0.000335; softmax (−5, 2, 3) = 0.000245, 0.268876, 0.730879
+    assert opposed_softmax(scored).tolist() == [approx([0, 0.998509, -0.267965, -0.730544])]
+    assert scored_in_group(scored).tolist() == [[0, 3, 3, 3]]
+    inf = float("inf")
+    assert group_softmax(tensor([[-inf, 5, -2, -3], [-inf] * 4])).tolist() == [
+        approx([0, 0.998754, 0.000911, 0.000335]),
+        [0] * 4,
+    ]
+    assert group_softmax(scored).isnan().all()  # a likelihood that is no number is not a reward that is none
+    for function in (leave_one_out, population_z_score):
+        assert function(nothing).isnan().all()
+        assert function(tensor([[nan, 0]]))[0].tolist() == approx([nan, 0], nan_ok=True)
+    assert opposed_softmax(nothing).tolist() == scored_in_group(nothing).tolist() == [[0, 0]]
     # 1 / (¼ + ¼), 1 / 1, 1 / (0.64 + 0.04)
     assert effective_sample_size(tensor([[0.5, 0.5], [1, 0], [0.8, 0.2]])).tolist() == approx([2, 1, 1.470588])
 
@@ -648,6 +746,7 @@ def config(name: str, **settings):
 
 
 ODD = "complementary pairs, so num_mc_samples must be even; got 3"
+NORMALISED = {"multi_objective_aggregation": "normalize_then_sum"}
 SEQUENCE = {"importance_sampling_level": "sequence"}
 NO_EFFECT = r"{}={} would have no effect: the loss of {} does not use it\. Leave it at {}\."
 BAD: list[tuple[str, dict[str, Any], str]] = [
@@ -658,12 +757,20 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("dmpo", {"weight_baseline": "mean"}, r"must be one of group, individual, model, none; got 'mean'"),
     ("dmpo", {"objective": "ddo"}, r"objective must be one of cross_entropy, wddo; got 'ddo'"),
     ("dmpo", {"objective": "wddo"}, r"has no weight baseline; set weight_baseline='none', got 'group'"),
-    ("dmpo", {"scale_rewards": "group"}, r"scale_rewards must be 'none'; got 'group'\. Change alpha instead"),
+    ("dmpo", {"scale_rewards": "group"}, r"scale_rewards must be 'none'; got 'group'\. To change how much"),
+    (
+        "wd1",
+        {"scale_rewards": "batch"},
+        r"softmax of the rewards themselves: scale_rewards must be 'none'; got 'batch'",
+    ),
+    ("dmpo", NORMALISED, r"multi_objective_aggregation must be 'sum_then_normalize'; got 'normalize_then_sum'"),
+    ("wd1", NORMALISED, r"multi_objective_aggregation must be 'sum_then_normalize'; got 'normalize_then_sum'"),
     ("dmpo", {"num_mc_samples": 3}, f"DMPOConfig takes its views in {ODD}"),
     ("espo", {"num_mc_samples": 3}, f"ESPOConfig takes its views in {ODD}"),
     ("coupled", {"num_mc_samples": 3}, f"CoupledGRPOConfig takes its views in {ODD}"),
     ("uni", SEQUENCE, "UniGRPOConfig scores a part of the tokens per view, which has no sequence-level ratio"),
-    ("coupled", SEQUENCE, "got importance_sampling_level='sequence'. Set it to 'token', or use ESPO"),
+    ("coupled", SEQUENCE, "got importance_sampling_level='sequence'. Set .*='token' and .*, or use ESPO"),
+    ("uni", {"loss_type": "vespo"}, "no sequence-level ratio; got loss_type='vespo'"),
     ("tracerl", SEQUENCE, "TraceRLConfig scores a part of the tokens per view"),
     ("espo", SEQUENCE, NO_EFFECT.format("importance_sampling_level", "'sequence'", "ESPOConfig", "'token'")),
     ("wd1", {"epsilon": 0.3}, NO_EFFECT.format("epsilon", r"0\.3", "WD1Config", r"0\.2")),

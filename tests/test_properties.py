@@ -6,13 +6,15 @@ test_diffu_grpo.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import cache
 from itertools import combinations, product
 
 import numpy as np
 import pytest
 import torch
-from methods import METHODS, Method, text_reward, with_property
+from methods import METHODS, Method, method_named, text_reward, with_property
 from peft import LoraConfig
 from tiny import END, MASK, TAIL
 from trainer_helpers import hidden_by_row, largest_log_ratio, losses_seen, parameters_of, rollout_of
@@ -32,6 +34,14 @@ def one_step(method: Method, output_dir, **settings) -> torch.Tensor:
     before = parameters_of(trainer).clone()
     trainer.train()
     return parameters_of(trainer) - before
+
+
+@pytest.fixture(scope="module")
+def reference_update(tmp_path_factory) -> Callable[[Method], torch.Tensor]:
+    """The update of a method as it is, computed once for all tests that compare with it."""
+    folder = tmp_path_factory.mktemp("reference")
+    updates = cache(lambda name: one_step(method_named(name), folder / name))
+    return lambda method: updates(method.name)
 
 
 @methods(1)
@@ -278,26 +288,26 @@ def test_2_views_cover_every_eligible_token_as_often_as_they_claim(method, tmp_p
     ],
     ids=["one micro-batch", "groups over micro-batches", "more left padding", "row order"],
 )
-def test_4_the_update_does_not_depend_on_how_rows_are_laid_out(method, other, tmp_path, monkeypatch):
-    reference = one_step(method, tmp_path / "a")
+def test_4_the_update_does_not_depend_on_how_rows_are_laid_out(method, other, reference_update, tmp_path, monkeypatch):
+    reference = reference_update(method)
     other = dict(other)
     if other.pop("order", None):
         shuffle = "trl.trainer.grpo_trainer.shuffle_sequence_dict"
         monkeypatch.setattr(shuffle, lambda rows: {k: v.flip(0) if v.dim() else v for k, v in rows.items()})
     assert reference.norm() > 1e-2
-    found = one_step(method, tmp_path / "b", **other)
+    found = one_step(method, tmp_path, **other)
     torch.testing.assert_close(found, reference, rtol=1e-4, atol=method.rounding)
 
 
 @methods(4)
-def test_4_negative_control_other_completions_give_another_update(method, tmp_path):
-    reference = one_step(method, tmp_path / "a")
-    assert (one_step(method, tmp_path / "b", seed=43) - reference).norm() > 1e-2 * reference.norm()
+def test_4_negative_control_other_completions_give_another_update(method, reference_update, tmp_path):
+    reference = reference_update(method)
+    assert (one_step(method, tmp_path, seed=43) - reference).norm() > 1e-2 * reference.norm()
 
 
-def test_4_no_two_methods_make_the_same_update(tmp_path):
+def test_4_no_two_methods_make_the_same_update(reference_update):
     """So that no entry of the list tests another one's code."""
-    updates = [one_step(method, tmp_path / str(index)) for index, method in enumerate(METHODS)]
+    updates = [reference_update(method) for method in METHODS]
     for first, second in combinations(updates, 2):
         if first.shape == second.shape:  # of one network
             assert (first - second).norm() > 1e-2 * first.norm()
@@ -444,7 +454,8 @@ def test_7_views_of_a_completion_are_drawn_from_its_own_stream(method, tmp_path)
     def planned(own: list[int], rollout: int = 0, **changes: torch.Tensor) -> torch.Tensor:
         """What the views show if the trainer plans them for some of the rows alone."""
         trainer._rollouts["train"] = rollout
-        part = {name: rows[name][own] for name in ("prompt_ids", "prompt_mask", "completion_ids", "global_row")}
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "global_row", "advantages")
+        part = {name: rows[name][own] for name in names}
         part |= changes
         learns = torch.ones(len(own), dtype=torch.bool)
         return shown(trainer, part | trainer._plan_views("train", part_of(trajectory, own), part, learns))

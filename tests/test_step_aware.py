@@ -439,6 +439,7 @@ class Outcome:
     probed: list[int]  # rows, each as often as it was continued
     metrics: dict[str, list[float]]
     column: list[float | None]
+    rows: dict[str, torch.Tensor]
 
 
 def outcome(tmp_path, monkeypatch, rewards, continuations, method=DIFFU, **settings) -> Outcome:
@@ -462,6 +463,7 @@ def outcome(tmp_path, monkeypatch, rewards, continuations, method=DIFFU, **setti
         asked,
         dict(trainer._metrics["train"]),
         list(trainer._logs["extra"]["process_reward"]),
+        rows,
     )
 
 
@@ -549,6 +551,27 @@ def test_written_out_cases(case, method, tmp_path, monkeypatch):
     assert result.metrics["step_aware/continuations"] == [3 * len(continuations)]
 
 
+# Rewards (1, 0, 1), process rewards 1/3 and −1/3 of the first and the third, and rewards (0, 0, 0).
+JOINED = {
+    # 1 − 1/2, 0 − 1, 1 − 1/2
+    "espo": ("advantages", [1 / 2 + 1 / 3, -1, 1 / 2 - 1 / 3, 0, 0, 0]),
+    "coupled_grpo": ("advantages", [1 / 2 + 1 / 3, -1, 1 / 2 - 1 / 3, 0, 0, 0]),
+    # deviations of ⅓ and −⅔ from a standard deviation of √2 / 3
+    "tracerl": ("advantages", [0.707107 + 1 / 3, -1.414214, 0.707107 - 1 / 3, 0, 0, 0]),
+    "spg": ("advantages", [1 / 3 + 1 / 3, -2 / 3, 1 / 3 - 1 / 3, 0, 0, 0]),
+    # A = (⅔, −⅔, 0): softmax (0.562742, 0.148337, 0.288921) less that of (−⅔, ⅔, 0), times 3
+    "wd1": ("weights", [1.243215, -1.243215, 0, 0, 0, 0]),
+    "dmpo": ("weights", [0.562742, 0.148337, 0.288921, 1 / 3, 1 / 3, 1 / 3]),
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_the_process_reward_joins_the_methods_own_advantage_and_precedes_its_weights(name, tmp_path, monkeypatch):
+    key, expected = JOINED[name]
+    result = outcome(tmp_path, monkeypatch, [1, 0, 1, 0, 0, 0], {0: [1, 1, 1], 2: [0, 0, 1]}, BY_NAME[name])
+    assert result.rows[key].tolist() == pytest.approx(expected, abs=1e-5)
+
+
 def test_an_earlier_state_as_the_baseline(tmp_path, monkeypatch):
     """Rows 0 and 2 succeed; their states are those before steps 2 and 1."""
     asked = []
@@ -590,14 +613,16 @@ def test_texts_that_no_continuation_changes_have_their_own_success_for_nothing(t
     assert trainer._metrics["train"]["step_aware/forward_units"] == [3 * (6 - sum(written_first))]
 
 
+@pytest.mark.parametrize("group", [[0.9] * 3, [None, 0.9, 0.9, 0.9]], ids=["three", "three of four"])
 @pytest.mark.parametrize("scale_rewards", ["none", "group"])
-def test_equal_rewards_whose_mean_is_off_in_the_last_bit_change_nothing(scale_rewards, tmp_path, monkeypatch):
-    group = torch.full((3,), 0.9)
-    assert (group - group.mean() > 0).all()  # in float32 the mean of three times 0.9 is less than 0.9
-    reward = step_aware(scripted(*[0.9] * 6), success_threshold=0.9)
-    trainer = small_trainer(tmp_path, DIFFU, reward, scale_rewards=scale_rewards)
+def test_equal_rewards_whose_mean_is_off_in_the_last_bit_change_nothing(scale_rewards, group, tmp_path, monkeypatch):
+    equal = torch.full((3,), 0.9)
+    assert (equal - equal.mean() > 0).all()  # in float32 the mean of three times 0.9 is less than 0.9
+    reward, size = step_aware(scripted(*group * 2), success_threshold=0.9), len(group)
+    sizes = {"num_generations": size, "per_device_train_batch_size": 2 * size}
+    trainer = small_trainer(tmp_path, DIFFU, reward, scale_rewards=scale_rewards, **sizes)
     calls = recorded_continuations(monkeypatch)
-    rows = trainer._generate_and_score_completions(SMALL_BATCH)
+    rows = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in ("a b", "b") for _ in group])
     assert trainer._metrics["train"]["step_aware/success_rate"] == [1.0]  # 0.9 reaches a threshold of 0.9
     assert rows["advantages"].abs().max() < 1e-2 and calls == []
 

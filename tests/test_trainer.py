@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import os
@@ -13,18 +14,28 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset
 from methods import PROMPTS, method_named, text_reward
-from peft import LoraConfig, PeftModel
-from tiny import MASK, A, B, tiny_model, tiny_tokenizer
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from tiny import END, MASK, A, B, tiny_model, tiny_tokenizer
 from trainer_helpers import parameters_of
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
+from trl_diffusion.credit import StepAwareReward
+from trl_diffusion.evaluation.decoding import encode_prompt
 from trl_diffusion.likelihood import score_views
 from trl_diffusion.models import family_of
 from trl_diffusion.trainers import AGRPOConfig, AGRPOTrainer, DiffusionGRPOConfig, DiffusionGRPOTrainer
+from trl_diffusion.trainers.sft import tokenize_dataset
 
-BASE, AGRPO = method_named("trajectory_grpo"), method_named("agrpo")
+BASE, AGRPO, DIFFU = (method_named(name) for name in ("trajectory_grpo", "agrpo", "diffu_grpo"))
 
 
 def batch(size: int = 4) -> list[dict]:
@@ -36,9 +47,12 @@ def batch(size: int = 4) -> list[dict]:
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"])
 def test_every_loss_type_trains(loss_type, tmp_path):
-    trainer = BASE.make(
-        tmp_path, loss_type=loss_type, learning_rate=0.1, max_steps=2, num_iterations=2, logging_steps=1
-    )
+    # a mean over the tokens of a view cannot be added up over steps, and `vespo` needs the ratio of whole sequences
+    method, reduction = (DIFFU, {}) if loss_type == "vespo" else (BASE, {"step_reduction": "mean"})
+    if loss_type in ("dr_grpo", "dapo", "luspo", "cispo"):
+        reduction = {"step_reduction": "sum"}
+    settings = dict(learning_rate=0.1, max_steps=2, num_iterations=2, logging_steps=1)
+    trainer = method.make(tmp_path, loss_type=loss_type, **reduction | settings)
     before = parameters_of(trainer).clone()
     trainer.train()
     change = (parameters_of(trainer) - before).norm()
@@ -49,7 +63,6 @@ def test_every_loss_type_trains(loss_type, tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"importance_sampling_level": "sequence", "loss_type": "grpo"},
         {"delta": 1.5, "epsilon_high": 0.3},
         {"top_entropy_quantile": 0.5},
         {"entropy_coef": 0.1},
@@ -66,7 +79,15 @@ def test_every_loss_type_trains(loss_type, tmp_path):
     ids=lambda settings: next(iter(settings)),
 )
 def test_trl_settings_keep_working(settings, tmp_path):
-    trainer = BASE.make(tmp_path, learning_rate=0.1, max_steps=2, **settings)
+    trains(BASE, tmp_path, **settings)
+
+
+def test_sequence_level_ratios_where_a_view_scores_the_whole_text(tmp_path):
+    trains(DIFFU, tmp_path, importance_sampling_level="sequence", loss_type="grpo")
+
+
+def trains(method, tmp_path, **settings) -> None:
+    trainer = method.make(tmp_path, learning_rate=0.1, max_steps=2, **settings)
     before = parameters_of(trainer).clone()
     trainer.train()
     assert trainer.state.global_step == 2
@@ -239,6 +260,35 @@ def test_conversational_prompts_and_default_arguments(tmp_path, monkeypatch):
     assert seen and all(completion[0]["role"] == "assistant" for completion in seen)
 
 
+CLOSING = (
+    "{% for message in messages %}{{ message['content'] + ' <end> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ header or 'b' }} {% endif %}"
+)
+
+
+def test_a_last_assistant_message_is_continued_in_rollouts_sft_and_evaluation_alike(tmp_path):
+    trainer = AGRPO.make(tmp_path, chat_template_kwargs={"header": "b b"})
+    tokenizer = trainer._tokenizer
+    tokenizer.chat_template = CLOSING
+    question = {"role": "user", "content": "a b"}
+    begun, asked = [question, {"role": "assistant", "content": "a a"}], [question]
+    trainer.model.train()
+    rows = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in (begun, asked) for _ in range(4)])
+    ids = [row[mask.bool()].tolist() for row, mask in zip(rows["prompt_ids"], rows["prompt_mask"], strict=True)]
+    assert ids[0] == [A, B, END, B, B, A, A] and ids[4] == [A, B, END, B, B]
+    data = Dataset.from_list([{"prompt": prompt, "completion": "b"} for prompt in (begun, asked)])
+    tokenized = tokenize_dataset(data, tokenizer, trainer.family, 8)
+    assert tokenized["prompt_ids"][:] == [[A, B, END, B, A, A], [A, B, END, B]]
+    assert [encode_prompt(prompt, tokenizer) for prompt in (begun, asked)] == tokenized["prompt_ids"][:]
+
+
+def test_a_beginning_that_is_no_text_is_refused(tmp_path):
+    trainer = AGRPO.make(tmp_path)
+    parts = [{"type": "text", "text": "a"}]
+    with pytest.raises(ValueError, match="last message of a prompt is of the assistant, and its content is"):
+        trainer._tokenize_prompts([[{"role": "user", "content": "a"}, {"role": "assistant", "content": parts}]])
+
+
 # ---------------------------------------------------------------- reference model and LoRA
 
 
@@ -362,10 +412,24 @@ def test_model_card_cites_the_paper(tmp_path):
         ({"unmasking": "left_to_right"}, "unmasking must be one of"),
         ({"step_draws": "all"}, "step_draws must be one of"),
         ({"num_mc_samples": 0}, "num_mc_samples"),
-        ({"step_draws": "entropy", "loss_type": "bnpo"}, "step_draws='uniform'"),
+        ({"step_draws": "entropy", "step_reduction": "mean", "loss_type": "bnpo"}, "step_draws='uniform'"),
         ({"step_draws": "entropy", "entropy_coef": 0.1}, "step_draws='uniform'"),
         ({"step_draws": "entropy", "top_entropy_quantile": 0.2}, "step_draws='uniform'"),
-        ({"beta": 0.1, "loss_type": "grpo"}, "KL term must carry the weights"),
+        ({"beta": 0.1, "top_entropy_quantile": 0.5}, "KL term must carry the weights"),
+        (
+            {"loss_type": "grpo"},
+            "loss_type='grpo' divides each view .* Set step_reduction='mean', or a loss_type among",
+        ),
+        ({"loss_type": "bnpo"}, "loss_type='bnpo' divides each view by its own number of tokens"),
+        ({"loss_type": "sapo"}, "loss_type='sapo' divides each view by its own number of tokens"),
+        (
+            {"loss_type": "vespo"},
+            "TrajectoryGRPOConfig scores a part of the tokens per view, .* got loss_type='vespo'",
+        ),
+        (
+            {"importance_sampling_level": "sequence"},
+            "no sequence-level ratio; got importance_sampling_level='sequence'",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -391,10 +455,9 @@ def test_several_turns_are_refused(name, tmp_path):
 
 
 def make(tmp_path, model=None, reward=text_reward, data=None, args=None):
-    data = data or {"prompt": PROMPTS}
-    return AGRPOTrainer(
-        model or tiny_model(), reward, args or BASE_ARGS(tmp_path), Dataset.from_dict(data), None, tiny_tokenizer()
-    )
+    data = {"prompt": PROMPTS} if data is None else data
+    data = Dataset.from_dict(data) if isinstance(data, dict) else data
+    return AGRPOTrainer(model or tiny_model(), reward, args or BASE_ARGS(tmp_path), data, None, tiny_tokenizer())
 
 
 def test_a_model_that_is_no_diffusion_model_is_refused(tmp_path):
@@ -437,8 +500,167 @@ def test_missing_columns_are_refused(tmp_path):
 
     with pytest.raises(ValueError, match="no column 'prompt', which the trainer needs; its columns are question"):
         make(tmp_path, data={"question": PROMPTS})
-    with pytest.raises(ValueError, match="no column 'answer', which the reward function correctness needs"):
-        make(tmp_path, reward=correctness)
+    for reward in (correctness, functools.partial(correctness), StepAwareReward(correctness, success_threshold=1.0)):
+        with pytest.raises(ValueError, match="no column 'answer', which the reward function correctness needs"):
+            make(tmp_path, reward=reward)
+
+
+def rows(count: int = len(PROMPTS), **columns) -> Dataset:
+    return Dataset.from_dict({"prompt": PROMPTS[:count], **{name: values[:count] for name, values in columns.items()}})
+
+
+def stream(data: Dataset) -> IterableDataset:
+    """A stream that does not know its columns."""
+    return IterableDataset.from_generator(lambda: iter(data))
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["rows", "stream"])
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_fewer_rows_than_a_rollout_batch_are_refused(count, streamed, tmp_path):
+    """TRL's sampler drops what does not fill a batch: no update, and exit status 0. Four prompts fill one here."""
+    data = stream(rows(count)) if streamed else rows(count)
+    message = (
+        rf"train_dataset has {count} rows?, and a rollout batch needs 4 prompts: generation_batch_size 16 \(.*÷.* 4"
+    )
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, data=data)
+    enough = rows(4)
+    trainer = make(tmp_path, data=stream(enough) if streamed else enough)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        (DatasetDict(train=rows(), test=rows()), ValueError, r"several splits \(train, test\).*dataset\['train'\]"),
+        ([{"prompt": "a b"}], TypeError, "must be a Dataset or an IterableDataset.*got list"),
+        (None, TypeError, "got NoneType"),
+        (rows(image=PROMPTS), ValueError, "has a column 'image', and images are not supported"),
+        (stream(rows(images=PROMPTS)), ValueError, "has a column 'images', and images are not supported"),
+        (
+            stream(rows().rename_column("prompt", "question")),
+            ValueError,
+            "no column 'prompt', which the trainer needs",
+        ),
+        (rows(completions=PROMPTS), ValueError, "column 'completions', but TRL calls reward functions with"),
+    ],
+    ids=["splits", "list", "none", "image", "images in a stream", "no prompt in a stream", "TRL's own argument"],
+)
+def test_data_that_cannot_be_trained_on_is_refused(data, error, message, tmp_path):
+    args = BASE_ARGS(tmp_path)
+    with pytest.raises(error, match=f"^(train_dataset|The data set).*{message}"):
+        AGRPOTrainer(tiny_model(), text_reward, args, data, None, tiny_tokenizer())
+
+
+def needs_answer(completions, answer, **kwargs):
+    return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize(
+    ("data", "settings", "message"),
+    [
+        (rows(), {}, "eval_dataset has no column 'answer', which the reward function needs_answer needs"),
+        ({"easy": rows(answer=PROMPTS), "hard": rows()}, {}, r"eval_dataset\['hard'\] has no column 'answer'"),
+        (rows(0, answer=[]), {}, "eval_dataset has 0 rows"),
+        (rows(answer=PROMPTS), {"per_device_eval_batch_size": 6}, r"per_device_eval_batch_size \(6\).*the 4 comp"),
+        (rows(answer=PROMPTS), {"num_generations_eval": 3}, r"per_device_eval_batch_size \(8\).*the 3 comp"),
+    ],
+    ids=["column", "column of one of several", "rows", "batch size", "group size"],
+)
+def test_evaluations_that_cannot_work_are_refused(data, settings, message, tmp_path):
+    args = BASE_ARGS(tmp_path, **settings)
+    with pytest.raises(ValueError, match=message):
+        AGRPOTrainer(tiny_model(), needs_answer, args, rows(answer=PROMPTS), data, tiny_tokenizer())
+
+
+def test_an_evaluation_of_cut_groups_is_refused_when_it_is_asked_for(tmp_path):
+    trainer = AGRPO.make(tmp_path, per_device_eval_batch_size=6)
+    with pytest.raises(ValueError, match=r"per_device_eval_batch_size \(6\)"):
+        trainer.evaluate(rows())
+
+
+class Judge:
+    def __call__(self, completions):
+        return [0.0] * len(completions)
+
+
+def takes_no_columns(prompts, completions, completion_ids, trainer_state=None, log_extra=None, log_metric=None):
+    return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda completions: [0.0], "does not take answer, completion_ids, log_extra, log_metric, prompts, trainer"),
+        (lambda: [0.0], "does not take answer, completion_ids, completions"),
+        (takes_no_columns, "The reward function takes_no_columns does not take answer. TRL calls"),
+        (functools.partial(takes_no_columns, log_metric=None), "takes_no_columns does not take answer. TRL calls"),
+        (Judge(), "The reward function Judge does not take answer"),
+        (StepAwareReward(takes_no_columns, success_threshold=1.0), "takes_no_columns does not take answer. TRL"),
+        (lambda prompt, **_: [0.0], "is called 'prompt', and TRL calls it with `prompts`"),
+    ],
+    ids=["completions", "nothing", "no columns", "partial", "object", "step-aware", "prompt"],
+)
+def test_rewards_that_cannot_take_what_they_are_called_with_are_refused(reward, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, reward=reward, data=rows(answer=PROMPTS))
+
+
+def test_rewards_that_take_all_by_name_and_decorated_ones_are_called(tmp_path):
+    @functools.wraps(needs_answer)
+    def filtered(completions, **kwargs):  # takes more than the function that it stands for
+        return [float(len(text)) for text in completions]
+
+    def named(prompts, completions, completion_ids, answer, trainer_state, log_extra, log_metric):
+        return [float(len(text)) for text in completions]
+
+    make(tmp_path, reward=[filtered, named], data=rows(answer=PROMPTS)).train()
+
+
+VIRTUAL = {
+    "task_type": "CAUSAL_LM",
+    "num_virtual_tokens": 2,
+    "num_attention_heads": 2,
+    "token_dim": 16,
+    "num_layers": 2,
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        PromptTuningConfig(**VIRTUAL),
+        PromptEncoderConfig(encoder_hidden_size=8, **VIRTUAL),
+        PrefixTuningConfig(**VIRTUAL),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_virtual_tokens_are_refused(config, tmp_path):
+    with pytest.raises(ValueError, match=f"type {config.peft_type.value} puts virtual tokens before the prompt"):
+        AGRPO.make(tmp_path, peft_config=config)
+    with pytest.raises(ValueError, match="puts virtual tokens before the prompt"):
+        AGRPO.make(tmp_path, model=get_peft_model(tiny_model(), config))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_an_adapter_loaded_for_inference_is_refused(beta, tmp_path):
+    get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    settings = {"beta": beta, "loss_type": "dr_grpo"}
+    with pytest.raises(ValueError, match=r"No parameter of the adapter can be trained.*is_trainable=True"):
+        AGRPO.make(tmp_path, model=PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter"), **settings)
+    model = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter", is_trainable=True)
+    trainer = AGRPO.make(tmp_path, model=model, max_steps=2, learning_rate=0.5, **settings)
+    before = {name: value.clone() for name, value in model.named_parameters() if ".default." in name}
+    trainer.train()
+    assert before and all(not torch.equal(value, model.get_parameter(name)) for name, value in before.items())
+
+
+def test_a_model_of_which_nothing_is_trained_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="No parameter of the model can be trained"):
+        AGRPO.make(tmp_path, model=tiny_model().requires_grad_(False))
+    with pytest.raises(ValueError, match="inference_mode=False"):
+        AGRPO.make(tmp_path, peft_config=LoraConfig(target_modules=["q_proj"], inference_mode=True))
 
 
 def test_other_configs_are_refused(tmp_path):

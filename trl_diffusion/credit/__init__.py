@@ -2,9 +2,11 @@
 
 from trl_diffusion.credit.prompt_groups import (
     effective_sample_size,
+    group_softmax,
     leave_one_out,
     opposed_softmax,
     population_z_score,
+    scored_in_group,
     target_log_weights,
 )
 from trl_diffusion.credit.step_aware import StepAwareReward
@@ -30,9 +32,11 @@ __all__ = [
     "draw_steps",
     "effective_sample_size",
     "eligible_steps",
+    "group_softmax",
     "leave_one_out",
     "opposed_softmax",
     "population_z_score",
+    "scored_in_group",
     "selected_draws",
     "step_probabilities",
     "step_signals",

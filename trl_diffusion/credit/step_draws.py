@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from trl_diffusion.models import DiffusionFamily
+from trl_diffusion.sampling.distribution import cumulative_shares
 
 STEP_SCOPES = ("paper", "exact")
 STEP_REDUCTIONS = ("mean", "sum")
@@ -119,7 +120,7 @@ def draw_steps(probabilities: torch.Tensor, uniform: torch.Tensor, reduction: st
     """
     num_draws = uniform.size(1)
     points = (torch.arange(num_draws, device=uniform.device) + uniform) / num_draws
-    cumulative = probabilities.cumsum(1)
+    cumulative = cumulative_shares(probabilities)
     # A point that rounds up to the total would fall behind the last eligible step.
     points = (points * cumulative[:, -1:]).clamp(max=1.0 - 2.0**-50)
     eligible = probabilities > 0

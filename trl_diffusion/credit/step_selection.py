@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from trl_diffusion.credit.step_draws import StepDraws
+from trl_diffusion.sampling.distribution import cumulative_shares
 
 SIGNAL_AVERAGES = ("batch", "group", "running")
 
@@ -183,7 +184,7 @@ def select_sampled(signals: StepSignals, count: int, noise: torch.Tensor) -> Ste
     """K draws with replacement from the softmax of the hybrid score; weighted back, so that the mean over a
     completion's steps is estimated without bias."""
     probabilities = hybrid_score(signals).masked_fill(~signals.candidates, -torch.inf).softmax(1)
-    cumulative = probabilities.cumsum(1)
+    cumulative = cumulative_shares(probabilities)
     points = (noise[:, :count] * cumulative[:, -1:]).clamp(max=1.0 - 2.0**-50)
     last = (signals.candidates * torch.arange(probabilities.size(1), device=points.device)).amax(1, keepdim=True)
     steps = torch.searchsorted(cumulative, points, right=True).minimum(last)

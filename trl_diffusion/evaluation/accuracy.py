@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_diffusion.evaluation.decoding import decode_completions, encode_prompt, left_pad
 from trl_diffusion.models import family_of
+from trl_diffusion.models.positions import check_fits
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def evaluate_accuracy(
             f"evaluate_accuracy needs rows with a `prompt`; got {len(dataset)} rows with {dataset.column_names}."
         )
     prompts = [encode_prompt(prompt, tokenizer) for prompt in dataset["prompt"]]
+    check_fits(model, max(map(len, prompts)), canvas_length, "the data set")
     # Prompts of similar length share a batch, so that little is padded.
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     order = [row for row in order for _ in range(completions_per_prompt)]
@@ -121,6 +123,8 @@ def evaluate_accuracy(
             denoising_steps=denoising_steps,
             block_length=block_length,
             temperature=temperature,
+            top_k=0,  # whatever the checkpoint's generation_config.json says
+            top_p=1.0,
             unmasking=unmasking,
             generator=generator,
         )

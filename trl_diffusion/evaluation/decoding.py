@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_diffusion.models import family_of
 from trl_diffusion.sampling import SamplingConfig, sample
-from trl_diffusion.trainers.sft import prompt_token_ids
+from trl_diffusion.tokenization import encode_prompt as encode_prompt  # its import path
 
 
 @dataclass(frozen=True)
@@ -36,14 +35,6 @@ class Decoded:
     ended: bool
 
 
-def encode_prompt(prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a prompt; a last assistant message is the beginning of the answer, to be continued."""
-    if isinstance(prompt, str) or prompt[-1]["role"] != "assistant":
-        return prompt_token_ids(prompt, tokenizer)
-    text = tokenizer.apply_chat_template(prompt[:-1], add_generation_prompt=True, tokenize=False)
-    return tokenizer(text + prompt[-1]["content"], add_special_tokens=False)["input_ids"]
-
-
 def fixed_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     """Batches of indices of similar length, so that little is padded; they depend on the lengths alone.
 
@@ -54,27 +45,6 @@ def fixed_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
     order = sorted(range(len(lengths)), key=lambda index: (lengths[index], index))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-def check_fits(model: PreTrainedModel, prompts: Sequence[Sequence[int]], canvas_length: int, what: str) -> None:
-    """Refuse prompts that do not fit into the model's positions together with the canvas.
-
-    Args:
-        model: the model.
-        prompts: token ids.
-        canvas_length: positions to write.
-        what: what the prompts are of, for the message.
-
-    Raises:
-        ValueError: if the longest prompt and the canvas have more positions than the model.
-    """
-    longest, positions = max(map(len, prompts)), model.config.max_position_embeddings
-    if longest + canvas_length > positions:
-        raise ValueError(
-            f"A canvas of {canvas_length} does not fit: the longest prompt of {what} has {longest} tokens, and the "
-            f"model has {positions} positions. Choose a canvas of at most {max(0, positions - longest)}, or leave out "
-            "the longest prompts."
-        )
 
 
 def decode_batch(

@@ -19,11 +19,12 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm.auto import tqdm
 
-from trl_diffusion.evaluation.decoding import check_fits, decode_batch, fixed_batches
+from trl_diffusion.evaluation.decoding import decode_batch, fixed_batches
 from trl_diffusion.evaluation.likelihood_bound import is_greedy, log_likelihood_bound
 from trl_diffusion.evaluation.loading import load_model, weights_checksum
 from trl_diffusion.evaluation.processes import join_processes
 from trl_diffusion.models import family_of
+from trl_diffusion.models.positions import check_fits
 from trl_diffusion.sampling import SamplingConfig, row_generators
 
 logger = logging.getLogger(__name__)
@@ -212,7 +213,7 @@ class DiffusionHarnessLM(TemplateLM):
         config = self._decoding(options)
         task = requests[0].task_name or "these requests"
         prompts = [self.tok_encode(request.args[0]) for request in requests]
-        check_fits(self.model, prompts, config.canvas_length, task)
+        check_fits(self.model, max(map(len, prompts)), config.canvas_length, task)
         indices = self._indices(requests)
         texts = [""] * len(requests)
         for batch in tqdm(
@@ -246,6 +247,7 @@ class DiffusionHarnessLM(TemplateLM):
             temperature=temperature,
             top_k=top_k if sampled else 0,
             top_p=top_p if sampled else 1.0,
+            record_support=False,
             **self.rules,
         )
 
@@ -273,7 +275,7 @@ class DiffusionHarnessLM(TemplateLM):
                     "A loglikelihood request needs at least one token of context and one of continuation; its texts "
                     f"have {len(context)} and {len(continuation)}."
                 )
-            check_fits(self.model, [context], len(continuation), "a loglikelihood request")
+            check_fits(self.model, len(context), len(continuation), "a loglikelihood request")
         answers: list[tuple[float, bool]] = []
         # A few requests at a time, for the progress bar and the harness's cache.
         bar = tqdm(total=len(requests), desc="Scoring", disable=disable_tqdm or self.rank != 0)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from peft.utils import CONFIG_NAME, load_peft_weights
+from peft.utils import CONFIG_NAME
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_diffusion.models import family_of
+from trl_diffusion.models.adapters import base_of, load_adapter
 from trl_diffusion.models.embedded import EMBEDDED_MODELS
 
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -61,19 +61,19 @@ def load_model(
     family_of(model)
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, padding_side="left")
     if adapter is not None:
-        model = _with_adapter(model, name, adapter)
+        model = load_adapter(model, name, adapter)
     return model.eval(), tokenizer
 
 
 def _base_of(adapter: str, name: str | None, allow_other_base: bool) -> str:
     """The base to load for an adapter."""
-    if Path(adapter).exists() and not (Path(adapter) / CONFIG_NAME).is_file():
-        raise ValueError(f"{adapter} holds no adapter: there is no {CONFIG_NAME} in it. Give the folder PEFT wrote.")
-    trained_on = PeftConfig.from_pretrained(adapter).base_model_name_or_path
-    if name is None and not trained_on:
-        raise ValueError(f"The adapter {adapter} does not say which base it was trained on; give the base too.")
-    if name is None or _same_model(name, trained_on) or allow_other_base:
-        return name or trained_on
+    trained_on = base_of(adapter)
+    if name is None:
+        if not trained_on:
+            raise ValueError(f"The adapter {adapter} does not say which base it was trained on; give the base too.")
+        return trained_on
+    if allow_other_base or _same_model(name, trained_on or ""):
+        return name
     raise ValueError(
         f"The adapter {adapter} was trained on {trained_on!r}, not on {name!r}. Give that base, or none to load it by "
         "itself; if the base has only moved, pass allow_other_base."
@@ -82,22 +82,6 @@ def _base_of(adapter: str, name: str | None, allow_other_base: bool) -> str:
 
 def _same_model(name: str, other: str) -> bool:
     return name == other or (Path(name).exists() and Path(name).resolve() == Path(other).resolve())
-
-
-def _with_adapter(model: PreTrainedModel, name: str, adapter: str) -> PreTrainedModel:
-    mismatch = (
-        f"The adapter {adapter} does not fit the weights of {name}: it was trained on another base. Give its own base"
-    )
-    try:
-        adapted = PeftModel.from_pretrained(model, adapter)
-    except (ValueError, RuntimeError) as error:  # PEFT's ways to say: no such layers, other shapes
-        raise ValueError(f"{mismatch}. PEFT says: {error}") from error
-    # PEFT leaves out what has no counterpart, with a warning at most. A file may also hold whole embeddings.
-    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
-    given = load_peft_weights(adapter, device="cpu").keys()
-    if alone := sorted((expected - given) | (given - expected - adapted.state_dict().keys())):
-        raise ValueError(f"{mismatch}; only one of both has {', '.join(alone[:3])} ({len(alone)} in all).")
-    return adapted  # type: ignore[return-value]
 
 
 @torch.no_grad()

@@ -18,9 +18,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_diffusion import __version__
-from trl_diffusion.evaluation.decoding import Decoded, check_fits, decode_batch, encode_prompt, fixed_batches
+from trl_diffusion.evaluation.decoding import Decoded, decode_batch, encode_prompt, fixed_batches
 from trl_diffusion.evaluation.results import Result, summarise
 from trl_diffusion.evaluation.samples import Sample, SampleStore
+from trl_diffusion.models.positions import check_fits
 from trl_diffusion.sampling import SamplingConfig, row_generators
 from trl_diffusion.tasks.task import Score
 
@@ -109,7 +110,7 @@ class Measurement:
     @property
     def decoding_facts(self) -> dict[str, Any]:
         facts = asdict(self.decoding)
-        del facts["record_signals"]  # records more, decodes the same
+        del facts["record_signals"], facts["record_support"]  # record more, decode the same
         return facts
 
     @property
@@ -196,7 +197,7 @@ def measure(
         raise ValueError(f"Every measurement needs a name of its own; given more than once: {', '.join(doubled)}.")
     for measurement in measurements:
         problems = measurement.problems
-        check_fits(model, problems.prompts, measurement.decoding.canvas_length, problems.name)
+        check_fits(model, max(map(len, problems.prompts)), measurement.decoding.canvas_length, problems.name)
     stores = [SampleStore(Path(output_dir) / m.name, m.settings, m.batches) for m in measurements]
     if state.is_main_process:
         for store in stores:

@@ -1,4 +1,4 @@
-"""LoRA adapters under the names of the hub's original code, and back.
+"""Adapters loaded onto native models with every weight accounted for, and LoRA under the hub's names and back.
 
 An adapter saved here names layers as the native classes do (`model.layers.3.self_attn.o_proj`); the remote code of
 LLaDA's checkpoints calls the same layer `model.transformer.blocks.3.attn_out`. Only names differ: tensors travel
@@ -11,16 +11,66 @@ import copy
 import re
 from pathlib import Path
 
-from peft import LoraConfig, PeftConfig, PeftType
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from trl_diffusion.models.lora_targets import LinearLayers, shortest_names
 from trl_diffusion.models.skeleton import skeleton
 
 # as PEFT writes it: prefix, the layer's name, a tensor of its adapter
 _LORA_KEY = re.compile(r"base_model\.model\.(?P<layer>.+?)(?P<tensor>\.lora_\w+(\.weight)?)")
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a folder or a repository on the Hub holds an adapter."""
+    return find_adapter_config_file(name) is not None
+
+
+def base_of(adapter: str) -> str | None:
+    """The model that an adapter was trained on, as its config names it.
+
+    Args:
+        adapter: on the Hub or in a folder.
+
+    Raises:
+        ValueError: if the folder holds no adapter, or the config names a folder that is not there.
+    """
+    if Path(adapter).exists() and not (Path(adapter) / CONFIG_NAME).is_file():
+        raise ValueError(f"{adapter} holds no adapter: there is no {CONFIG_NAME} in it. Give the folder PEFT wrote.")
+    return PeftConfig.from_pretrained(adapter).base_model_name_or_path
+
+
+def load_adapter(model: PreTrainedModel, name: str, adapter: str, *, is_trainable: bool = False) -> PeftModel:
+    """`PeftModel.from_pretrained`, which skips weights that it finds no layer for, with every weight accounted for.
+
+    Args:
+        model: the native base model.
+        name: of the base, for messages.
+        adapter: on the Hub or in a folder.
+        is_trainable: whether it is going to be trained.
+
+    Raises:
+        ValueError: if adapter and base do not fit.
+    """
+    mismatch = f"The adapter {adapter} does not fit the weights of {name}"
+    advice = (
+        "Give the base that it was trained on; an adapter of the hub's original code is renamed by "
+        "trl_diffusion.models.import_adapter"
+    )
+    try:
+        adapted = PeftModel.from_pretrained(model, adapter, is_trainable=is_trainable)
+    except (ValueError, RuntimeError) as error:  # PEFT's ways to say: no such layers, other shapes
+        raise ValueError(f"{mismatch}. {advice}. PEFT says: {error}") from error
+    # PEFT leaves out what has no counterpart, with a warning at most. A file may also hold whole embeddings.
+    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    given = load_peft_weights(adapter, device="cpu").keys()
+    if alone := sorted((expected - given) | (given - expected - adapted.state_dict().keys())):
+        raise ValueError(f"{mismatch}: only one of both has {', '.join(alone[:3])} ({len(alone)} in all). {advice}.")
+    return adapted
 
 
 def export_adapter(adapter: str | Path, output: str | Path, base: str | None = None) -> Path:

@@ -7,6 +7,8 @@ from hidden states to scores, and once more in the backward pass, so memory does
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -71,6 +73,9 @@ def score_targets(
     Returns:
         (log-probabilities [...], entropies [...] in nats), float32. The log-probability of a target outside of its
         support is -inf.
+
+    Raises:
+        ValueError: if the temperature is not positive and finite.
     """
     log_probs = _log_softmax(logits, temperature, support)
     entropy = -(log_probs.exp() * log_probs.clamp(min=_SMALLEST)).sum(-1)
@@ -79,6 +84,11 @@ def score_targets(
 
 def _log_softmax(logits: torch.Tensor, temperature: float, support: torch.Tensor | None) -> torch.Tensor:
     """Log-probabilities of the ids, [..., V], or of the support, [..., C]."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(
+            f"Tokens are scored at a finite temperature above 0, got {temperature}. A greedy trajectory records the "
+            "log-probabilities of temperature 1, so score it with temperature=1.0."
+        )
     if support is not None:
         logits = logits.gather(-1, support.clamp(min=0).long()).masked_fill(support < 0, -torch.inf)
     return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)

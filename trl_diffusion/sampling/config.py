@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from trl_diffusion.models import DiffusionFamily
@@ -21,7 +22,8 @@ class SamplingConfig:
         block_length: positions per block; blocks are written from left to right.
         temperature: divides the logits; 0 takes the most likely token.
         top_k: number of tokens to draw from; 0 for all.
-        top_p: probability mass to draw from; below 1 it needs `top_k`, so that the recorded support stays small.
+        top_p: probability mass to draw from; below 1 it needs `top_k`, so that the recorded support stays small, or
+            `record_support=False`.
         unmasking: which masked positions of the block are committed at a step. `random`: uniformly;
             `max_prob`, `entropy`, `margin`: where the network's distribution (temperature 1, full vocabulary) has the
             largest top probability, the lowest entropy, the largest gap between its two largest probabilities. The
@@ -30,6 +32,8 @@ class SamplingConfig:
             It is biased: committed tokens are mostly modes, and the recorded log-probability is not the policy's.
         record_signals: also record `step_entropy` and `step_margin`; needs the LM head at every masked position of
             the block, which `random` does not.
+        record_support: record the ids that each token could be drawn from. Without them a trajectory drawn with
+            `top_k` or `top_p` cannot be scored again, so this is for completions alone.
         confidence_threshold: commit every position whose largest probability (temperature 1, full vocabulary) reaches
             this, and at least the share of the step; needs `unmasking="max_prob"`. A block then ends as soon as it is
             written, and `denoising_steps` is the most that is taken; with as many steps as positions, the share is
@@ -55,6 +59,7 @@ class SamplingConfig:
     top_p: float = 1.0
     unmasking: str = "random"
     record_signals: bool = False
+    record_support: bool = True
     confidence_threshold: float | None = None
     entropy_bound: float | None = None
     cache: str = "auto"
@@ -77,16 +82,16 @@ class SamplingConfig:
                 f"({self.num_blocks} = {self.canvas_length} / {self.block_length}) and at most the canvas length "
                 f"({self.canvas_length}), so that every step of every block commits at least one token."
             )
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be at least 0, got {self.temperature}.")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature must be at least 0, got {self.temperature}; it must be finite too.")
         if self.top_k < 0:
             raise ValueError(f"top_k must be at least 0 (0 keeps every token), got {self.top_k}.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}.")
-        if self.top_p < 1 and self.top_k == 0 and self.temperature > 0:
+        if self.truncates and self.top_k == 0 and self.record_support:
             raise ValueError(
                 f"top_p={self.top_p} needs top_k > 0, so that the recorded support stays small; the AGRPO paper uses "
-                "top_k=150 with top_p=0.99."
+                "top_k=150 with top_p=0.99. Where completions are all that is kept, set record_support=False."
             )
         if self.unmasking not in UNMASKING:
             raise ValueError(f"unmasking must be one of {', '.join(UNMASKING)}; got {self.unmasking!r}.")
@@ -105,7 +110,7 @@ class SamplingConfig:
                 )
         if self.confidence_threshold is not None and not 0 < self.confidence_threshold <= 1:
             raise ValueError(f"confidence_threshold must lie in (0, 1], got {self.confidence_threshold}.")
-        if self.entropy_bound is not None and self.entropy_bound < 0:
+        if self.entropy_bound is not None and not self.entropy_bound >= 0:
             raise ValueError(f"entropy_bound must be at least 0 nats, got {self.entropy_bound}.")
 
     def _check_cache(self) -> None:
@@ -157,6 +162,11 @@ class SamplingConfig:
     def approximate(self) -> bool:
         """Whether tokens are drawn with keys and values that are not those of the canvas before the step."""
         return self.cache in ("prefix", "dual")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens are drawn from a part of the vocabulary."""
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
 
     @property
     def parallel(self) -> bool:

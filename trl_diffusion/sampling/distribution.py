@@ -10,6 +10,45 @@ _LARGEST_UNIFORM = 1.0 - 2.0**-50
 # Entries of a part of a large vocabulary.
 _PART = 512
 
+# What shares of a distribution are multiples of: the finest that float64 holds exactly up to 1.
+_SHARE = 2.0**-52
+
+
+def running_sum(values: torch.Tensor, resolution: float) -> torch.Tensor:
+    """Sums of the values up to and including each one, along the last dimension, in multiples of `resolution`.
+
+    The values are rounded to integers and added as such. So no sum depends on the order of addition, equal sums are
+    equal on every device, and what is not negative never decreases. PyTorch's `cumsum` of floats has none of this on
+    a GPU, and raises there under `full_determinism=True`.
+
+    Args:
+        values: float [..., K], finite.
+        resolution: a power of 2; at least 2⁻⁶² times the largest sum.
+
+    Returns:
+        Float64 [..., K].
+    """
+    return (values.double() / resolution).round().long().cumsum(-1).double() * resolution
+
+
+def sum_before(values: torch.Tensor, resolution: float) -> torch.Tensor:
+    """The same sums without the value itself: 0 at the first."""
+    return torch.nn.functional.pad(running_sum(values, resolution)[..., :-1], (1, 0))
+
+
+def cumulative_shares(masses: torch.Tensor) -> torch.Tensor:
+    """The share of the total mass that lies up to and including each entry, float64 [..., K]; the last is about 1.
+
+    Args:
+        masses: float [..., K], at least 0 and not all 0.
+    """
+    return running_sum(_shares(masses), _SHARE)
+
+
+def _shares(masses: torch.Tensor) -> torch.Tensor:
+    masses = masses.double()
+    return masses / masses.sum(-1, keepdim=True)
+
 
 def truncate(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Tempered log-probabilities of the `top_k` ids, cut to the smallest set with probability `top_p`.
@@ -27,8 +66,9 @@ def truncate(logits: torch.Tensor, temperature: float, top_k: int, top_p: float)
         K = min(top_k, V).
     """
     scores, ids = (logits / temperature).topk(min(top_k, logits.size(-1)), dim=-1)
-    probabilities = scores.softmax(-1)
-    cut = (probabilities.cumsum(-1) - probabilities >= top_p) | (scores == -torch.inf)
+    cut = scores == -torch.inf
+    if top_p < 1:  # at 1 nothing is cut, also where rounding has the likely ids add up to 1
+        cut |= sum_before(_shares(scores.softmax(-1)), _SHARE) >= top_p
     scores = scores.masked_fill(cut, -torch.inf)
     return scores.log_softmax(-1), ids.int().masked_fill(cut, -1)
 
@@ -37,7 +77,7 @@ def draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Draw one index per distribution by inverting its cumulative distribution.
 
     One uniform per token instead of one per vocabulary entry lets every completion have its own random stream. The
-    probabilities are float32 and their running sum float64, because a float32 sum over 10⁵ entries loses the tail.
+    probabilities are float32 and their running sum is finer, because a float32 sum over 10⁵ entries loses the tail.
     Over a large vocabulary the part that holds the index is found first, from the sums of all parts.
 
     Args:
@@ -61,9 +101,9 @@ def draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 def _invert(masses: torch.Tensor, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The index whose share of the total mass holds a threshold in [0, 1), and where in this share it lies."""
-    cumulative = masses.cumsum(-1, dtype=torch.float64)
+    cumulative = cumulative_shares(masses)
     point = threshold.unsqueeze(-1) * cumulative[..., -1:]
     index = torch.searchsorted(cumulative, point, right=True).clamp(max=masses.size(-1) - 1)
-    mass = masses.gather(-1, index).double()
-    inside = (point - (cumulative.gather(-1, index) - mass)) / mass
+    before = torch.nn.functional.pad(cumulative, (1, 0)).gather(-1, index)
+    inside = (point - before) / (cumulative.gather(-1, index) - before)
     return index.squeeze(-1), inside.squeeze(-1).clamp(0.0, _LARGEST_UNIFORM)

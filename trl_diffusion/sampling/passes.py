@@ -76,11 +76,10 @@ class Passes:
         """A pass that nobody needs here, for the sake of processes that share the weights."""
         self.forwards += 1
         self.sync_forwards += 1
-        self.model(
-            input_ids=self.input_ids[:1],
-            attention_mask=self.attention_mask[:1],
-            positions=self.input_ids.new_zeros(1, 1),
-        )
+        ids, mask = self.input_ids[:1], self.attention_mask[:1]
+        if not ids.numel():  # no rows at all
+            ids = mask = self.input_ids.new_ones(1, 1)
+        self.model(input_ids=ids, attention_mask=mask, positions=ids.new_zeros(1, 1))
 
     def _columns(self, rows: torch.Tensor) -> int:
         """Columns of a pass over the prompts and whole canvases of these rows."""

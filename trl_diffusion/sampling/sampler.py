@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -13,13 +14,18 @@ from accelerate.utils import extract_model_from_parallel
 from transformers import PreTrainedModel
 
 from trl_diffusion.models import DiffusionFamily, family_of, score_targets
+from trl_diffusion.models.positions import check_fits
 from trl_diffusion.sampling.buckets import prompt_buckets
 from trl_diffusion.sampling.config import SamplingConfig
-from trl_diffusion.sampling.distribution import draw, truncate
+from trl_diffusion.sampling.distribution import draw, sum_before, truncate
 from trl_diffusion.sampling.noise import uniforms
 from trl_diffusion.sampling.passes import PASSES
+from trl_diffusion.sampling.prompts import checked_prompts
 from trl_diffusion.sampling.state import CanvasState
 from trl_diffusion.sampling.trajectory import Trajectory
+
+# What sums of entropies are multiples of.
+_NATS = 2.0**-40
 
 # Probabilities that low-confidence unmasking holds at once beside the logits (4 bytes each).
 _CPU_CHUNK, _CHUNK = 2**22, 2**27
@@ -34,6 +40,7 @@ def sample(
     generators: Sequence[np.random.Generator],
     any_process: Callable[[bool], bool] | None = None,
     state: CanvasState | None = None,
+    end_token_ids: Sequence[int] = (),
 ) -> Trajectory:
     """Draw one completion per prompt, block by block, and record its trajectory.
 
@@ -43,7 +50,7 @@ def sample(
     Args:
         model: a native diffusion language model, possibly inside PEFT. A compiled one runs as it was before, because
             the shapes of its passes keep changing.
-        input_ids: long [B, P], left-padded prompts.
+        input_ids: integers [B, P], left-padded prompts; B may be 0.
         attention_mask: [B, P], 0 on padding; all ones if `None`.
         config: how to draw.
         generators: B random streams, see `row_generators`.
@@ -52,37 +59,37 @@ def sample(
         state: partly denoised canvases to continue, at the same blocks and tokens per step; all masked if `None`. Of
             what was written before, the trajectory records nothing but the tokens. A row whose text has ended costs
             no forward.
+        end_token_ids: ids that end a text in addition to those of the family.
 
     Returns:
         The trajectory, on the device of `input_ids`.
 
     Raises:
-        ValueError: if there is not one generator per prompt, a prompt is empty, the state is of another shape, or
-            the cache or block length does not go with the model's attention.
+        ValueError: if there is not one generator per prompt, a prompt is empty or its mask has a hole, prompt and
+            canvas have more positions than the model, the state is of another shape, or the cache or block length
+            does not go with the model's attention.
         FloatingPointError: if the network's logits are not finite.
     """
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     family = family_of(model)
+    family = replace(family, end_token_ids=(*family.end_token_ids, *end_token_ids))
+    input_ids, attention_mask, lengths = checked_prompts(input_ids, attention_mask)
     batch, prompt_length = input_ids.shape
     if len(generators) != batch:
         raise ValueError(f"sample() needs one generator per prompt: {batch} prompts, {len(generators)} generators.")
-    if attention_mask is None:
-        attention_mask = torch.ones_like(input_ids)
-    if prompt_length == 0 or not attention_mask[:, -1].all():
-        raise ValueError(
-            "sample() needs left-padded, non-empty prompts: the last column of attention_mask must be 1 in every row."
-        )
     if state is not None and (state.canvas.shape != (batch, config.canvas_length) or state.length.shape != (batch,)):
         raise ValueError(
             f"sample() needs a state of shape {(batch, config.canvas_length)} (prompts, canvas length) with as many "
             f"lengths as prompts; got {tuple(state.canvas.shape)} with lengths {tuple(state.length.shape)}."
         )
     config.check_family(family)
-    lengths = attention_mask.sum(1).tolist()
+    if batch:
+        canvas_length = config.canvas_length if state is None else int(state.length.max())
+        check_fits(model, max(lengths), canvas_length, "this batch")
     # where processes share the weights, all must run as many passes
     buckets = (
         prompt_buckets(lengths, config.canvas_length, config.prompt_share(family))
-        if any_process is None
+        if any_process is None and batch
         else [list(range(batch))]
     )
     was_training = model.training
@@ -91,8 +98,8 @@ def sample(
         parts = []
         with _uncompiled(model):
             for bucket in buckets:
-                rows = torch.tensor(bucket, device=input_ids.device)
-                shown = slice(prompt_length - max(lengths[row] for row in bucket), None)
+                rows = torch.tensor(bucket, dtype=torch.long, device=input_ids.device)
+                shown = slice(prompt_length - max((lengths[row] for row in bucket), default=0), None)
                 rollout = _Rollout(
                     model,
                     family,
@@ -161,7 +168,7 @@ class _Rollout:
         self.logps = torch.zeros(shape, device=device)
         self.entropies = torch.zeros(shape, device=device)
         self.support: torch.Tensor | None = None
-        if config.top_k and config.temperature > 0:
+        if config.record_support and config.truncates:
             self.support = torch.full((*shape, config.top_k), -1, dtype=torch.int32, device=device)
         self.step_entropy: torch.Tensor | None = None
         self.step_margin: torch.Tensor | None = None
@@ -285,8 +292,9 @@ class _Rollout:
             return (certainty >= math.log(self.config.confidence_threshold)).sum(1)
         assert self.config.entropy_bound is not None
         # entropies in ascending order: the sum of all but the largest is the sum of those before
-        before = (-certainty).cumsum(1) + certainty
-        return ((before <= self.config.entropy_bound) & (certainty > -torch.inf)).sum(1)
+        open_ = certainty > -torch.inf
+        before = sum_before((-certainty).masked_fill(~open_, 0.0), _NATS)
+        return ((before <= self.config.entropy_bound) & open_).sum(1)
 
     def _noise(self, rows, step: int, offsets: torch.Tensor) -> torch.Tensor:
         return self.token_noise[rows, self.block[rows], step].gather(1, offsets)
@@ -299,11 +307,11 @@ class _Rollout:
         config = self.config
         if config.temperature == 0:
             return logits.argmax(-1), None
-        if config.top_k == 0:
+        if not config.truncates:
             return draw((logits if config.temperature == 1 else logits / config.temperature).softmax(-1), noise), None
-        log_probs, ids = truncate(logits, config.temperature, config.top_k, config.top_p)
+        log_probs, ids = truncate(logits, config.temperature, config.top_k or logits.size(-1), config.top_p)
         tokens = ids.gather(-1, draw(log_probs.exp(), noise).unsqueeze(-1)).squeeze(-1).long()
-        return tokens, torch.nn.functional.pad(ids, (0, config.top_k - ids.size(-1)), value=-1)
+        return tokens, torch.nn.functional.pad(ids, (0, max(config.top_k - ids.size(-1), 0)), value=-1)
 
     def _tokens_with_confidence(self, logits: torch.Tensor, noise: torch.Tensor):
         """What `_tokens` draws, and the probabilities [R, n] of these tokens at temperature 1; some rows at a time."""
@@ -312,7 +320,7 @@ class _Rollout:
         rows = max(chunk // max(logits[:1].numel(), 1), 1)
         for part, part_noise in zip(logits.split(rows), noise.split(rows), strict=True):
             probabilities = part.softmax(-1)
-            if self.config.temperature == 1 and not self.config.top_k:
+            if self.config.temperature == 1 and not self.config.truncates:
                 drawn, support = draw(probabilities, part_noise), None
             else:
                 drawn, support = self._tokens(part, part_noise)

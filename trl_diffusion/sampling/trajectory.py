@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,8 +21,9 @@ class Trajectory:
             temperature and support, given the canvas before its step (at temperature 0: temperature 1). 0 where
             nothing was sampled.
         entropies: float32 [B, L], entropy in nats of the distribution each token was drawn from.
-        support: int32 [B, L, top_k], ids that each token was drawn from, -1 for none; `None` for the full vocabulary.
-        temperature: the sampling temperature.
+        support: int32 [B, L, top_k], ids that each token was drawn from, -1 for none; `None` for the full vocabulary,
+            and where `record_support` was off.
+        temperature: the sampling temperature. A greedy trajectory (0) is scored again at temperature 1.
         step_entropy: float32 [B, S], mean entropy in nats over the positions the sampler could commit at a step, at
             temperature 1 on the full vocabulary; 0 behind a row's end; `None` unless asked for.
         step_margin: float32 [B, S], mean of p1 - p2 (the two largest probabilities) over the same positions.
@@ -64,6 +65,12 @@ class Trajectory:
             else:
                 merged[name] = sum(values) if name in ("forwards", "sync_forwards") else value
         return cls(**merged)
+
+    def cut(self, length: int) -> Trajectory:
+        """The trajectory of the first positions of the canvas."""
+        names = ("completion_ids", "unmask_step", "logps", "entropies", "support")
+        values = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: value[:, :length] for name, value in values.items() if value is not None})
 
     @property
     def steps_taken(self) -> torch.Tensor:

@@ -19,6 +19,8 @@ DEEPEST_NESTING = 20
 _TOKEN = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+|[-+*/()])")
 _THOUSANDS = re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))")
 _FRACTION = re.compile(r"\\[dt]?frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{}]*)\}|([0-9]))")
+# A letter x between two numbers or brackets.
+_TIMES = re.compile(r"(?<=[0-9)])\s*[xX]\s*(?=[0-9(])")
 _LATEX = {
     r"\times": "*",
     r"\cdot": "*",
@@ -31,6 +33,11 @@ _LATEX = {
     r"\;": " ",
     r"\ ": " ",
     "{,}": ",",
+    r"\*": "*",
+    r"\(": " ",
+    r"\)": " ",
+    r"\[": " ",
+    r"\]": " ",
     r"\$": "",
     "$": "",
     "[": "(",
@@ -54,7 +61,7 @@ class Expression:
 
 
 def evaluate_expression(text: str) -> Fraction | None:
-    """The exact value of an expression of numbers, `+ - * /` (also `−`, `×`, `÷`, LaTeX's) and brackets.
+    """The exact value of an expression of numbers, `+ - * /` (also `−`, `×`, `x`, `÷`, LaTeX's) and brackets.
 
     Args:
         text: anything, for example what a network wrote.
@@ -93,7 +100,7 @@ def without_latex(text: str) -> str:
                 break
     for latex, plain in _LATEX.items():
         text = text.replace(latex, plain)
-    return text
+    return _TIMES.sub("*", text)
 
 
 def _as_division(found: re.Match[str]) -> str:

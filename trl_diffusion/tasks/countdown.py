@@ -39,6 +39,7 @@ INSTRUCTION = (
 TEST_SIZE = 256
 LARGEST_NUMBER = 9
 SLIP_RATE = 0.4
+MOST_SIDES = 4  # of an equation such as (3*7)+25 = 21+25 = 46
 
 
 def load_countdown(split: str = "train", size: int = 1000, seed: int = 0, slips: bool = False) -> Dataset:
@@ -196,12 +197,12 @@ def check_countdown(text: str, numbers: Sequence[int], target: int) -> bool:
 
 
 def _stated(text: str) -> Expression | None:
-    """The expression stated last; of an equation, its longer side: `3 + 5 = 8` states `3 + 5`."""
+    """The expression stated last; of an equation, the side with most numbers: `3 + 5 = 8` states `3 + 5`."""
     answer = last_answer(text)
     if answer is None:
         return None
-    sides = [parse_expression(side) for side in answer.split("=")[:3]]
-    if len(sides) > 2 or None in sides:
+    sides = [parse_expression(side) for side in answer.split("=", MOST_SIDES) if side.strip()]
+    if not sides or len(sides) > MOST_SIDES or None in sides:
         return None
     return max((side for side in sides if side is not None), key=lambda side: len(side.numbers))
 

@@ -1,15 +1,47 @@
-"""Adapters before and after TRL builds them: checked names of layers, and weights that small steps can move."""
+"""Adapters before and after TRL builds them: loaded to be trained further, with checked names of layers, and with
+weights that small steps can move.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DeepSpeedPlugin
 from peft import LoraConfig, PeftConfig, PeftModel
+from trl.trainer.utils import create_model_from_path
 
+from trl_diffusion.models.adapters import base_of, load_adapter
 from trl_diffusion.models.lora_targets import native_lora_config
 from trl_diffusion.models.skeleton import skeleton
+
+
+def load_to_train(adapter: str, args: Any, quantization_config: Any = None) -> PeftModel:
+    """Load an adapter to be trained further, onto the base that its config names, as TRL would load that base.
+
+    Args:
+        adapter: on the Hub or in a folder.
+        args: the trainer's config; `model_init_kwargs` are those of the base.
+        quantization_config: of the base.
+
+    Raises:
+        ValueError: if the base is not named, not there, or another one than the adapter was trained on.
+    """
+    base = base_of(adapter)
+    if base is None or (Path(base).is_absolute() and not Path(base).exists()):
+        raise ValueError(
+            f"The adapter {adapter} was trained on {base or 'a base that its config does not name'}, which cannot be "
+            f"loaded. Set base_model_name_or_path in {adapter}/adapter_config.json to the base's folder or hub id."
+        )
+    settings = dict(args.model_init_kwargs or {})
+    if revision := PeftConfig.from_pretrained(adapter).revision:
+        settings["revision"] = revision
+    if quantization_config is not None:
+        settings["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        settings["device_map"] = None  # the trainer moves the model
+    return load_adapter(create_model_from_path(base, **settings), base, adapter, is_trainable=True)
 
 
 def native_peft_config(

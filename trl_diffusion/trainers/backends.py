@@ -1,10 +1,11 @@
-"""Launches that would silently train on another backend, or with another optimizer, than was asked for."""
+"""Launches: on a CPU too, and refused where they would train on another backend, or otherwise, than was asked for."""
 
 from __future__ import annotations
 
 import os
 from typing import Any
 
+import torch
 from accelerate.utils import DistributedType, parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
@@ -13,11 +14,31 @@ from transformers.training_args import OptimizerNames
 _OFFLOADED = ("adam", "adagrad", "lion")
 
 
+def fit_to_cpu(args: TrainingArguments) -> None:
+    """Choose what a machine without an accelerator needs, so that the same command runs with and without one.
+
+    accelerate looks for accelerators only, unless it is told otherwise: processes started on a machine without one
+    would not know of each other, and each would train alone. Call this before transformers looks for devices, that is
+    at the start of a config's `__post_init__`.
+
+    Args:
+        args: a config under construction; changed in place.
+    """
+    if torch.accelerator.is_available():
+        return
+    if args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        args.ddp_backend = args.ddp_backend or "gloo"  # not `use_cpu`, with which accelerate leaves DeepSpeed out
+        args.bf16 = bool(args.bf16)  # TRL's default is true, which transformers refuses on a CPU without `use_cpu`
+    else:
+        args.use_cpu = True
+
+
 def check_backend(args: TrainingArguments) -> None:
-    """Refuse to start where accelerate dropped the backend that was launched.
+    """Refuse to start where accelerate dropped the backend that was launched, or some of the processes.
 
     Raises:
-        RuntimeError: if DeepSpeed or FSDP was launched and this process is not part of it.
+        RuntimeError: if DeepSpeed or FSDP was launched and this process is not part of it, or if the processes do not
+            know of each other.
         ValueError: if the optimizer would silently become another one under DeepSpeed's offload.
     """
     launched = "LOCAL_RANK" in os.environ
@@ -27,13 +48,20 @@ def check_backend(args: TrainingArguments) -> None:
         raise RuntimeError(
             f"DeepSpeed was launched, but accelerate started {started.value}: with `use_cpu` or the environment "
             "variable ACCELERATE_USE_CPU it leaves DeepSpeed out. The weights would stay in shards ('weight' must be "
-            "2-D). Unset both; on a CPU pass --ddp_backend gloo --bf16 false instead."
+            "2-D). Unset both: without an accelerator, DeepSpeed runs on the CPU by itself."
         )
     fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP") and int(os.environ.get("WORLD_SIZE", "1")) > 1
     if launched and fsdp and started in (DistributedType.NO, DistributedType.MULTI_CPU):
         raise RuntimeError(
             f"FSDP was launched, but accelerate started {started.value}, because it shards on accelerators only. "
             "Every process would hold the whole model. Launch with recipes/accelerate_configs/cpu_zero3.yaml on a CPU."
+        )
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes != args.world_size:
+        raise RuntimeError(
+            f"{processes} processes were launched, but each believes to be one of {args.world_size} and would train "
+            "alone. Launch with a file of recipes/accelerate_configs, one process per GPU; where there are fewer GPUs "
+            "than processes, pass --use_cpu true for DDP, or --ddp_backend gloo for DeepSpeed."
         )
     if plugin is not None:
         offload = plugin.deepspeed_config.get("zero_optimization", {}).get("offload_optimizer", {})

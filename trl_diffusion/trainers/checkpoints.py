@@ -1,44 +1,64 @@
 """Checkpoints from which a run goes on as if it had never stopped.
 
-transformers saves weights, optimizer, schedule, random generators and its own state. A GRPO run also stands in the
-middle of a rollout batch, of an epoch of its sampler and of what it averages for the next log; that is saved here, and
-which checkpoints are whole (`trl_diffusion.trainers.manifest`).
+transformers saves weights, optimizer, schedule, random generators and its own state. Missing there are the loss and
+the time since the last log, and any way to tell a checkpoint that was written to its end from one that was not (see
+`trl_diffusion.trainers.manifest`). What a GRPO run needs besides is in `trl_diffusion.trainers.rollout_checkpoints`.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from accelerate.utils import gather_object, send_to_device
-from safetensors import safe_open
-from safetensors.torch import save_file
+from accelerate.utils import DeepSpeedSchedulerWrapper, gather_object
+from datasets import Dataset
+from peft import PeftModel, PeftType
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl.trainer.utils import RepeatSampler
 
-from trl_diffusion.trainers.manifest import discard, fault, read_manifest, rotate, seal, survey
+from trl_diffusion.models import DiffusionFamily
+from trl_diffusion.trainers.manifest import damage, discard, fault, read_manifest, rotate, seal, survey
+from trl_diffusion.trainers.resumed_rates import Rates, SavedSchedule
+from trl_diffusion.trainers.run_facts import (
+    Change,
+    Facts,
+    adapter_facts,
+    changes,
+    data_facts,
+    model_facts,
+    setting_facts,
+    trained_weights,
+    unknown,
+    weights_checksum,
+)
 
 logger = logging.getLogger(__name__)
+# Settings with which a schedule that follows measurements starts again.
+_RATE_SETTINGS = ("`learning_rate`", "`lr_scheduler_type`", "`lr_scheduler_kwargs`")
 
-REFERENCE_WEIGHTS = "reference_model.safetensors"
 
-# With other values the rollout batch and the position in it would mean something else.
-_FIXED_SETTINGS = (
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "steps_per_generation",
-    "num_iterations",
-    "num_generations",
-    "num_mc_samples",
-    "seed",
-)
+@dataclass
+class ResumeConfig:
+    """The field by which a run is resumed; part of every config of this library.
+
+    Args:
+        resume_from_checkpoint: for recipes, what they pass to `train`; on the command line it needs no value.
+    """
+
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Go on from this checkpoint; without a value, from the last whole one in `output_dir`, or from "
+            "the start if there is none.",
+            "nargs": "?",
+            "const": "last",
+        },
+    )
 
 
 class Checkpoints(Trainer):
@@ -48,18 +68,16 @@ class Checkpoints(Trainer):
     CPU process that is so bit for bit.
     """
 
+    state_file = "run_state"  # of each process; its index and `.pt` follow
     args: Any
     model: Any  # transformers types it as optional
-    ref_model: Any
-    forward_units: float
-    entropy_coef: float
-    _last_world_entropy: float
-    _rollouts: dict[str, int]
-    _step: int
-    _buffered_inputs: list[dict[str, Any]] | None
-    _metrics: dict[str, Any]
-    _logs: dict[str, Any]
-    _train_sampler: _EpochRepeatSampler | None = None
+    lr_scheduler: Any
+    processing_class: Any
+    family: DiffusionFamily
+    _facts: Facts
+    _model_facts: Facts | None = None
+    _rates: Rates
+    _rates_anew = False
     _pending: dict[str, Any] | None = None
     _seconds_before = 0.0
     _started = 0.0
@@ -74,14 +92,9 @@ class Checkpoints(Trainer):
             **kwargs: see `transformers.Trainer.train`.
 
         Raises:
-            ValueError: if the checkpoint named is torn, or was written with other settings or another number of
-                processes; or if checkpoints cannot hold what changes.
+            ValueError: if the checkpoint named is torn, or was written by a run with other settings, another model,
+                adapter or data set, or another number of processes; the message names what changed.
         """
-        if self.args.sync_ref_model and self.is_fsdp_enabled and self.args.save_strategy != "no":
-            raise ValueError(
-                "Checkpoints cannot hold a reference model that sync_ref_model changes and FSDP shards, so the run "
-                "could not go on from them. Set save_strategy='no' or sync_ref_model=False, or use DDP or DeepSpeed."
-            )
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         self._pending, self._seconds_before, self._started = None, 0.0, time.time()
         if checkpoint is None:
@@ -101,9 +114,10 @@ class Checkpoints(Trainer):
     def _checkpoint_to_resume(self, asked: str | bool | None) -> Path | None:
         """The checkpoint to go on from, the same on every process."""
         output_dir = Path(self.args.output_dir)
+        self._facts = self._collect_facts()
         if asked is None or asked is False:
-            whole, _ = survey(output_dir)
-            if whole and self.is_world_process_zero():
+            whole, torn = survey(output_dir)
+            if (whole or torn) and self.is_world_process_zero():
                 logger.warning(
                     "%s holds checkpoints of an earlier run, which this run does not resume and may overwrite.",
                     output_dir,
@@ -119,10 +133,10 @@ class Checkpoints(Trainer):
                 f"resume_from_checkpoint={asked!r} is not a folder. Give a checkpoint's folder, or True for the last "
                 f"whole one in {output_dir}."
             )
-        torn = [why for why in gather_object([fault(checkpoint)]) if why is not None]
-        if torn:
+        faults = [why for why in gather_object([fault(checkpoint)]) if why is not None] or self._damage(checkpoint)
+        if faults:
             raise ValueError(
-                f"{checkpoint} {torn[0]}, so it was not written to its end and the run cannot go on from it. Give "
+                f"{checkpoint} {faults[0]}, so it is not what was written and the run cannot go on from it. Give "
                 "another one, or resume_from_checkpoint=True for the last one that is whole."
             )
         self._check_fits(checkpoint)
@@ -130,32 +144,107 @@ class Checkpoints(Trainer):
 
     def _last_checkpoint(self, output_dir: Path) -> Path | None:
         whole, torn = survey(output_dir)
-        if self.is_local_process_zero():
-            for folder, why in torn.items():
-                logger.warning("Skipping %s: it %s.", folder, why)
+        for folder, why in torn.items():
+            self._say_skipped(folder, why)
         # Nodes may have folders of their own: one that is whole everywhere is wanted.
         of_processes = gather_object([[folder.name for folder in whole]])
-        names = [name for name in of_processes[0] if all(name in others for others in of_processes)]
-        return output_dir / names[0] if names else None
+        for name in of_processes[0]:
+            if all(name in others for others in of_processes):
+                damaged = self._damage(output_dir / name)
+                if not damaged:
+                    return output_dir / name
+                self._say_skipped(output_dir / name, damaged[0])
+        return None
+
+    def _damage(self, checkpoint: Path) -> list[str]:
+        """What is wrong with the contents of a checkpoint, found by one process of every node."""
+        found = damage(checkpoint) if self.is_local_process_zero() else None
+        return [why for why in gather_object([found]) if why is not None]
+
+    def _say_skipped(self, folder: Path, why: str) -> None:
+        if self.is_local_process_zero():
+            logger.warning("Skipping %s: it %s.", folder, why)
+
+    # ---------------------------------------------------------------- does it fit
+
+    def _collect_facts(self) -> Facts:
+        """What the manifest keeps of this run, see `trl_diffusion.trainers.run_facts`."""
+        if self._model_facts is None:  # training changes what stands here
+            self._model_facts = self._collect_model_facts()
+        data = data_facts(self.train_dataset, self.processing_class.chat_template)
+        return {**self._model_facts, "settings": setting_facts(self.args), "data": data}
+
+    def _collect_model_facts(self) -> Facts:
+        model: Any = self.accelerator.unwrap_model(self.model)
+        adapters = model.peft_config if isinstance(model, PeftModel) else {}
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        fixed = self._fixed_weights()
+        run = {
+            "trainer": type(self).__name__,
+            "family": self.family.name,
+            "network": type(base).__name__,
+            "adapter": ", ".join(PeftType(config.peft_type).value for config in adapters.values()) or None,
+            "set of trained weights": trained_weights(model),
+            "optimizer": None if self.optimizer is None else _description(self.optimizer),
+            "way of distribution": self._distribution(),
+        }
+        checksum = weights_checksum(fixed, self._whole) if fixed else None
+        return {"run": run, "model": model_facts(base, checksum), "adapter": adapter_facts(adapters)}
+
+    def _fixed_weights(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """The weights that checkpoints do not hold and that have to be those of the first start, by name."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, PeftModel):
+            return []
+        return [(name, weight) for name, weight in model.named_parameters() if not weight.requires_grad]
+
+    def _distribution(self) -> str | None:
+        """The kind of files that the backend writes; processes are counted elsewhere."""
+        if self.is_deepspeed_enabled:
+            return f"DeepSpeed ZeRO-{self.accelerator.state.deepspeed_plugin.zero_stage}"
+        return "FSDP" if self.is_fsdp_enabled else None
+
+    def _whole(self, parameter: torch.nn.Parameter):
+        """Under ZeRO-3 a parameter is gathered for the context, and what the first process writes to it is kept."""
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        if plugin is None or plugin.zero_stage != 3:
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
 
     def _check_fits(self, checkpoint: Path) -> None:
-        facts = read_manifest(checkpoint)
-        if facts["processes"] != self.accelerator.num_processes:
+        before = read_manifest(checkpoint)
+        if before.get("processes") != self.accelerator.num_processes:
             raise ValueError(
-                f"{checkpoint} was written by {facts['processes']} processes; this run has "
+                f"{checkpoint} was written by {before.get('processes')} processes; this run has "
                 f"{self.accelerator.num_processes}. Resume with as many processes as wrote it."
             )
-        changed = {
-            name: (value, getattr(self.args, name))
-            for name, value in facts["settings"].items()
-            if value != getattr(self.args, name)
-        }
-        if changed:
-            listed = ", ".join(f"{name} {old} (now {new})" for name, (old, new) in changed.items())
+        # the first process decides: others may not hold the weights yet
+        changed = gather_object([changes(before, self._facts)])[0]
+        if refused := [change for change in changed if not change.allowed]:
             raise ValueError(
-                f"{checkpoint} was written with {listed}. A run cannot go on with other values of these: set them "
-                "back, or start a new run from the saved weights."
+                f"{checkpoint} was written by a run in which {_listed(refused)}. What it holds (drawn completions and "
+                "their log-probabilities, places in the random streams and in the data, the optimizer's averages) is "
+                "wrong with the new values. Set them back; or start a new run from the saved weights, with this "
+                "folder as the model, another output_dir and without resume_from_checkpoint."
             )
+        self._rates_anew = any(change.name in _RATE_SETTINGS for change in changed)
+        if self.is_world_process_zero():
+            self._report(checkpoint, changed, unknown(before, self._facts))
+
+    def _report(self, checkpoint: Path, changed: list[Change], not_compared: list[str]) -> None:
+        if changed:
+            logger.warning("Resuming %s with other settings: %s.", checkpoint, _listed(changed))
+        if not_compared:
+            logger.warning(
+                "%s was written by an earlier version, which did not record everything that must stay. Make sure that "
+                "these are as they were: %s.",
+                checkpoint,
+                ", ".join(not_compared),
+            )
+        if not isinstance(self.train_dataset, Dataset):
+            logger.warning("The training data are a stream; whether it is the same one cannot be checked.")
 
     # ---------------------------------------------------------------- write
 
@@ -169,15 +258,15 @@ class Checkpoints(Trainer):
             discard(folder)  # what a killed run left
         self.accelerator.wait_for_everyone()
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(self._run_state(), folder / self._rollout_state_name())
-        self._save_reference(folder)
+        self._write_state(folder)
         # transformers would delete old checkpoints before this one is whole
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
-        self._seal(folder)
+        if not self.args.push_to_hub:  # else it was sealed before it was pushed
+            self._seal(folder)
         if self.args.should_save and limit is not None and limit > 0:
             best = self.state.best_model_checkpoint
             rotate(run_dir, limit, keep={folder} if best is None else {folder, Path(best)})
@@ -191,36 +280,23 @@ class Checkpoints(Trainer):
     def _seal(self, folder: Path) -> None:
         self.accelerator.wait_for_everyone()  # all have written
         if self.args.should_save:
-            settings = {name: getattr(self.args, name) for name in _FIXED_SETTINGS}
-            seal(folder, processes=self.accelerator.num_processes, settings=settings)
+            seal(folder, processes=self.accelerator.num_processes, **self._facts)
+
+    def _write_state(self, folder: Path) -> None:
+        """Write what transformers does not save."""
+        torch.save(self._run_state(), folder / self._state_name())
 
     def _run_state(self) -> dict[str, Any]:
         """What this process must remember; plain values and tensors."""
         return {
-            "step": self._step,
-            "rollouts": self._rollouts,
-            "forward_units": self.forward_units,
-            "buffer": self._buffered_inputs if self._buffer_in_use() else None,
-            "metrics": _plain(self._metrics),
-            "logs": _plain(self._logs),
             "loss": self._tr_loss.cpu(),
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
-            "entropy_coef": self.entropy_coef,
-            "last_world_entropy": self._last_world_entropy,
             "seconds": self._seconds_before + time.time() - self._started,
-        } | self._extra_state()
+        }
 
-    def _buffer_in_use(self) -> bool:
-        """Whether the next step learns from the rollout batch of the last one."""
-        return self._step % (self.args.steps_per_generation * self.args.num_iterations) != 0
-
-    def _extra_state(self) -> dict[str, Any]:
-        """What a method must remember in a checkpoint."""
-        return {}
-
-    def _rollout_state_name(self) -> str:
-        return f"rollout_state_{self.accelerator.process_index}.pt"
+    def _state_name(self) -> str:
+        return f"{self.state_file}_{self.accelerator.process_index}.pt"
 
     # ---------------------------------------------------------------- restore
 
@@ -232,26 +308,29 @@ class Checkpoints(Trainer):
             if parameter.dtype != dtypes[name]:
                 parameter.data = parameter.data.to(dtypes[name])
 
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        schedule = super().create_scheduler(num_training_steps, optimizer)
+        if optimizer is None:  # the call after everything is wrapped; DeepSpeed has the schedule made beforehand
+            self._rates = Rates(self.optimizer, schedule)
+        return schedule
+
     def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        # The schedule is not loaded, which would bring back the rates of the interrupted run, but moved to its place.
+        schedule, saved = self.lr_scheduler, SavedSchedule()
+        if not isinstance(schedule, DeepSpeedSchedulerWrapper):
+            self.lr_scheduler = saved
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self.lr_scheduler = schedule
+        self._rates.resume(saved.state, self.state.global_step, anew=self._rates_anew)
         # by way of the CPU: torch.load does not know accelerate's device `cpu:0`
-        path = Path(checkpoint) / self._rollout_state_name()
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        self._step, self._rollouts, self.forward_units = state["step"], state["rollouts"], state["forward_units"]
-        self._buffered_inputs = send_to_device(state["buffer"], self.accelerator.device)
-        for mode, metrics in state["metrics"].items():
-            self._metrics[mode].clear()
-            self._metrics[mode].update(metrics)
-        _refill(self._logs, state["logs"])
-        self.entropy_coef, self._last_world_entropy = state["entropy_coef"], state["last_world_entropy"]
-        self._load_extra_state(state)
-        self._load_reference(Path(checkpoint))
-        self._pending = state
+        state = torch.load(Path(checkpoint) / self._state_name(), map_location="cpu", weights_only=True)
+        self._take_back(state, Path(checkpoint))
 
-    def _load_extra_state(self, state: dict[str, Any]) -> None:
-        """Take back what `_extra_state` gave."""
+    def _take_back(self, state: dict[str, Any], checkpoint: Path) -> None:
+        """Take back what `_write_state` wrote."""
+        self._pending = state
 
     def take_back_pending(self) -> None:
         """Loss since the last log and time spent before; transformers sets them to zero when training starts."""
@@ -266,6 +345,8 @@ class Checkpoints(Trainer):
         position = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs
         )
+        # transformers takes these from the checkpoint, whatever the settings are
+        self.state.compute_steps(self.args, max_steps)
         # A run that was killed after its last update is at its end; transformers would take one step more.
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else position
 
@@ -273,65 +354,6 @@ class Checkpoints(Trainer):
         # Loss, time and throughput of the whole run, not of its last part.
         self._initial_global_step = 0
         return super()._finalize_training(trial, num_train_samples, start_time - self._seconds_before)
-
-    # ---------------------------------------------------------------- data
-
-    def _get_train_sampler(self, dataset=None):
-        of_trl: Any = super()._get_train_sampler(dataset)
-        self._train_sampler = _EpochRepeatSampler(
-            data_source=of_trl.data_source,
-            mini_repeat_count=of_trl.mini_repeat_count,
-            batch_size=of_trl.batch_size,
-            repeat_count=of_trl.repeat_count,
-            shuffle=of_trl.shuffle,
-            seed=of_trl.seed,
-        )
-        return self._train_sampler
-
-    def _run_epoch(self, model, epoch, *args, **kwargs):
-        # With several processes accelerate does not reach the sampler of a dataloader whose first batches are skipped
-        if self._train_sampler is not None:
-            self._train_sampler.set_epoch(epoch)
-        return super()._run_epoch(model, epoch, *args, **kwargs)
-
-    # ---------------------------------------------------------------- a reference model that changes
-
-    def _save_reference(self, folder: Path) -> None:
-        """The reference weights, if `sync_ref_model` changes them; else they are those the run started from."""
-        if self.ref_model is None or not self.args.sync_ref_model:
-            return
-        weights = {}
-        for name, parameter in self.accelerator.unwrap_model(self.ref_model).named_parameters():
-            with self._whole(parameter):
-                if self.args.should_save:
-                    weights[name] = parameter.detach().cpu().clone()
-        if self.args.should_save:
-            save_file(weights, folder / REFERENCE_WEIGHTS)
-
-    def _load_reference(self, checkpoint: Path) -> None:
-        if self.ref_model is None or not self.args.sync_ref_model:
-            return
-        with safe_open(checkpoint / REFERENCE_WEIGHTS, framework="pt") as weights:
-            for name, parameter in self.accelerator.unwrap_model(self.ref_model).named_parameters():
-                with self._whole(parameter):
-                    parameter.data.copy_(weights.get_tensor(name))
-
-    def _whole(self, parameter: torch.nn.Parameter):
-        """Under ZeRO-3 a parameter is gathered for the context, and what the first process writes to it is kept."""
-        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
-        if plugin is None or plugin.zero_stage != 3:
-            return nullcontext()
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
-
-
-class _EpochRepeatSampler(RepeatSampler):
-    """`RepeatSampler` whose order is a function of (seed, epoch), so that a resumed run sees the order it left."""
-
-    def set_epoch(self, epoch: int) -> None:
-        if self.shuffle and self.seed is not None:
-            self.generator.manual_seed(self.seed + epoch)
 
 
 class _TakeBackPending(TrainerCallback):
@@ -344,31 +366,11 @@ class _TakeBackPending(TrainerCallback):
         self.trainer.take_back_pending()
 
 
-def is_plain(value: Any) -> bool:
-    """Whether a checkpoint can hold a value: text, numbers, tensors, and dicts and lists of these."""
-    if type(value) is dict:
-        return all(map(is_plain, value.values()))
-    if type(value) is list:
-        return all(map(is_plain, value))
-    return value is None or type(value) in (str, int, float, bool, torch.Tensor)
+def _listed(changed: list[Change]) -> str:
+    return "; ".join(map(str, changed))
 
 
-def _plain(value: Any) -> Any:
-    """A table of log entries as `is_plain` wants it; what a reward function logged of another kind becomes text."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, deque)):
-        return [_plain(item) for item in value]
-    if isinstance(value, np.generic):
-        return value.item()
-    return value if is_plain(value) else str(value)
-
-
-def _refill(logs: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Put saved entries back into TRL's tables of bounded columns."""
-    for name, values in saved.items():
-        if isinstance(values, dict):
-            _refill(logs[name], values)
-        else:
-            logs[name].clear()
-            logs[name].extend(values)
+def _description(optimizer: torch.optim.Optimizer) -> str:
+    """An optimizer that was handed over: its class, and how many tensors each of its groups has."""
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    return f"{type(optimizer).__name__} of groups of {sizes} tensors"

@@ -47,6 +47,20 @@ class CompletionLossConfig(NoisedGRPOConfig):
                 )
         super().__post_init__()
 
+    def require_plain_rewards(self) -> None:
+        """For methods whose weights are a softmax of the rewards over a prompt's completions.
+
+        Raises:
+            ValueError: if the rewards are to be scaled before.
+        """
+        for name, plain in (("scale_rewards", "none"), ("multi_objective_aggregation", "sum_then_normalize")):
+            if getattr(self, name) != plain:
+                raise ValueError(
+                    f"{type(self).__name__} weighs a prompt's completions by the softmax of the rewards themselves: "
+                    f"{name} must be {plain!r}; got {getattr(self, name)!r}. To change how much a reward counts, set "
+                    "reward_weights (or DMPO's alpha)."
+                )
+
 
 class CompletionLossTrainer(NoisedGRPOTrainer):
     """Base of methods with a loss of their own, see the arguments of `DiffusionGRPOTrainer`.

@@ -9,17 +9,17 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from datasets import IterableDataset
 from torch import nn
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.training_args import OptimizerNames
 
 if TYPE_CHECKING:
     from trl_diffusion.trainers.diffusion_grpo import DiffusionGRPOTrainer
+    from trl_diffusion.trainers.sft import SFTTrainer
 
 _PROMPTS_READ = 256  # rows of the data set whose prompts are measured
 
@@ -235,10 +235,22 @@ class Memory:
 
 def memory(trainer: DiffusionGRPOTrainer) -> Memory:
     """Memory on one process; sharded parts as DeepSpeed's stage, or FSDP2, divides them."""
-    args, accelerator = trainer.args, trainer.accelerator
-    plugin = accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
-    stage = 3 if trainer.is_fsdp_enabled else 0 if plugin is None else plugin.zero_stage
-    share = {part: 1 / accelerator.num_processes if stage >= part else 1.0 for part in (1, 2, 3)}
+    of_policy, reference = policy_memory(trainer), 0.0
+    if trainer.ref_model is not None:
+        reference = sum(numel(parameter) * parameter.element_size() for parameter in trainer.ref_model.parameters())
+    args, cost, canvas = trainer.args, trainer.completion_cost(), trainer.args.max_completion_length
+    row = 16 * (prompt_length(trainer) + canvas) + 4 * canvas * (cost.old + cost.reference) + cost.buffer_bytes
+    return replace(
+        of_policy,
+        reference=reference * _shares(trainer)[3],
+        buffer=row * args.per_device_train_batch_size * int(args.steps_per_generation or 1),
+    )
+
+
+def policy_memory(trainer: DiffusionGRPOTrainer | SFTTrainer) -> Memory:
+    """Memory on one process for the model that is trained, and what its training keeps of it."""
+    args, share = trainer.args, _shares(trainer)
+    plugin = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
     weights = sum(numel(parameter) * parameter.element_size() for parameter in trainer.model.parameters())
     trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     gradients = sum(numel(parameter) * parameter.element_size() for parameter in trained)
@@ -250,23 +262,26 @@ def memory(trainer: DiffusionGRPOTrainer) -> Memory:
         optimizer = 4.0 * count * (1 + size) if plugin is not None else float(gradients * size)
     elif name in _STATE_BYTES:
         optimizer = float(count * (_STATE_BYTES[name] + (4 if plugin is not None else 0)))
-    reference = 0.0
-    if trainer.ref_model is not None:
-        reference = sum(numel(parameter) * parameter.element_size() for parameter in trainer.ref_model.parameters())
-    cost, canvas = trainer.completion_cost(), trainer.args.max_completion_length
-    row = 16 * (prompt_length(trainer) + canvas) + 4 * canvas * (cost.old + cost.reference) + cost.buffer_bytes
     return Memory(
         weights=weights * share[3],
         gradients=gradients * share[2],
         optimizer=None if optimizer is None else optimizer * share[1],
-        reference=reference * share[3],
-        buffer=row * args.per_device_train_batch_size * int(args.steps_per_generation or 1),
+        reference=0.0,
+        buffer=0.0,
     )
 
 
+def _shares(trainer: DiffusionGRPOTrainer | SFTTrainer) -> dict[int, float]:
+    """Share that a process holds of what DeepSpeed's stage 1 (optimizer), 2 (gradients) and 3 (weights) divide."""
+    plugin = trainer.accelerator.state.deepspeed_plugin if trainer.is_deepspeed_enabled else None
+    stage = 3 if trainer.is_fsdp_enabled else 0 if plugin is None else plugin.zero_stage
+    return {part: 1 / trainer.accelerator.num_processes if stage >= part else 1.0 for part in (1, 2, 3)}
+
+
 def numel(parameter) -> int:
-    """Stored elements of a parameter, also of one that ZeRO-3 has sharded."""
-    return parameter.ds_numel if is_deepspeed_zero3_enabled() else parameter.numel()
+    """Stored elements of a parameter; of one that ZeRO-3 has sharded, those of all shards."""
+    # Weights of an adapter are made outside of ZeRO's init and stay whole until DeepSpeed starts.
+    return vars(parameter).get("ds_numel", parameter.numel())
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -101,8 +101,8 @@ class CoupledGRPOTrainer(NoisedGRPOTrainer):
         masked = bernoulli(rates, noise, self.args.min_mask_rate, self.args.max_mask_rate)
         return concatenate([full_mask(batch, 1, length, device=scope.device), with_complements(masked)])
 
-    def _assign_credit(self, mode, rows) -> None:
-        rows["advantages"] = self._over_groups(mode, rows["advantages"], leave_one_out)
+    def _group_advantages(self, advantages) -> torch.Tensor:
+        return leave_one_out(advantages)
 
     def _view_loss(self, model, rows, update, view) -> torch.Tensor:
         scores = self._score_views(model, rows, update, range(self._num_views()))

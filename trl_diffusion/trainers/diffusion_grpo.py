@@ -30,24 +30,38 @@ from trl.trainer.utils import disable_dropout_in_model, get_config_model_id, pad
 from trl_diffusion.credit.step_aware import CITATION
 from trl_diffusion.likelihood import Scores, Views, score_views
 from trl_diffusion.models import family_of
+from trl_diffusion.models.adapters import is_adapter
 from trl_diffusion.sampling import SamplingConfig, Trajectory, row_generators, sample
-from trl_diffusion.trainers.adapter_setup import AdapterPrecision, native_peft_config
-from trl_diffusion.trainers.backends import check_backend, check_device_map, check_reference_loading
-from trl_diffusion.trainers.checkpoints import Checkpoints, is_plain
-from trl_diffusion.trainers.checks import check_arguments, check_columns
+from trl_diffusion.tokenization import encode_prompt
+from trl_diffusion.trainers.adapter_setup import AdapterPrecision, load_to_train, native_peft_config
+from trl_diffusion.trainers.backends import check_backend, check_device_map, check_reference_loading, fit_to_cpu
+from trl_diffusion.trainers.checkpoints import ResumeConfig
+from trl_diffusion.trainers.checks import (
+    check_adapter,
+    check_arguments,
+    check_eval_batch,
+    check_load_arguments,
+    check_model,
+    check_prompts_fit,
+    check_rollout_data,
+    check_trainable,
+    named_eval_datasets,
+    warn_of_eight_bit,
+)
 from trl_diffusion.trainers.cost import CompletionCost, rollout_units
 from trl_diffusion.trainers.guards import GuardConfig
 from trl_diffusion.trainers.model_card import card_arguments, complete_card
 from trl_diffusion.trainers.monte_carlo_views import MonteCarloViews
 from trl_diffusion.trainers.random_streams import EVAL_ROLLOUT, TRAIN_ROLLOUT
 from trl_diffusion.trainers.reward_guard import RewardGuard
+from trl_diffusion.trainers.rollout_checkpoints import RolloutCheckpoints, is_plain
 from trl_diffusion.trainers.startup_report import print_report
 from trl_diffusion.trainers.step_aware_probe import FinishedBatch, StepAwareProbe
 from trl_diffusion.trainers.update_guard import GuardedUpdates
 
 
 @dataclass
-class DiffusionGRPOConfig(GuardConfig, GRPOConfig):
+class DiffusionGRPOConfig(GuardConfig, ResumeConfig, GRPOConfig):
     """What every method's config has: TRL's `GRPOConfig`, how the canvas is written, and the guards' policies.
 
     TRL's `max_completion_length` is the canvas length L, `temperature`, `top_k` and `top_p` are those of the sampler.
@@ -66,7 +80,6 @@ class DiffusionGRPOConfig(GuardConfig, GRPOConfig):
         cache_refresh: steps between two full passes with `prefix` and `dual`; 0 for one at the start of a block.
         num_mc_samples: Monte-Carlo views per completion and update. Memory does not grow with it, but for methods
             that need a completion's views together (ESPO, coupled-GRPO, SPG, WDDO).
-        resume_from_checkpoint: for recipes, what they pass to `train`; on the command line it needs no value.
 
     Raises:
         ValueError: if settings do not fit together, or one cannot work with diffusion sampling.
@@ -111,21 +124,13 @@ class DiffusionGRPOConfig(GuardConfig, GRPOConfig):
         default=8, metadata={"help": "Monte-Carlo views (noised canvases) per completion and update."}
     )
     max_completion_length: int = field(default=256, metadata={"help": "Length of the canvas in tokens."})
-    resume_from_checkpoint: str | None = field(
-        default=None,
-        metadata={
-            "help": "Go on from this checkpoint; without a value, from the last whole one in `output_dir`, or from "
-            "the start if there is none.",
-            "nargs": "?",
-            "const": "last",
-        },
-    )
     disable_dropout: bool = field(
         default=True,
         metadata={"help": "Turn dropout off, so that ratios start at 1; with dropout they measure its noise."},
     )
 
     def __post_init__(self):
+        fit_to_cpu(self)
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         micro_batches = self.steps_per_generation or self.gradient_accumulation_steps
         completions = self.generation_batch_size or self.per_device_train_batch_size * micro_batches * processes
@@ -164,6 +169,22 @@ class DiffusionGRPOConfig(GuardConfig, GRPOConfig):
         """Whether views carry weights other than 1."""
         return False
 
+    def require_token_ratios(self) -> None:
+        """For methods whose views score a part of the completion each.
+
+        Raises:
+            ValueError: if `importance_sampling_level` or `loss_type` ask for the ratio of whole sequences.
+        """
+        of_tokens = {"importance_sampling_level": self.importance_sampling_level == "token"}
+        of_tokens["loss_type"] = self.loss_type != "vespo"  # its weights are functions of the sequence's ratio
+        for name, fits in of_tokens.items():
+            if not fits:
+                raise ValueError(
+                    f"{type(self).__name__} scores a part of the tokens per view, which has no sequence-level ratio; "
+                    f"got {name}={getattr(self, name)!r}. Set importance_sampling_level='token' and a loss_type other "
+                    "than 'vespo', or use ESPO, whose ratio is that of sequences."
+                )
+
     def _refuse_what_cannot_work(self) -> None:
         autoregressive = "it generates one token after the other; completions here are drawn by diffusion"
         refused = {
@@ -197,14 +218,15 @@ class DiffusionGRPOConfig(GuardConfig, GRPOConfig):
                 )
 
 
-class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
+class DiffusionGRPOTrainer(RolloutCheckpoints, GuardedUpdates, GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
     """GRPO for diffusion language models; a method says in which noised views its completions are scored.
 
     A subclass overrides `_plan_views` and `_view_of`. A `StepAwareReward` (SAPO, 2510.01544) among the reward
     functions adds its process reward to the advantages of any method.
 
     Args:
-        model: a path or hub id, a native diffusion language model, or a `PeftModel` around one.
+        model: a path or hub id, also of an adapter, which is then trained further; a native diffusion language model,
+            or a `PeftModel` around one.
         reward_funcs: as in TRL; at most one may be a `StepAwareReward`.
         args: a `DiffusionGRPOConfig`.
         train_dataset: as in TRL; a column `prompt` and whatever the reward functions need.
@@ -241,9 +263,16 @@ class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloV
             args = self.config_class(f"{name.split('/')[-1]}-{self._name}")
         if not isinstance(args, DiffusionGRPOConfig):
             raise TypeError(f"args must be a {self.config_class.__name__}, got {type(args).__name__}.")
-        check_arguments(model, processing_class, kwargs)
-        check_columns(train_dataset, reward_funcs)
         check_backend(args)
+        check_arguments(processing_class, kwargs)
+        check_load_arguments(args.model_init_kwargs)
+        if isinstance(model, str) and is_adapter(model):
+            model = load_to_train(model, args, kwargs.pop("quantization_config", None))
+            args = copy.copy(args)
+            args.model_init_kwargs = None  # used; TRL warns where they come with a model
+        check_model(model)
+        check_adapter(model, kwargs.get("peft_config"))
+        check_rollout_data(args, train_dataset, eval_dataset, reward_funcs)
         kwargs["peft_config"] = native_peft_config(kwargs.get("peft_config"), model, args.model_init_kwargs)
         adapter_precision = AdapterPrecision(model)
         if args.sync_ref_model and (isinstance(model, PeftModel) or kwargs.get("peft_config") is not None):
@@ -280,16 +309,18 @@ class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloV
         if reference is not None:
             self._adopt_reference(reference)
 
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        if launched != self.accelerator.num_processes:
-            raise RuntimeError(
-                f"{launched} processes were launched, but each believes to be one of {self.accelerator.num_processes} "
-                "and would train alone. On a CPU pass --use_cpu true for DDP, or --ddp_backend gloo for DeepSpeed."
-            )
+        check_trainable(self.model)
         adapter_precision.restore(self.model, args.deepspeed_plugin)
         self.family = family_of(self.model)
         check_device_map(self.model)
         self._check_family()
+        warn_of_eight_bit(self.model)
+        check_prompts_fit(
+            self.model,
+            args.max_completion_length,
+            {"train_dataset": train_dataset} | named_eval_datasets(eval_dataset),
+            lambda prompts: self._tokenize_prompts(prompts)[0],
+        )
         self.eos_token_ids = sorted({*self.family.end_token_ids, self._tokenizer.eos_token_id})
         self._checkpointing_kwargs: Any = args.gradient_checkpointing_kwargs
         self._rollouts = {"train": 0, "eval": 0}
@@ -379,6 +410,11 @@ class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloV
         completions = [ids[:n] for ids, n in zip(trajectory.completion_ids.tolist(), lengths, strict=True)]
         return completions, None
 
+    def _tokenize_prompts(self, prompts):
+        # TRL would close a last assistant message, which is the beginning of the answer
+        kwargs: Any = self.chat_template_kwargs
+        return [encode_prompt(prompt, self._tokenizer, **kwargs) for prompt in prompts], None, {}
+
     def _pad_prompts(self, prompt_ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         rows = [torch.tensor(ids) for ids in prompt_ids]
         padding: dict[str, Any] = {"padding_side": "left", "pad_to_multiple_of": self.pad_to_multiple_of}
@@ -389,6 +425,11 @@ class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloV
     def _global_rows(self, count: int) -> torch.Tensor:
         """Index (prompt · G + g) of this process's rows in the batch of all processes."""
         return torch.arange(count, device=self.accelerator.device) + self.accelerator.process_index * count
+
+    def _own_rows(self, count: int) -> slice:
+        """Where this process's rows lie in what is gathered from all processes."""
+        first = self.accelerator.process_index * count
+        return slice(first, first + count)
 
     def group_size(self, mode: str) -> int:
         """Completions per prompt, G."""
@@ -438,6 +479,10 @@ class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloV
         finished, self._finished = self._finished, None
         assert trajectory is not None and finished is not None
         rows["global_row"] = self._global_rows(len(finished.prompts))
+        unscored = finished.rewards.isnan().all(1)[self._own_rows(len(finished.prompts))]
+        # TRL gives a completion without a reward the advantage 0; NaN keeps it out of every statistic of its group
+        advantages = rows["advantages"].masked_fill(unscored, torch.nan)
+        rows["advantages"] = self._over_groups(mode, advantages, self._group_advantages)
         if mode == "train":
             self.last_rollout = trajectory, finished
             if self._probe is not None:
@@ -456,6 +501,7 @@ class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloV
         if self.beta != 0.0:
             rows["ref_per_token_logps"] = self._reference_logps(mode, rows)
         self._assign_credit(mode, rows)
+        rows["advantages"] = rows["advantages"].masked_fill(unscored, 0.0)
         return rows
 
     def _plan_views(
@@ -466,7 +512,8 @@ class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloV
         Args:
             mode: `"train"` (`num_iterations` inner updates) or `"eval"` (one).
             trajectory: of the B completions.
-            rows: `prompt_ids` and `prompt_mask` [B, P], `completion_ids` [B, L], `global_row` and `advantages` [B].
+            rows: `prompt_ids` and `prompt_mask` [B, P], `completion_ids` [B, L], `global_row` and `advantages` [B]
+                (NaN for a completion without a reward).
             learns: bool [B], whether a completion may learn at all.
 
         Returns:
@@ -484,15 +531,29 @@ class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloV
         """Views per completion and inner update."""
         return self.args.num_mc_samples
 
+    def _group_advantages(self, advantages: torch.Tensor) -> torch.Tensor:
+        """The method's own advantages; by default TRL's.
+
+        A process reward (SAPO) is added to them, so what centres or scales the rewards of a group belongs here.
+
+        Args:
+            advantages: TRL's, [N, G] for N prompts; NaN for a completion without a reward, which must not count.
+
+        Returns:
+            [N, G], NaN where the argument is.
+        """
+        return advantages
+
     def _assign_credit(self, mode: str, rows: dict[str, torch.Tensor]) -> None:
-        """Turn `rows["advantages"]` [B] into what the method learns from; by default they are that."""
+        """Turn `rows["advantages"]` [B], NaN for completions without a reward, into weights over their group, for
+        methods that learn from such weights."""
 
     def _over_groups(
         self, mode: str, values: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
         """Apply a function of whole prompt groups [N, G], which may lie on several processes, to values [B]."""
         results = function(self.accelerator.gather(values).view(-1, self.group_size(mode)))
-        return results.flatten()[self._global_rows(len(values))]
+        return results.flatten()[self._own_rows(len(values))]
 
     # ---------------------------------------------------------------- likelihood
 
@@ -717,6 +778,7 @@ class DiffusionGRPOTrainer(Checkpoints, GuardedUpdates, GRPOTrainer, MonteCarloV
                 card.write(f"\nThe reward is step-aware (SAPO). Cite it as:\n\n```bibtex\n{CITATION}\n```\n")
 
     def evaluate(self, *args, **kwargs):
+        check_eval_batch(self.args)
         self._rollouts["eval"] = 0  # every evaluation draws with the same noise
         return super().evaluate(*args, **kwargs)
 

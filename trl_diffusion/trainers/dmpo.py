@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch.nn.functional import logsigmoid
 
-from trl_diffusion.credit import effective_sample_size, target_log_weights
+from trl_diffusion.credit import effective_sample_size, group_softmax, scored_in_group, target_log_weights
 from trl_diffusion.likelihood import NoisePlan, elbo_of_pairs, mean_of_targets
 from trl_diffusion.likelihood.noise_plans import bernoulli, with_complements
 from trl_diffusion.trainers.completion_loss import CompletionLossConfig, CompletionLossTrainer
@@ -70,11 +70,7 @@ class DMPOConfig(CompletionLossConfig, MaskRateConfig):
             raise ValueError(
                 f"objective='wddo' has no weight baseline; set weight_baseline='none', got {self.weight_baseline!r}."
             )
-        if self.scale_rewards != "none":
-            raise ValueError(
-                f"DMPO's target is defined by the rewards themselves, so scale_rewards must be 'none'; got "
-                f"{self.scale_rewards!r}. Change alpha instead."
-            )
+        self.require_plain_rewards()
 
 
 def weighted_cross_entropy(weights: torch.Tensor, logps: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -86,7 +82,7 @@ def wddo_loss(weights: torch.Tensor, change: torch.Tensor, other_change: torch.T
     """−[G·w · log σ(D) + log σ(−D')], minimal where D is the log-ratio of target and old policy.
 
     Args:
-        weights: [B], G·w, mean 1 over a prompt's completions.
+        weights: [B], G·w, mean 1 over a prompt's G completions with a reward.
         change: [B], D = ELBO − ELBO_old.
         other_change: [B], the same from independent views.
     """
@@ -148,7 +144,7 @@ class DMPOTrainer(CompletionLossTrainer):
         return with_complements(bernoulli(rates, noise, self.args.min_mask_rate, self.args.max_mask_rate))
 
     def _plan_views(self, mode, trajectory, rows, learns) -> dict[str, torch.Tensor]:
-        plan = super()._plan_views(mode, trajectory, rows, learns)
+        plan = super()._plan_views(mode, trajectory, rows, learns & ~rows["advantages"].isnan())
         # what a group's weights are estimated on: completions that must not learn are weighed like the others
         plan["targets"][:, -1] = plan["hidden"][:, -1]
         return plan
@@ -156,30 +152,43 @@ class DMPOTrainer(CompletionLossTrainer):
     # ---------------------------------------------------------------- weights
 
     def _assign_credit(self, mode, rows) -> None:
-        args, size, rewards = self.args, self.group_size(mode), rows["advantages"]  # rewards less the prompt's mean
+        args, rewards = self.args, rows["advantages"]  # rewards less the prompt's mean, NaN for none
+        unscored = rewards.isnan()
         scale = 1 / args.alpha if args.weight_scale is None else args.weight_scale
         reference = current = None
         if args.alpha != 0.0 or args.weight_baseline == "model":
             views = [self._inner_updates(mode)]
             current = self._elbo(rows, views, self._logps_of_views(mode, self.model, rows, views))
-            rows["rollout_elbo"] = current
+            # −inf for the change since the rollout: the baseline leaves out what has no reward
+            rows["rollout_elbo"] = current.masked_fill(unscored, torch.inf)
         if args.alpha != 0.0:
             reference = self._elbo(rows, views, self._reference_logps(mode, rows, views))
 
-        def weights(rewards: torch.Tensor) -> torch.Tensor:
-            log_weights = target_log_weights(reference, current, rewards, args.alpha, scale)
-            return self._over_groups(mode, log_weights, lambda groups: groups.softmax(1))
+        def softmax(log_weights: torch.Tensor) -> torch.Tensor:
+            return self._over_groups(mode, log_weights.masked_fill(unscored, -torch.inf), group_softmax)
 
+        def weights(rewards: torch.Tensor) -> torch.Tensor:
+            return softmax(target_log_weights(reference, current, rewards, args.alpha, scale))
+
+        scored = self._over_groups(mode, rewards, scored_in_group)
+        equal = (1 / scored).masked_fill(unscored, 0.0)
         rows["weights"] = weights(rewards)
         rows["weight_baseline"] = {
             "none": lambda: torch.zeros_like(rewards),
-            "group": lambda: torch.full_like(rewards, 1 / size),
+            "group": lambda: equal,
             "individual": lambda: weights(-rewards),
-            "model": lambda: torch.full_like(rewards, 1 / size),  # as long as the policy is that of the rollout
+            "model": lambda: equal,  # as long as the policy is that of the rollout
         }[args.weight_baseline]()
-        groups = self.accelerator.gather(rows["weights"]).view(-1, size)
-        self._metrics[mode]["dmpo/effective_sample_size"].append(effective_sample_size(groups).mean().item())
-        self._metrics[mode]["dmpo/max_weight"].append(groups.max(1).values.mean().item())
+        self._log_weights(mode, rows["weights"])
+        if self.joint:  # WDDO's sample of the policy are the n completions with a reward: n·w in place of G·w
+            rows["weights"] = rows["weights"] * scored / self.group_size(mode)
+
+    def _log_weights(self, mode: str, weights: torch.Tensor) -> None:
+        groups = self.accelerator.gather(weights).view(-1, self.group_size(mode))
+        groups = groups[groups.any(1)]  # a prompt without any reward has no weights
+        if len(groups):
+            self._metrics[mode]["dmpo/effective_sample_size"].append(effective_sample_size(groups).mean().item())
+            self._metrics[mode]["dmpo/max_weight"].append(groups.max(1).values.mean().item())
 
     def _elbo(self, rows: dict[str, torch.Tensor], views: list[int], logps: torch.Tensor) -> torch.Tensor:
         """ELBO estimates [B] from log-probabilities [B, 1, V, L] on the views of one index."""
@@ -205,7 +214,7 @@ class DMPOTrainer(CompletionLossTrainer):
         own = torch.cat([rows["global_row"] for rows in slices])  # TRL shuffled them within each process
         order = self.accelerator.gather(own).argsort()
         change = self.accelerator.gather(torch.cat(changes))[order]
-        baseline = change.view(-1, self.group_size("train")).softmax(1).flatten()
+        baseline = group_softmax(change.view(-1, self.group_size("train"))).flatten()
         for rows in slices:
             rows["weight_baseline"] = baseline[rows["global_row"]]
 

@@ -91,8 +91,8 @@ class ESPOTrainer(CompletionLossTrainer):
     def _noise(self, mode, update, trajectory, rows, scope) -> NoisePlan:
         return self._subset_pairs(mode, update, rows, self.args.num_mc_samples // 2)
 
-    def _assign_credit(self, mode, rows) -> None:
-        rows["advantages"] = self._over_groups(mode, rows["advantages"], leave_one_out)
+    def _group_advantages(self, advantages) -> torch.Tensor:
+        return leave_one_out(advantages)
 
     def _completion_losses(self, rows, update, targets, logps) -> torch.Tensor:
         length = targets.size(-1)

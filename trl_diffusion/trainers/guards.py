@@ -12,8 +12,35 @@ from dataclasses import dataclass, field
 
 
 @dataclass
-class GuardConfig:
-    """The guards' policies; part of every method's config.
+class UpdateGuardConfig:
+    """The policy of updates; part of every trainer's config.
+
+    Args:
+        nonfinite_update: when the loss or the gradient is NaN or infinite: `raise`, or `skip` the update.
+    """
+
+    nonfinite_update: str = field(
+        default="raise",
+        metadata={"help": "When loss or gradient are NaN or infinite: raise, or skip (no parameter changes)."},
+    )
+
+    def check_guards(self) -> None:
+        """Check the policies.
+
+        Raises:
+            ValueError: if there is no such policy.
+        """
+        self._check_choices({"nonfinite_update": ("raise", "skip")})
+
+    def _check_choices(self, choices: dict[str, tuple[str, ...]]) -> None:
+        for name, values in choices.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} must be one of {', '.join(values)}; got {getattr(self, name)!r}.")
+
+
+@dataclass
+class GuardConfig(UpdateGuardConfig):
+    """The guards' policies; part of every RL method's config.
 
     Args:
         reward_error: when a reward function raises or runs into `reward_timeout`: `raise`, or `none`: the completions
@@ -21,7 +48,6 @@ class GuardConfig:
         reward_timeout: seconds that one call of a reward function may take.
         reward_nonfinite: when a reward is NaN or infinite (`None` is allowed): `raise`, or `none`: the completion gets
             no reward from this function.
-        nonfinite_update: when the loss or the gradient is NaN or infinite: `raise`, or `skip` the update.
         tied_rollouts_patience: warn after this many rollouts in a row in which the rewards are equal in every group.
     """
 
@@ -39,10 +65,6 @@ class GuardConfig:
         default="raise",
         metadata={"help": "When a reward is NaN or infinite: raise, or none (no reward from this function)."},
     )
-    nonfinite_update: str = field(
-        default="raise",
-        metadata={"help": "When loss or gradient are NaN or infinite: raise, or skip (no parameter changes)."},
-    )
     tied_rollouts_patience: int = field(
         default=10,
         metadata={"help": "Warn after this many rollouts in a row whose groups all have equal rewards; 0 for never."},
@@ -54,14 +76,8 @@ class GuardConfig:
         Raises:
             ValueError: if there is no such policy, or no time limit on this platform.
         """
-        choices = {
-            "reward_error": ("raise", "none"),
-            "reward_nonfinite": ("raise", "none"),
-            "nonfinite_update": ("raise", "skip"),
-        }
-        for name, values in choices.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name} must be one of {', '.join(values)}; got {getattr(self, name)!r}.")
+        super().check_guards()
+        self._check_choices({"reward_error": ("raise", "none"), "reward_nonfinite": ("raise", "none")})
         if self.reward_timeout is not None and self.reward_timeout <= 0:
             raise ValueError(f"reward_timeout must be positive, got {self.reward_timeout}. Leave it out for no limit.")
         if self.reward_timeout is not None and sys.platform == "win32":

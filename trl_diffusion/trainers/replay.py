@@ -100,8 +100,8 @@ class ReplayTrainer(NoisedGRPOTrainer):
             plan["old_per_token_logps"] = trajectory.logps
         return plan | ({} if trajectory.support is None else {"support": trajectory.support})
 
-    def _assign_credit(self, mode, rows) -> None:
-        rows["advantages"] = self._over_groups(mode, rows["advantages"], population_z_score)
+    def _group_advantages(self, advantages) -> torch.Tensor:
+        return population_z_score(advantages)
 
     def _scoring_temperature(self) -> float:
         return self.temperature

@@ -8,13 +8,16 @@ that the network learns where texts end. Prompts are never masked.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from peft import PeftConfig, get_peft_model
+from accelerate.utils import DistributedType, set_seed
+from datasets import Dataset, IterableDataset
+from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -22,26 +25,51 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
 )
+from transformers.utils.quantization_config import QuantizationConfigMixin
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
+from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from trl_diffusion.likelihood import noised_views, score_views
 from trl_diffusion.models import DiffusionFamily, family_of
+from trl_diffusion.models.adapters import is_adapter
+from trl_diffusion.models.positions import check_fits
 from trl_diffusion.sampling import row_generators
-from trl_diffusion.trainers.adapter_setup import native_peft_config
-from trl_diffusion.trainers.backends import check_backend
+from trl_diffusion.tokenization import encode_prompt
+from trl_diffusion.trainers.adapter_setup import load_to_train, native_peft_config
+from trl_diffusion.trainers.backends import check_backend, check_device_map, fit_to_cpu
+from trl_diffusion.trainers.checkpoints import Checkpoints, ResumeConfig
+from trl_diffusion.trainers.checks import (
+    check_adapter,
+    check_arguments,
+    check_dataset,
+    check_load_arguments,
+    check_model,
+    check_rows,
+    check_trainable,
+    named_eval_datasets,
+)
+from trl_diffusion.trainers.guards import UpdateGuardConfig
 from trl_diffusion.trainers.model_card import card_arguments, complete_card
+from trl_diffusion.trainers.sft_report import print_sft_report
+from trl_diffusion.trainers.update_guard import GuardedUpdates
 
 # Keeps the noise of training and of evaluation apart.
 _TRAIN, _EVAL = 0, 1
 
 
 @dataclass
-class SFTConfig(_BaseConfig):
+class SFTConfig(UpdateGuardConfig, ResumeConfig, _BaseConfig):
     """Configuration of [`SFTTrainer`]; defaults are d1's (2504.12216).
 
     The fields of `transformers.TrainingArguments` are there too; those below are new or have another default.
+
+    Raises:
+        ValueError: if a value is out of its range, or a setting has no meaning for this loss.
     """
+
+    # The command line gives them as JSON.
+    _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of AdamW."})
     weight_decay: float = field(default=0.1, metadata={"help": "Weight decay of AdamW."})
@@ -59,24 +87,38 @@ class SFTConfig(_BaseConfig):
     min_noise_level: float = field(
         default=1e-3, metadata={"help": "Smallest noise level t; the largest is 1. The loss has the weight 1/t."}
     )
-    model_init_kwargs: dict[str, Any] | None = field(
+    model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "Arguments of `from_pretrained`, such as `dtype`, where the model is given by name."},
     )
 
     def __post_init__(self) -> None:
+        fit_to_cpu(self)
         super().__post_init__()
         if not 0 < self.min_noise_level <= 1:
             raise ValueError(f"min_noise_level must lie in (0, 1], got {self.min_noise_level}.")
         if self.max_completion_length < 1:
             raise ValueError(f"max_completion_length must be at least 1, got {self.max_completion_length}.")
+        self.check_guards()
+        refused = {
+            "label_smoothing_factor": (self.label_smoothing_factor != 0, "the masked loss scores the data's tokens"),
+            "use_liger_kernel": (self.use_liger_kernel, "it replaces the forward pass that scores noised views"),
+            "hub_token": (
+                self.hub_token is not None,
+                "it would be saved in training_args.bin and pushed with it; use `hf auth login` or HF_TOKEN",
+            ),
+        }
+        for name, (is_set, reason) in refused.items():
+            if is_set:
+                raise ValueError(f"SFTConfig does not support `{name}`: {reason}. Leave it at its default.")
 
 
-class SFTTrainer(_BaseTrainer):
+class SFTTrainer(Checkpoints, GuardedUpdates, _BaseTrainer):  # type: ignore[misc]
     """Masked supervised fine-tuning.
 
     Args:
-        model: a diffusion language model, or its name or path.
+        model: a diffusion language model, or a `PeftModel` around one, or its name or path, which is loaded in
+            float32 unless `model_init_kwargs` says otherwise.
         args: configuration; d1's defaults if not given.
         train_dataset: columns `prompt` and `completion`, both strings or both lists of messages. Messages of the
             prompt go through the chat template; the completion is one assistant message.
@@ -84,11 +126,14 @@ class SFTTrainer(_BaseTrainer):
         processing_class: the tokenizer; loaded from the model's name if not given.
         callbacks: as in `transformers.Trainer`.
         optimizers: as in `transformers.Trainer`.
-        peft_config: trains an adapter if given.
+        peft_config: trains a new adapter if given. Its weights depend on `args.seed` alone.
+        quantization_config: how a model given by name is quantised while it is loaded; with an adapter only.
 
     Raises:
-        ValueError: if a column is missing or a completion does not fit on the canvas.
-        TypeError: if the model is not a diffusion language model.
+        ValueError: if a column is missing, rows are too few for one update, a completion does not fit on the canvas,
+            or a prompt and the canvas do not fit into the model's positions.
+        TypeError: if the model is not a diffusion language model, or `args` is not an `SFTConfig`.
+        RuntimeError: if several processes were launched and each would train alone.
     """
 
     _tag_names = ["trl", "sft", "diffusion"]
@@ -105,7 +150,7 @@ class SFTTrainer(_BaseTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | PreTrainedModel | PeftModel,
         args: SFTConfig | None = None,
         train_dataset: Dataset | None = None,
         eval_dataset: Dataset | dict[str, Dataset] | None = None,
@@ -113,30 +158,33 @@ class SFTTrainer(_BaseTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple = (None, None),
         peft_config: PeftConfig | None = None,
+        quantization_config: QuantizationConfigMixin | None = None,
     ):
         args = args or SFTConfig()
+        if not isinstance(args, SFTConfig):
+            raise TypeError(f"args must be an SFTConfig, got {type(args).__name__}.")
         check_backend(args)
-        if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
-        self.family = family_of(model)
+        check_arguments(processing_class, {})
+        check_load_arguments(args.model_init_kwargs)
+        _check_data(train_dataset, eval_dataset, args)
+        set_seed(args.seed)  # before the weights of a new adapter are drawn
+        policy = _policy(model, args, peft_config, quantization_config)
+        self.family = family_of(policy)
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
-        if peft_config is not None:
-            peft_config = native_peft_config(peft_config, model, args.model_init_kwargs)
-            model = get_peft_model(model, peft_config)  # type: ignore[assignment, arg-type]
-            if args.gradient_checkpointing:
-                model.enable_input_require_grads()
-        model.config.use_cache = False
+            name = get_config_model_id(policy.config)
+            processing_class = AutoTokenizer.from_pretrained(name, revision=_load_arguments(args).get("revision"))
 
         def tokenize(dataset: Dataset) -> Dataset:
-            return tokenize_dataset(dataset, processing_class, self.family, args.max_completion_length)
+            rows = tokenize_dataset(dataset, processing_class, self.family, args.max_completion_length)
+            check_fits(policy, max(map(len, rows["prompt_ids"])), args.max_completion_length, "the data set")
+            return rows
 
         if isinstance(eval_dataset, dict):
-            eval_dataset = {name: tokenize(dataset) for name, dataset in eval_dataset.items()}
+            eval_dataset = {name: tokenize(rows) for name, rows in eval_dataset.items()}
         elif eval_dataset is not None:
             eval_dataset = tokenize(eval_dataset)
         super().__init__(
-            model=model,
+            model=policy,
             args=args,
             train_dataset=None if train_dataset is None else tokenize(train_dataset),
             eval_dataset=eval_dataset,
@@ -145,6 +193,30 @@ class SFTTrainer(_BaseTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        check_device_map(self.model)
+        self.check_update_policy()
+        self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+
+    def train(self, *args, **kwargs):
+        """TRL's `train`. With the progress bar (`disable_tqdm=False`) the start-up report is printed first."""
+        if not self.args.disable_tqdm:
+            print_sft_report(self)
+        return super().train(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """transformers' `log`, with the mean of what was counted since the last one."""
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        logs |= {name: sum(values) / len(values) for name, values in metrics.items()}
+        metrics.clear()
+        super().log(logs, start_time)
+
+    def _run_state(self) -> dict[str, Any]:
+        return {**super()._run_state(), "metrics": {mode: dict(values) for mode, values in self._metrics.items()}}
+
+    def _take_back(self, state: dict[str, Any], checkpoint: Path) -> None:
+        super()._take_back(state, checkpoint)
+        for mode, metrics in state["metrics"].items():
+            self._metrics[mode].update(metrics)
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):  # type: ignore[override]  # as TRL's
         super().create_model_card(**card_arguments(self, model_name, dataset_name), tags=tags)
@@ -174,6 +246,7 @@ class SFTTrainer(_BaseTrainer):
             level.to(device),
             self.family,
         )
+        self.look_at_loss(model, loss)
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -182,6 +255,84 @@ class SFTTrainer(_BaseTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
         return loss.mean().detach(), None, None
+
+
+def _check_data(train_dataset: Any, eval_dataset: Any, args: SFTConfig) -> None:
+    """Refuse data sets from which nothing could be trained or measured; the model need not be loaded yet."""
+    if train_dataset is not None:
+        check_rows_of_texts(train_dataset, "train_dataset")
+    for name, rows in named_eval_datasets(eval_dataset).items():
+        check_rows_of_texts(rows, name)
+    if train_dataset is not None and args.dataloader_drop_last:
+        batch = args.train_batch_size * args.world_size
+        check_rows(
+            train_dataset,
+            batch,
+            f"dataloader_drop_last=True leaves out a batch of fewer than {batch} (per_device_train_batch_size "
+            f"{args.per_device_train_batch_size} × {args.world_size} processes)",
+        )
+
+
+def _policy(
+    model: Any,
+    args: SFTConfig,
+    peft_config: PeftConfig | None,
+    quantization_config: QuantizationConfigMixin | None,
+) -> Any:
+    """The model that is trained, with a new adapter if one is asked for."""
+    policy = _loaded(model, args, quantization_config)
+    check_adapter(policy, peft_config)
+    if peft_config is not None:
+        policy = _with_new_adapter(policy, peft_config, args)
+    check_trainable(policy)
+    if isinstance(policy, PeftModel) and args.gradient_checkpointing:
+        policy.enable_input_require_grads()
+    policy.config.use_cache = False
+    return policy
+
+
+def _loaded(model: Any, args: SFTConfig, quantization_config: QuantizationConfigMixin | None) -> Any:
+    """The model itself, or the one that a name stands for, in float32 as TRL's trainers load it."""
+    arguments = _load_arguments(args)
+    if not isinstance(model, str):
+        given = {"model_init_kwargs": arguments, "quantization_config": quantization_config}
+        if ignored := [name for name, value in given.items() if value]:
+            raise ValueError(
+                f"{' and '.join(ignored)} would be ignored, because the model given is loaded already. Leave them "
+                "out, or give the model's name."
+            )
+        check_model(model)
+        return model
+    if is_adapter(model):
+        return load_to_train(model, args, quantization_config)
+    check_model(model)
+    if quantization_config is not None:
+        arguments = {**arguments, "quantization_config": quantization_config}
+    if args.distributed_state is not None and args.distributed_state.distributed_type != DistributedType.NO:
+        arguments = {**arguments, "device_map": None}  # every process holds or shards the whole model
+    return create_model_from_path(model, AutoModelForCausalLM, **arguments)  # type: ignore[arg-type]
+
+
+def _load_arguments(args: SFTConfig) -> dict[str, Any]:
+    assert not isinstance(args.model_init_kwargs, str)  # transformers parses the command line's
+    return args.model_init_kwargs or {}
+
+
+def _with_new_adapter(model: Any, config: PeftConfig, args: SFTConfig) -> Any:
+    """A new adapter on a model, set up as TRL's trainers do."""
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "The model has an adapter already, and peft_config asks for another one. Leave peft_config out to train "
+            "the adapter that is there, or merge it first (`merge_and_unload`)."
+        )
+    settings: dict[str, Any] = {}
+    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+        if not model.uses_bitsandbytes:
+            settings["autocast_adapter_dtype"] = False  # ZeRO-3 gathers weights of one dtype only
+        if args.gradient_checkpointing:
+            # the other kind finds weights of another shape when it computes a layer again
+            args.gradient_checkpointing_kwargs = {**(args.gradient_checkpointing_kwargs or {}), "use_reentrant": True}  # type: ignore[dict-item]
+    return get_peft_model(model, native_peft_config(config, model, None), **settings)  # type: ignore[arg-type]
 
 
 def draw_noise(
@@ -256,16 +407,11 @@ def tokenize_dataset(
         Columns `prompt_ids`, `completion_ids` (with the turn-end id, without the tail) and `row`.
 
     Raises:
-        ValueError: if a column is missing, a completion is not one assistant message, or completions do not fit.
+        ValueError: if a message is not text, a completion is not one assistant message, or completions do not fit.
     """
-    if missing := {"prompt", "completion"} - set(dataset.column_names):
-        raise ValueError(
-            f"SFT needs the columns `prompt` and `completion`; {sorted(missing)} missing, found "
-            f"{sorted(dataset.column_names)}. Rename or build them, see trl_diffusion.tasks for examples."
-        )
     rows = dataset.map(
         lambda row, index: {
-            "prompt_ids": prompt_token_ids(row["prompt"], tokenizer),
+            "prompt_ids": encode_prompt(_checked_text(row["prompt"]), tokenizer),
             "completion_ids": [
                 *tokenizer(completion_content(row["completion"]), add_special_tokens=False)["input_ids"],
                 family.end_token_ids[-1],
@@ -286,12 +432,33 @@ def tokenize_dataset(
     return rows
 
 
-def prompt_token_ids(prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a prompt, through the chat template if it is a list of messages."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def check_rows_of_texts(dataset: Any, name: str) -> None:
+    """Refuse what is no data set of prompts and completions.
+
+    Args:
+        dataset: the trainer's argument.
+        name: of the argument, for messages.
+
+    Raises:
+        TypeError: if it is a stream or no data set.
+        ValueError: if it has several splits, no rows, lacks a column, or a row has no prompt or no completion.
+    """
+    check_dataset(dataset, name, dict.fromkeys(("prompt", "completion"), "masked SFT"))
+    if isinstance(dataset, IterableDataset):
+        raise TypeError(
+            f"{name} is a stream, and masked SFT needs all its rows: each is noised by its number, and is checked to "
+            "fit before training starts. Take a part, `Dataset.from_list(list(stream.take(n)))`."
+        )
+    check_rows(dataset, 1, "masked SFT needs one", name)
+    for column in ("prompt", "completion"):
+        if absent := [row for row, value in enumerate(dataset[column]) if value is None or value == []]:
+            raise ValueError(
+                f"{len(absent)} of {len(dataset)} rows of {name} have no {column}; the first is row {absent[0]}. Fill "
+                "them in or leave these rows out."
+            )
+
+
+prompt_token_ids = encode_prompt  # the import path it had
 
 
 def completion_content(completion: str | list[dict[str, Any]]) -> str:
@@ -307,7 +474,18 @@ def completion_content(completion: str | list[dict[str, Any]]) -> str:
             f"A completion must be a string or one assistant message, got {completion!r}. Move earlier turns to "
             "`prompt`."
         )
+    _checked_text(completion)
     return completion[0]["content"]
+
+
+def _checked_text(prompt: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """The prompt, if all its messages are text; a template for text would print other content as a list."""
+    for message in [] if isinstance(prompt, str) else prompt:
+        if not isinstance(message["content"], str):
+            raise ValueError(
+                f"The content of a message must be a string, got {message['content']!r}: only text is supported."
+            )
+    return prompt
 
 
 def make_collator(tail_token_id: int, max_completion_length: int) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
@@ -328,9 +506,10 @@ def make_collator(tail_token_id: int, max_completion_length: int) -> Callable[[l
         return {
             # Which id fills the padding does not matter: attention never reads it.
             "prompt_ids": torch.tensor(
-                [[tail_token_id] * pad + row["prompt_ids"] for pad, row in zip(padding, rows, strict=True)]
+                [[tail_token_id] * pad + row["prompt_ids"] for pad, row in zip(padding, rows, strict=True)],
+                dtype=torch.long,  # also where every prompt is empty
             ),
-            "prompt_mask": torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding]),
+            "prompt_mask": torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding], dtype=torch.long),
             "completion_ids": torch.tensor(canvases),
             "row": torch.tensor([row["row"] for row in rows]),
         }

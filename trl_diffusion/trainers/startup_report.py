@@ -15,6 +15,7 @@ from trl_diffusion.trainers import cost
 
 if TYPE_CHECKING:
     from trl_diffusion.trainers.diffusion_grpo import DiffusionGRPOConfig, DiffusionGRPOTrainer
+    from trl_diffusion.trainers.sft import SFTTrainer
 
 _PURPOSES = {
     "rollout": "rollout",
@@ -33,26 +34,33 @@ def print_report(trainer: DiffusionGRPOTrainer) -> None:
 
 def startup_report(trainer: DiffusionGRPOTrainer) -> Panel:
     """The panel for a trainer that is about to train."""
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="bold", no_wrap=True)
-    facts.add_column()
-    for name, text in {
-        **_model(trainer),
+    facts = {
+        **model_facts(trainer),
         **_method(trainer),
         **_batch(trainer),
-        **_memory(trainer),
+        **memory_facts(cost.memory(trainer)),
         **_off(trainer),
-    }.items():
-        facts.add_row(name, text)
+    }
+    return report_panel(trainer, facts, _cost_table(trainer))
+
+
+def report_panel(trainer: DiffusionGRPOTrainer | SFTTrainer, facts: dict[str, str], costs: Table) -> Panel:
+    """The panel of any trainer: facts by name, then the table of costs and, for an adapter, its coverage."""
+    rows = Table.grid(padding=(0, 2))
+    rows.add_column(style="bold", no_wrap=True)
+    rows.add_column()
+    for name, text in facts.items():
+        rows.add_row(name, text)
     tables = Table.grid(padding=(0, 4))
-    parts = [_cost_table(trainer)]
+    parts = [costs]
     if isinstance(trainer.model, PeftModel):
         parts.append(coverage_table(lora_coverage(trainer.model)))
     tables.add_row(*parts)
-    return Panel(Group(facts, "", tables), title=f"trl_diffusion · {trainer._name}", expand=False)
+    return Panel(Group(rows, "", tables), title=f"trl_diffusion · {trainer._name}", expand=False)
 
 
-def _model(trainer: DiffusionGRPOTrainer) -> dict[str, str]:
+def model_facts(trainer: DiffusionGRPOTrainer | SFTTrainer) -> dict[str, str]:
+    """Facts of the model that is trained: size, family, attention, adapter, quantisation."""
     family, model = trainer.family, trainer.model
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     total = cost.parameter_count(model)
@@ -70,7 +78,7 @@ def _model(trainer: DiffusionGRPOTrainer) -> dict[str, str]:
     }
 
 
-def _autocast(trainer: DiffusionGRPOTrainer) -> str:
+def _autocast(trainer: DiffusionGRPOTrainer | SFTTrainer) -> str:
     precision = trainer.accelerator.mixed_precision
     return "" if precision == "no" else f" (computed in {precision})"
 
@@ -147,14 +155,14 @@ def _cost_table(trainer: DiffusionGRPOTrainer) -> Table:
     table.add_column("TFLOP", justify="right")
     for purpose, count in asdict(units).items():
         if count:
-            table.add_row(_PURPOSES[purpose], f"{count:,.0f}", _significant(asdict(flop)[purpose] / 1e12))
+            table.add_row(_PURPOSES[purpose], f"{count:,.0f}", significant(asdict(flop)[purpose] / 1e12))
     table.add_section()
-    table.add_row("total", f"{units.total:,.0f}", _significant(flop.total / 1e12))
+    table.add_row("total", f"{units.total:,.0f}", significant(flop.total / 1e12))
     return table
 
 
-def _memory(trainer: DiffusionGRPOTrainer) -> dict[str, str]:
-    memory = cost.memory(trainer)
+def memory_facts(memory: cost.Memory) -> dict[str, str]:
+    """Memory of one process, in its parts."""
     parts = {
         "weights": memory.weights,
         "gradients": memory.gradients,
@@ -200,5 +208,6 @@ def _bytes(number: float) -> str:
     return f"{number / 2**10:.3g} KiB"
 
 
-def _significant(number: float) -> str:
+def significant(number: float) -> str:
+    """A number with three digits, or all of them before the point."""
     return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"

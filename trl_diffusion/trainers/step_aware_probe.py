@@ -99,15 +99,17 @@ class StepAwareProbe:
         start = time.perf_counter()
         trainer, settings = self.trainer, self.settings
         accelerator, group = trainer.accelerator, trainer.group_size("train")
-        count = len(finished.prompts)
-        mine = slice(accelerator.process_index * count, (accelerator.process_index + 1) * count)
+        mine = trainer._own_rows(len(finished.prompts))
         success = self._finished_success(finished, finished.rewards[mine, self.index])
         all_success, all_advantages = accelerator.gather((success, rows["advantages"]))
         baseline = group_success_rate(all_success, group, settings.leave_one_out)[mine]
 
         # The mean of equal rewards can be off in its last bit; that is no advantage.
-        groups = finished.rewards.nan_to_num().view(-1, group, finished.rewards.size(1))
-        tied = (groups == groups[:, :1]).all(2).all(1).repeat_interleave(group)[mine]
+        groups = finished.rewards.view(-1, group, finished.rewards.size(1))
+        scored = ~groups.isnan().all(2, keepdim=True)
+        groups = groups.nan_to_num()
+        highest, lowest = (groups.masked_fill(~scored, limit) for limit in (-torch.inf, torch.inf))
+        tied = (highest.amax(1) <= lowest.amin(1)).all(1).repeat_interleave(group)[mine]
         probed = settings.probed(rows["advantages"].masked_fill(tied, 0.0), success)
         # TRL empties the mask of a completion that `mask_truncated_completions` drops.
         probed &= rows["completion_mask"].any(1)

@@ -38,12 +38,16 @@ class GuardedUpdates(Trainer):
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
+        self.look_at_loss(model, loss)
+        return loss
+
+    def look_at_loss(self, model, loss: torch.Tensor) -> None:
+        """Remember whether a training loss is finite; a trainer that computes its own loss calls this with it."""
         if self.model.training:
             finite = loss.detach().isfinite()
             self._losses_finite = finite if self._losses_finite is None else self._losses_finite & finite
             if self._steps_in_backward() and self.accelerator.sync_gradients:
                 self._check_update(model, None)  # the last moment before the step
-        return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)

@@ -21,9 +21,17 @@ from trl_diffusion.trainers.noised_grpo import PromptNoiseConfig
 
 @dataclass
 class WD1Config(CompletionLossConfig, PromptNoiseConfig):
-    """The defaults of wd1 (2507.08838), which are d1's."""
+    """The defaults of wd1 (2507.08838), which are d1's.
+
+    Raises:
+        ValueError: if the rewards are to be scaled, or settings do not fit together.
+    """
 
     num_iterations: int = field(default=8, metadata={"help": "Inner updates per rollout batch, μ."})
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.require_plain_rewards()
 
 
 class WD1Trainer(CompletionLossTrainer):

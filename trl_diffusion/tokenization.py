@@ -1,0 +1,35 @@
+"""Prompts as token ids, the same in training, evaluation and analysis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+
+def encode_prompt(
+    prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, **template_kwargs: Any
+) -> list[int]:
+    """Token ids of a prompt; a last assistant message is the beginning of the answer, to be continued.
+
+    Args:
+        prompt: a text, or messages that go through the chat template.
+        tokenizer: with a chat template, if the prompt is a list of messages.
+        template_kwargs: further arguments of the template, such as TRL's `chat_template_kwargs`.
+
+    Raises:
+        ValueError: if the last message is of the assistant and its content is not a string.
+    """
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    # The template would close an assistant message, so its text is put after the header of the answer instead.
+    begun = prompt[-1]["role"] == "assistant"
+    beginning = prompt[-1]["content"] if begun else ""
+    if not isinstance(beginning, str):
+        raise ValueError(
+            f"The last message of a prompt is of the assistant, and its content is {beginning!r}. To be continued it "
+            "must be a string."
+        )
+    turns = prompt[:-1] if begun else prompt
+    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **template_kwargs)
+    return tokenizer(f"{text}{beginning}", add_special_tokens=False)["input_ids"]
