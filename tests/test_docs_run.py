@@ -49,8 +49,8 @@ STAND_INS = {"GSAI-ML/LLaDA-8B-Instruct": EMBEDDED_MODEL}
 CONFIGS = {name for name in dir(trainers) if name.endswith("Config")} | {"SFTConfig"}
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
-PYTHON = [block for block in BLOCKS if block.language == "python" and not block.title]  # the others: test_docs.py
-BASH = [block for block in BLOCKS if block.language == "bash"]
+# Blocks with a title are parts of the file that they name: tests/test_docs.py compares them.
+CODE = [block for block in BLOCKS if block.language in ("python", "bash") and not block.title]
 SENTENCES = [(str(page.relative_to(ROOT)), command) for page in PAGES for command in inline_commands(page)]
 
 
@@ -125,19 +125,14 @@ class ForCI(ast.NodeTransformer):
 
 
 def run_python(block: Block) -> None:
+    """Run a block of Python, or only compile it if it is skipped."""
+    if block.marker == "skip":
+        compile(block.code, block.place, "exec")
+        return
     fields = ForCI(block.note)
     tree = ast.fix_missing_locations(fields.visit(ast.parse(block.code)))
     assert fields.changed, f"the marker adds fields ({block.note}), but the block has no config of a trainer"
     exec(compile(tree, block.place, "exec"), {"__name__": "__main__"})
-
-
-@pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.place)
-def test_python_runs(block, enter):
-    enter(block.page)
-    if block.marker == "skip":
-        compile(block.code, block.place, "exec")
-    else:
-        run_python(block)
 
 
 # ---------------------------------------------------------------- commands
@@ -213,20 +208,28 @@ def read_arguments(script: str, arguments: list[str], monkeypatch) -> None:
     assert {"-h", "--help"} & {*arguments}, f"{script} never parsed {arguments}"
 
 
-@pytest.mark.parametrize("block", BASH, ids=lambda block: block.place)
-def test_commands_run(block, enter, monkeypatch):
+def run_commands(block: Block, monkeypatch) -> None:
+    """Let the recipes of a block of bash read their arguments, then run them unless it is skipped."""
     assert block.marker is not None, (
-        f"{block.place}: put a marker on the line before this block, `<!-- run: … -->` with arguments that shorten "
-        "its recipes or `<!-- skip: … -->` with the reason."
+        "Put a marker on the line before this block, `<!-- run: … -->` with arguments that shorten its recipes or "
+        "`<!-- skip: … -->` with the reason."
     )
-    enter(block.page)
     starts = [start for command in commands(block.code) for start in launched(command)]
     for script, arguments in starts:
         read_arguments(script, arguments, monkeypatch)
     if block.marker == "run":
-        assert starts, f"{block.place}: nothing here can run; say why it is skipped"
+        assert starts, "Nothing in this block can run: say why it is skipped."
         for script, arguments in starts:
             run_script(script, [*arguments, *block.note.split()], monkeypatch)
+
+
+@pytest.mark.parametrize("block", CODE, ids=lambda block: block.place)
+def test_blocks_run(block, enter, monkeypatch):
+    enter(block.page)
+    if block.language == "python":
+        run_python(block)
+    else:
+        run_commands(block, monkeypatch)
 
 
 @pytest.mark.parametrize(("page", "command"), SENTENCES)
@@ -242,6 +245,7 @@ def test_commands_in_sentences_are_understood(page, command, enter, monkeypatch)
 def test_every_block_is_of_a_known_language_and_every_marker_belongs_to_one():
     others = [block.place for block in BLOCKS if block.language not in ("python", "bash", "text")]
     assert not others, f"{others}: write them as python, bash or text, or say here how they are checked"
+    assert {block.page for block in BLOCKS if block.title} == {"docs/pages/adding_a_method.md"}
     for page in PAGES:
         text, blocks = page.read_text(), blocks_of(page)
         assert text.count("```") == 2 * len(blocks), f"{page}: a fence is not at the start of a line, or not closed"
