@@ -50,7 +50,7 @@ from trl_diffusion.trainers.checks import (
 )
 from trl_diffusion.trainers.cost import CompletionCost, rollout_units
 from trl_diffusion.trainers.guards import GuardConfig
-from trl_diffusion.trainers.model_card import card_arguments, complete_card
+from trl_diffusion.trainers.model_card import PortableCards, card_arguments, complete_card
 from trl_diffusion.trainers.monte_carlo_views import MonteCarloViews
 from trl_diffusion.trainers.random_streams import EVAL_ROLLOUT, TRAIN_ROLLOUT
 from trl_diffusion.trainers.reward_guard import RewardGuard
@@ -218,7 +218,7 @@ class DiffusionGRPOConfig(GuardConfig, ResumeConfig, GRPOConfig):
                 )
 
 
-class DiffusionGRPOTrainer(RolloutCheckpoints, GuardedUpdates, GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
+class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
     """GRPO for diffusion language models; a method says in which noised views its completions are scored.
 
     A subclass overrides `_plan_views` and `_view_of`. A `StepAwareReward` (SAPO, 2510.01544) among the reward
@@ -332,6 +332,7 @@ class DiffusionGRPOTrainer(RolloutCheckpoints, GuardedUpdates, GRPOTrainer, Mont
         self.reward_funcs = [self._reward_guard.wrap(function) for function in self.reward_funcs]
         self._probe = StepAwareProbe.of(self)
         self._dataset_name: str | None = None
+        self._unshown_completions = False
         self._trajectory: Trajectory | None = None
         self._scored: Scores | None = None
         self._window_rows: dict[str, torch.Tensor] | None = None
@@ -475,6 +476,7 @@ class DiffusionGRPOTrainer(RolloutCheckpoints, GuardedUpdates, GRPOTrainer, Mont
     def _generate_and_score_completions(self, inputs):
         mode = "train" if self.model.training else "eval"
         rows = super()._generate_and_score_completions(inputs)
+        self._unshown_completions = True
         trajectory, self._trajectory = self._trajectory, None
         finished, self._finished = self._finished, None
         assert trajectory is not None and finished is not None
@@ -756,7 +758,16 @@ class DiffusionGRPOTrainer(RolloutCheckpoints, GuardedUpdates, GRPOTrainer, Mont
         if self.model.training:
             self.count_forwards(3 * units * self.accelerator.num_processes)
 
-    # ---------------------------------------------------------------- model card, evaluation and checkpoints
+    # ---------------------------------------------------------------- logs, model card, evaluation and checkpoints
+
+    def log(self, logs, start_time=None):
+        # TRL shows the last completions with every log, also with those that report an accuracy or the run time.
+        wanted, self.log_completions = self.log_completions, self.log_completions and self._unshown_completions
+        try:
+            super().log(logs, start_time)
+        finally:
+            self.log_completions = wanted
+        self._unshown_completions = False
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):  # type: ignore[override]  # as TRL's
         self._dataset_name = dataset_name or self._dataset_name  # TRL does not repeat it with every checkpoint
