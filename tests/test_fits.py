@@ -111,28 +111,6 @@ def test_an_evaluation_does_not_take_the_checkpoint_s_sampling_settings():
     assert len(set(expected[1])) > len(set(expected[0]))
 
 
-def test_the_harness_names_prompts_that_do_not_fit():
-    pytest.importorskip("lm_eval")
-    from lm_eval.api.instance import Instance
-
-    from trl_diffusion.evaluation.harness import DiffusionHarnessLM
-
-    model = DiffusionHarnessLM(EMBEDDED_MODEL, device="cpu", block_length=32)
-    request = {"until": ["\n"], "max_gen_toks": 64, "do_sample": False}
-    long = "Tom has 7 pens. " * 40
-    with pytest.raises(ValueError, match=r"canvas of 64 does not fit.*256 positions"):
-        model.generate_until([Instance("generate_until", {}, (long, request), 0, ("words", 0, 1))], disable_tqdm=True)
-
-
-def test_the_harness_samples_with_top_p_alone():
-    pytest.importorskip("lm_eval")
-    from trl_diffusion.evaluation.harness import DiffusionHarnessLM
-
-    model = DiffusionHarnessLM(EMBEDDED_MODEL, device="cpu", block_length=32)
-    config = model._decoding({"max_gen_toks": 64, "do_sample": True, "temperature": 0.8, "top_p": 0.9})
-    assert (config.top_k, config.top_p, config.temperature, config.record_support) == (0, 0.9, 0.8, False)
-
-
 # ------------------------------------------- how a model is loaded
 
 

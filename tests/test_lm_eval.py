@@ -68,9 +68,11 @@ def test_each_repeat_is_drawn_anew_and_in_any_company(lm):
 def test_decoding_follows_the_task_where_the_model_says_nothing(lm):
     free = DiffusionHarnessLM(EMBEDDED_MODEL, block_length=8, batch_size="4", device="cpu", cache="dual")
     drawn = {"max_gen_toks": 30, "do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9}
-    assert free._decoding(dict(drawn)) == SamplingConfig(32, 16, 8, 0.6, 20, 0.9, "max_prob", cache="dual")
+    rules = {"unmasking": "max_prob", "record_support": False}  # completions are all that is kept
+    assert free._decoding(dict(drawn)) == SamplingConfig(32, 16, 8, 0.6, 20, 0.9, **rules, cache="dual")
+    assert free._decoding(drawn | {"top_k": 0}) == SamplingConfig(32, 16, 8, 0.6, 0, 0.9, **rules, cache="dual")
     greedy = {**drawn, "do_sample": False, "temperature": 0.0}
-    assert lm._decoding(dict(greedy)) == SamplingConfig(32, 16, 8, 0.0, unmasking="max_prob")
+    assert lm._decoding(dict(greedy)) == SamplingConfig(32, 16, 8, 0.0, **rules)
     with pytest.raises(ValueError, match=r"does not have: \{'num_beams': 4\}"):
         free._decoding({**greedy, "num_beams": 4})
 
