@@ -130,7 +130,9 @@ def make_model(args: EmbeddedArguments, tokenizer: PreTrainedTokenizerBase):
         pad_token_id=end,
         end_token_ids=[end, turn_end],
     )
-    return family(config)
+    model = family(config)
+    model.generation_config.max_new_tokens = 128  # the default, 256, leaves no position for a prompt
+    return model
 
 
 def make_dataset(args: EmbeddedArguments, slips: bool) -> Dataset:

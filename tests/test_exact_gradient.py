@@ -17,7 +17,7 @@ from trl_diffusion.trainers import AGRPOConfig, AGRPOTrainer
 
 PROMPT = [A, B, A]
 LENGTH, BLOCK = 4, 2
-LOSS_TYPES = ["grpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"]
+LOSS_TYPES = ["grpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo"]
 
 
 def reward_of(tokens: list[int]) -> float:
@@ -161,36 +161,28 @@ def test_paper_mean_is_its_own_objective_and_not_the_policy_gradient(model, tmp_
     assert 1 - cosine > 1e-3  # the agreement above is to 1e-6
 
 
-@pytest.mark.parametrize("importance_sampling_level", ["token", "sequence"])
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_entropy_draws_have_the_uniform_gradient(model, tmp_path, loss_type, importance_sampling_level):
+def test_entropy_draws_have_the_uniform_gradient(model, tmp_path, loss_type):
     """Every joint draw of steps for a micro-batch of two completions, weighted by its probability."""
-    if loss_type == "vespo" and importance_sampling_level == "sequence":
-        pytest.skip("VESPO has its own sequence weights")
-    averages = {
-        draws: average_over_draws(model, tmp_path, draws, loss_type, importance_sampling_level)
-        for draws in ("uniform", "entropy")
-    }
+    averages = {draws: average_over_draws(model, tmp_path, draws, loss_type) for draws in ("uniform", "entropy")}
     assert averages["uniform"].norm() > 1e-3
     torch.testing.assert_close(averages["entropy"], averages["uniform"], atol=1e-6, rtol=1e-5)
 
 
 def test_a_normaliser_that_depends_on_the_draw_breaks_it(model, tmp_path, monkeypatch):
     monkeypatch.setattr(AGRPOConfig, "_refuse_biased_weights", lambda self: None)
-    averages = [average_over_draws(model, tmp_path, draws, "bnpo", "token") for draws in ("uniform", "entropy")]
+    averages = [average_over_draws(model, tmp_path, draws, "bnpo") for draws in ("uniform", "entropy")]
     assert (averages[0] - averages[1]).norm() > 1e-3 * averages[0].norm()
 
 
 def test_weighted_kl_has_the_uniform_gradient(model, tmp_path):
-    averages = [
-        average_over_draws(model, tmp_path, draws, "dr_grpo", "token", beta=0.3) for draws in ("uniform", "entropy")
-    ]
-    without = average_over_draws(model, tmp_path, "uniform", "dr_grpo", "token")
+    averages = [average_over_draws(model, tmp_path, draws, "dr_grpo", beta=0.3) for draws in ("uniform", "entropy")]
+    without = average_over_draws(model, tmp_path, "uniform", "dr_grpo")
     assert (averages[0] - without).norm() > 1e-3
     torch.testing.assert_close(averages[1], averages[0], atol=1e-6, rtol=1e-5)
 
 
-def average_over_draws(model, tmp_path, draws: str, loss_type: str, level: str, beta: float = 0.0) -> torch.Tensor:
+def average_over_draws(model, tmp_path, draws: str, loss_type: str, beta: float = 0.0) -> torch.Tensor:
     paths = enumerate_paths(model.eval(), PROMPT, LENGTH, BLOCK, 2)
     early = next(path for path in paths if -1 in path.steps)
     # uneven steps, so that a normaliser over drawn tokens would show
@@ -202,7 +194,6 @@ def average_over_draws(model, tmp_path, draws: str, loss_type: str, level: str, 
         num_mc_samples=1,
         step_draws=draws,
         loss_type=loss_type,
-        importance_sampling_level=level,
         beta=beta,
         step_scope="exact",
     )

@@ -490,17 +490,15 @@ def uni_grpo(batch: Batch) -> torch.Tensor:
 
 
 def tracerl(batch: Batch) -> torch.Tensor:
-    """The old policy is also the one of the KL."""
+    """The old policy is also the one of the KL, which is a sum over a view's tokens."""
     deviations = batch.groups.std(1, keepdim=True, correction=0).expand_as(batch.groups).flatten().tolist()
     losses = [[] for _ in batch.ids]
     for targets, now, old, _ in batch.views(temperature=0.9):
         for i, advantage in enumerate(batch.centred):
-            terms = [
-                -ppo((now - old)[i, j].exp(), advantage / deviations[i], 0.2) + 0.1 * k3(now[i, j], old[i, j])
-                for j in targets[i].nonzero().flatten().tolist()
-            ]
-            if terms:
-                losses[i].append(sum(terms) / len(terms))
+            scored = targets[i].nonzero().flatten().tolist()
+            gains = [ppo((now - old)[i, j].exp(), advantage / deviations[i], 0.2) for j in scored]
+            if scored:
+                losses[i].append(-sum(gains) / len(gains) + 0.1 * sum(k3(now[i, j], old[i, j]) for j in scored))
     assert len({len(own) for own in losses}) > 1  # some texts ended early
     return sum(sum(own) / len(own) for own in losses) / len(losses)
 
@@ -769,7 +767,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("espo", {"num_mc_samples": 3}, f"ESPOConfig takes its views in {ODD}"),
     ("coupled", {"num_mc_samples": 3}, f"CoupledGRPOConfig takes its views in {ODD}"),
     ("uni", SEQUENCE, "UniGRPOConfig scores a part of the tokens per view, which has no sequence-level ratio"),
-    ("coupled", SEQUENCE, "got importance_sampling_level='sequence'. Set it to 'token', or use ESPO"),
+    ("coupled", SEQUENCE, "got importance_sampling_level='sequence'. Set .*='token' and .*, or use ESPO"),
+    ("uni", {"loss_type": "vespo"}, "no sequence-level ratio; got loss_type='vespo'"),
     ("tracerl", SEQUENCE, "TraceRLConfig scores a part of the tokens per view"),
     ("espo", SEQUENCE, NO_EFFECT.format("importance_sampling_level", "'sequence'", "ESPOConfig", "'token'")),
     ("wd1", {"epsilon": 0.3}, NO_EFFECT.format("epsilon", r"0\.3", "WD1Config", r"0\.2")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import product
 
@@ -10,7 +11,7 @@ import torch
 from methods import method_named
 from tiny import MASK, TAIL, coded_prompts, forwards_of, tiny_model, tiny_sdar
 from trainer_helpers import largest_log_ratio, losses_seen
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from trl_diffusion.evaluation.likelihood_bound import is_greedy, log_likelihood_bound
 from trl_diffusion.likelihood import noised_views, score_views, stack_views, trajectory_views
@@ -128,10 +129,19 @@ def test_a_noised_copy_needs_block_causal_attention():
 
 def test_published_configs_name_an_attention_that_is_not_used(tmp_path):
     network().save_pretrained(tmp_path)
-    named = SDARConfig.from_pretrained(tmp_path, attn_implementation="flex_attention")
-    assert AutoModelForCausalLM.from_config(named).config._attn_implementation == "sdpa"
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"attn_implementation": "flex_attention"}))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+    for given in ("eager", "sdpa"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=given)
+        assert model.config._attn_implementation == given
+
+
+@pytest.mark.parametrize("load", [AutoModelForCausalLM, SDARForCausalLM, AutoConfig, SDARConfig])
+def test_an_attention_that_is_asked_for_and_not_there_is_refused(load, tmp_path):
+    network().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="runs with attn_implementation 'eager' or 'sdpa'; got 'flex_attention'"):
-        SDARForCausalLM.from_pretrained(tmp_path, attn_implementation="flex_attention")
+        load.from_pretrained(tmp_path, attn_implementation="flex_attention")
 
 
 # ------------------------------------------- rollouts and their replay

@@ -656,7 +656,7 @@ def test_settings_that_do_not_fit_are_refused(changes, message, tmp_path):
         ({"step_selector": "roec"}, "Both a step_selector function and step_selector='roec' in the config are given"),
         ({"num_mc_samples": 5}, "cannot choose num_mc_samples=5 of 4 denoising steps"),
         ({"step_draws": "entropy"}, "replaces the Monte-Carlo draws"),
-        ({"step_reduction": "sum"}, "replaces the Monte-Carlo draws"),
+        ({"step_reduction": "sum", "loss_type": "dapo"}, "replaces the Monte-Carlo draws"),
     ],
     ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "",
 )

@@ -36,7 +36,7 @@ from trl_diffusion.models import family_of
 from trl_diffusion.trainers import AGRPOConfig, AGRPOTrainer, DiffusionGRPOConfig, DiffusionGRPOTrainer
 from trl_diffusion.trainers.sft import tokenize_dataset
 
-BASE, AGRPO = method_named("trajectory_grpo"), method_named("agrpo")
+BASE, AGRPO, DIFFU = (method_named(name) for name in ("trajectory_grpo", "agrpo", "diffu_grpo"))
 
 
 def batch(size: int = 4) -> list[dict]:
@@ -48,9 +48,12 @@ def batch(size: int = 4) -> list[dict]:
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo"])
 def test_every_loss_type_trains(loss_type, tmp_path):
-    trainer = BASE.make(
-        tmp_path, loss_type=loss_type, learning_rate=0.1, max_steps=2, num_iterations=2, logging_steps=1
-    )
+    # a mean over the tokens of a view cannot be added up over steps, and `vespo` needs the ratio of whole sequences
+    method, reduction = (DIFFU, {}) if loss_type == "vespo" else (BASE, {"step_reduction": "mean"})
+    if loss_type in ("dr_grpo", "dapo", "luspo", "cispo"):
+        reduction = {"step_reduction": "sum"}
+    settings = dict(learning_rate=0.1, max_steps=2, num_iterations=2, logging_steps=1)
+    trainer = method.make(tmp_path, loss_type=loss_type, **reduction | settings)
     before = parameters_of(trainer).clone()
     trainer.train()
     change = (parameters_of(trainer) - before).norm()
@@ -61,7 +64,6 @@ def test_every_loss_type_trains(loss_type, tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"importance_sampling_level": "sequence", "loss_type": "grpo"},
         {"delta": 1.5, "epsilon_high": 0.3},
         {"top_entropy_quantile": 0.5},
         {"entropy_coef": 0.1},
@@ -78,7 +80,15 @@ def test_every_loss_type_trains(loss_type, tmp_path):
     ids=lambda settings: next(iter(settings)),
 )
 def test_trl_settings_keep_working(settings, tmp_path):
-    trainer = BASE.make(tmp_path, learning_rate=0.1, max_steps=2, **settings)
+    trains(BASE, tmp_path, **settings)
+
+
+def test_sequence_level_ratios_where_a_view_scores_the_whole_text(tmp_path):
+    trains(DIFFU, tmp_path, importance_sampling_level="sequence", loss_type="grpo")
+
+
+def trains(method, tmp_path, **settings) -> None:
+    trainer = method.make(tmp_path, learning_rate=0.1, max_steps=2, **settings)
     before = parameters_of(trainer).clone()
     trainer.train()
     assert trainer.state.global_step == 2
@@ -294,6 +304,8 @@ def test_a_beginning_that_is_no_text_is_refused(tmp_path):
     parts = [{"type": "text", "text": "a"}]
     with pytest.raises(ValueError, match="last message of a prompt is of the assistant, and its content is"):
         trainer._tokenize_prompts([[{"role": "user", "content": "a"}, {"role": "assistant", "content": parts}]])
+    with pytest.raises(ValueError, match="has a part of type 'image'; only text is supported"):
+        trainer._tokenize_prompts([[{"role": "user", "content": [*parts, {"type": "image"}]}]])
 
 
 # ---------------------------------------------------------------- reference model and LoRA
@@ -419,10 +431,24 @@ def test_model_card_cites_the_paper(tmp_path):
         ({"unmasking": "left_to_right"}, "unmasking must be one of"),
         ({"step_draws": "all"}, "step_draws must be one of"),
         ({"num_mc_samples": 0}, "num_mc_samples"),
-        ({"step_draws": "entropy", "loss_type": "bnpo"}, "step_draws='uniform'"),
+        ({"step_draws": "entropy", "step_reduction": "mean", "loss_type": "bnpo"}, "step_draws='uniform'"),
         ({"step_draws": "entropy", "entropy_coef": 0.1}, "step_draws='uniform'"),
         ({"step_draws": "entropy", "top_entropy_quantile": 0.2}, "step_draws='uniform'"),
-        ({"beta": 0.1, "loss_type": "grpo"}, "KL term must carry the weights"),
+        ({"beta": 0.1, "top_entropy_quantile": 0.5}, "KL term must carry the weights"),
+        (
+            {"loss_type": "grpo"},
+            "loss_type='grpo' divides each view .* Set step_reduction='mean', or a loss_type among",
+        ),
+        ({"loss_type": "bnpo"}, "loss_type='bnpo' divides each view by its own number of tokens"),
+        ({"loss_type": "sapo"}, "loss_type='sapo' divides each view by its own number of tokens"),
+        (
+            {"loss_type": "vespo"},
+            "TrajectoryGRPOConfig scores a part of the tokens per view, .* got loss_type='vespo'",
+        ),
+        (
+            {"importance_sampling_level": "sequence"},
+            "no sequence-level ratio; got importance_sampling_level='sequence'",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

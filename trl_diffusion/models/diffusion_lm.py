@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from transformers import GenerationConfig
 from transformers.utils import ModelOutput
 from transformers.utils.quantization_config import QuantizationMethod
 
@@ -19,6 +20,7 @@ from trl_diffusion.models.window_cache import WindowCache
 
 if TYPE_CHECKING:
     from trl_diffusion.sampling import Trajectory
+    from trl_diffusion.sampling.generation import DiffusionGenerateOutput
 
 
 @dataclass
@@ -258,68 +260,120 @@ class DiffusionLM:
 
     def generate(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         *,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
         denoising_steps: int | None = None,
         block_length: int | None = None,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        do_sample: bool | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        num_return_sequences: int | None = None,
+        pad_token_id: int | None = None,
+        eos_token_id: int | list[int] | None = None,
         unmasking: str = "max_prob",
         confidence_threshold: float | None = None,
         entropy_bound: float | None = None,
         cache: str = "auto",
         cache_refresh: int = 0,
         generator: torch.Generator | None = None,
+        generation_config: GenerationConfig | None = None,
         return_trajectory: bool = False,
-    ) -> torch.Tensor | Trajectory:
+        return_dict_in_generate: bool | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor | Trajectory | DiffusionGenerateOutput:
         """Sample completions by diffusion on a canvas of `max_new_tokens` positions.
 
+        What transformers' `generate` has under the same name means the same here. What is not given is read from
+        `generation_config`, then from the model's, which comes from the checkpoint; greedy decoding on a canvas of
+        256 positions is what is left.
+
         Args:
-            input_ids: long [B, P], left-padded prompts.
+            input_ids: integers [B, P], left-padded prompts.
             attention_mask: [B, P], 0 on padding; all ones if not given.
-            max_new_tokens: canvas length L.
-            denoising_steps: S, half the canvas length if not given.
-            block_length: positions per block; divides the canvas length. If not given, 32, or with block-causal
-                attention the block size of that.
-            temperature: 0 is greedy.
-            top_k: keep the k most likely tokens; 0 keeps all.
-            top_p: keep the smallest set of tokens with this much probability; needs `top_k`.
+            max_new_tokens: canvas length L, any number from 1.
+            max_length: P + L, in place of it.
+            denoising_steps: S. If not given, every step commits two tokens.
+            block_length: positions per block; the last block is shorter where it does not divide L. If not given,
+                32, or with block-causal attention the block size of that; with `denoising_steps`, the largest up to
+                32 for which L and S are multiples of blocks.
+            do_sample: `False` is greedy, `True` without a temperature means temperature 1.
+            temperature: 0 is greedy, any other samples.
+            top_k: keep the k most likely tokens; 0 keeps all, and is the default also when sampling.
+            top_p: keep the smallest set of tokens with this much probability. Where a trajectory is returned, it
+                needs `top_k`.
+            num_return_sequences: completions per prompt n; those of a prompt follow each other.
+            pad_token_id: fills the canvas after a finished text; the family's tail id if not given.
+            eos_token_id: ids that end a text too. The family's own always do, because the network writes nothing but
+                filling after them.
             unmasking: how positions are chosen, see `trl_diffusion.sampling.SamplingConfig`, also for the next four.
             confidence_threshold: commit every position whose largest probability reaches this.
             entropy_bound: commit positions up to this much entropy, in nats.
             cache: keys and values to reuse between steps.
             cache_refresh: steps between two full passes with an approximate cache.
             generator: source of all randomness; PyTorch's global generator if not given.
+            generation_config: defaults for the arguments that it has fields for.
             return_trajectory: return the `Trajectory` instead of token ids.
+            return_dict_in_generate: return a `DiffusionGenerateOutput` with both.
+            **kwargs: refused if they ask for anything.
 
         Returns:
-            Long [B, P + L], prompts followed by their canvas (filled with the tail id behind a finished text), or
-            the `Trajectory`.
-        """
-        from trl_diffusion.sampling import SamplingConfig, row_generators, sample  # sampling imports models
+            Long [B · n, P + L], prompts followed by their completions (the pad id after the id that ends a text), or
+            the `Trajectory`, whose `completion_ids` are the canvas as it was written, or both.
 
+        Raises:
+            ValueError: for settings that diffusion sampling does not have or that contradict each other, prompts
+                that are not padded on the left, or prompt and canvas of more positions than the model has.
+        """
+        from trl_diffusion.sampling import SamplingConfig, generation  # sampling imports models
+        from trl_diffusion.sampling.prompts import checked_prompts
+
+        if input_ids is None:
+            raise ValueError("generate() needs at least one token of a prompt as `input_ids`; got none.")
+        input_ids, attention_mask, _ = checked_prompts(input_ids, attention_mask)
+        arguments = {
+            "max_new_tokens": max_new_tokens,
+            "max_length": max_length,
+            "do_sample": do_sample,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "num_return_sequences": num_return_sequences,
+            "pad_token_id": pad_token_id,
+            "eos_token_id": eos_token_id,
+            "return_dict_in_generate": return_dict_in_generate,
+            **kwargs,
+        }
+        settings = generation.read_settings(
+            arguments,
+            generation_config,
+            self.generation_config,  # type: ignore[attr-defined]  # transformers sets it
+            self.family,
+            input_ids.size(1),
+        )
+        canvas_length, steps, block = generation.canvas_plan(
+            settings.length, block_length, denoising_steps, self.attention_block
+        )
         config = SamplingConfig(
-            canvas_length=max_new_tokens,
-            denoising_steps=max_new_tokens // 2 if denoising_steps is None else denoising_steps,
-            block_length=block_length or self.attention_block or 32,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
+            canvas_length=canvas_length,
+            denoising_steps=steps,
+            block_length=block,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            record_support=return_trajectory or (settings.return_dict and settings.top_k > 0),
             unmasking=unmasking,
             confidence_threshold=confidence_threshold,
             entropy_bound=entropy_bound,
             cache=cache,
             cache_refresh=cache_refresh,
         )
-        seed = int(torch.randint(2**62, (), generator=generator, device=generator.device if generator else "cpu"))
-        trajectory = sample(
-            self,  # type: ignore[arg-type]
-            input_ids,
-            attention_mask,
-            config,
-            row_generators(seed, rows=range(input_ids.size(0))),
-        )
-        return trajectory if return_trajectory else torch.cat([input_ids, trajectory.completion_ids], dim=1)
+        output = generation.complete(self, input_ids, attention_mask, settings, config, generator)
+        if settings.return_dict:
+            return output
+        kept = output.trajectory if return_trajectory else output.sequences
+        assert kept is not None
+        return kept

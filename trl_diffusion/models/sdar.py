@@ -1,9 +1,9 @@
 """SDAR (2510.06303) and TraDo (2509.06949) as a native transformers class: `Qwen3ForCausalLM` with block-causal
 attention.
 
-Weights have Qwen3's names. Blocks are counted from the start of the completion, as in TraceRL's training of TraDo. SDAR's
-own sampler and DiRL's training count them from the start of the prompt, which is the same where the prompt fills its
-last block.
+Weights have Qwen3's names. Blocks are counted from the start of the completion, as in TraceRL's training of TraDo.
+SDAR's own sampler and DiRL's training count them from the start of the prompt, which is the same where the prompt
+fills its last block.
 """
 
 from __future__ import annotations
@@ -67,11 +67,25 @@ class SDARConfig(Qwen3Config):
         super().__post_init__(**kwargs)
         require_plain_rope(self)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        """transformers' `from_dict`, which puts arguments of `from_pretrained` among the keys of `config.json`."""
+        _check_attention(kwargs.get("attn_implementation"))
+        return super().from_dict(config_dict, **kwargs)
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration with the hub's `rope_theta`, as `config.json` stores it."""
         output = super().to_dict()
         output["rope_theta"] = output.pop("rope_parameters")["rope_theta"]
         return output
+
+
+def _check_attention(implementation: Any) -> None:
+    if implementation is not None and implementation not in ATTENTION:
+        raise ValueError(
+            f"SDAR's block-causal attention runs with attn_implementation {' or '.join(map(repr, ATTENTION))}; "
+            f"got {implementation!r}."
+        )
 
 
 class SDARRotaryEmbedding(Float32Rotary, qwen3.Qwen3RotaryEmbedding):
@@ -103,11 +117,7 @@ class SDARForCausalLM(DiffusionLM, Qwen3ForCausalLM):  # type: ignore[misc]  # `
 
     def __init__(self, config: SDARConfig):
         super().__init__(config)
-        if config._attn_implementation not in ATTENTION:
-            raise ValueError(
-                f"SDAR's block-causal attention runs with attn_implementation {' or '.join(map(repr, ATTENTION))}; "
-                f"got {config._attn_implementation!r}."
-            )
+        _check_attention(config._attn_implementation)
         self.attention_block = config.block_size
 
 

@@ -32,4 +32,6 @@ def uniforms(generators: Sequence[np.random.Generator], *shape: int) -> torch.Te
     Returns:
         Float64 tensor [len(generators), *shape], on the CPU.
     """
-    return torch.from_numpy(np.array([generator.random(shape) for generator in generators]).reshape(len(generators), *shape))
+    return torch.from_numpy(
+        np.array([generator.random(shape) for generator in generators]).reshape(len(generators), *shape)
+    )

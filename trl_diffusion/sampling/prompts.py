@@ -43,7 +43,7 @@ def checked_prompts(
     holes = (mask[:, 1:] < mask[:, :-1]).any(1)
     if holes.any():
         raise ValueError(
-            f"attention_mask has a hole in row {int(holes.int().argmax())}: a 0 follows a 1. Prompts are padded on the "
-            "left only, so every row must be zeros, then ones; take tokens that must not be seen out of the prompt."
+            f"attention_mask has a hole in row {int(holes.int().argmax())}: a 0 follows a 1. Prompts are padded on "
+            "the left alone, so every row must be zeros, then ones. Take unseen tokens out of the prompt."
         )
     return input_ids.long(), mask, mask.sum(1).tolist()

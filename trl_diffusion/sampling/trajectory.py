@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,6 +65,12 @@ class Trajectory:
             else:
                 merged[name] = sum(values) if name in ("forwards", "sync_forwards") else value
         return cls(**merged)
+
+    def cut(self, length: int) -> Trajectory:
+        """The trajectory of the first positions of the canvas."""
+        names = ("completion_ids", "unmask_step", "logps", "entropies", "support")
+        values = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: value[:, :length] for name, value in values.items() if value is not None})
 
     @property
     def steps_taken(self) -> torch.Tensor:

@@ -12,7 +12,14 @@ import threading
 from functools import lru_cache
 from pathlib import Path
 
-from trl_diffusion.tasks.number import parse_number
+from trl_diffusion.tasks.latex_text import (
+    for_math_verify,
+    lost_by_math_verify,
+    plain_latex,
+    same_string,
+    without_word_unit,
+)
+from trl_diffusion.tasks.number import MAGNITUDES, parse_number
 from trl_diffusion.tasks.text import readable
 
 LONGEST_ANSWER = 300
@@ -21,24 +28,22 @@ SECONDS_TO_START = 120.0
 SECONDS_TO_ANSWER = 120.0
 
 _WORKER = Path(__file__).with_name("math_verify_worker")
-# Behind a number: words, percent and degree signs.
-_UNIT = re.compile(
-    r"(?<=[\d}])\\?\s*(?:\\(?:text|mathrm|textrm|mbox)\s*\{[^{}]*\}(?:\^\{?\d\}?)?|\\?%|\^\s*\\circ|\^\s*\{\\circ\}|°)\s*$"
-)
-_NAME = re.compile(r"^\s*[a-zA-Z]\s*(?:=|\\in(?![a-z]))\s*")
-_LAYOUT = re.compile(r"\\(?:left|right|displaystyle|[,!;: ])(?![a-zA-Z])|\\[()\[\]]|\$|\s|~|\\\$")
-_SMALL_FRACTION = re.compile(r"\\[dt]frac")
-_DIGITS_FRACTION = re.compile(r"\\frac(\d)(\d)")
 # Towers of powers, exponents of five digits, large or repeated factorials, numbers of more than 30 digits.
 _TOO_LARGE = re.compile(r"(?:\^|\*\*)\s*[-({\s]*(?:\d{5}|\w+[)}\s]*(?:\^|\*\*))|\d{4}\s*!|!\s*!|\d{31}")
+
+
+_NUMBER = re.compile(
+    rf"[-+]?\s*[\d.,]+(?:\s*(?:\\text\s*\{{)?\s*(?:{'|'.join(MAGNITUDES)})s?\b[a-z ]*\}}?)?", re.IGNORECASE
+)
 
 
 def same_latex(given: str, gold: str) -> bool:
     """Whether an answer means the same as the right one.
 
-    Layout, a unit behind a number, degree and percent signs and a leading `x =` do not count. Two plain numbers are
-    compared exactly. What remains goes to math-verify, in a process of its own: at most 300 characters, no towers of
-    powers, no exponents of five digits, two seconds of processor time. Beyond that answers are taken as different.
+    Layout, fonts, a unit after a number, degree and percent signs do not count, nor does a leading `x =` that only one
+    of them has. Two plain numbers are compared exactly. What remains goes to math-verify, in a process of its own: at
+    most 300 characters, no towers of powers, no exponents of five digits, two seconds of processor time. Beyond that
+    answers are taken as different.
 
     Args:
         given: what a completion stated.
@@ -53,23 +58,20 @@ def how_same(given: str, gold: str) -> str | None:
     given, gold = readable(given), readable(gold)
     if len(given) > LONGEST_ANSWER:
         return None
-    if given.strip() == gold.strip() or _normal(given) == _normal(gold):
+    given, gold = plain_latex(given), plain_latex(gold)
+    if given == gold or same_string(given, gold):
         return "string"
+    given, gold = without_word_unit(given), without_word_unit(gold)
     if _plain_number(given) and _plain_number(gold):
         return "number" if parse_number(given) == parse_number(gold) else None
-    if _TOO_LARGE.search(given) or not re.search(r"\w", given):
+    if _TOO_LARGE.search(given) or not re.search(r"\w", given) or lost_by_math_verify(given, gold):
         return None
-    return "math-verify" if _JUDGE.same(gold, given) else None
-
-
-def _normal(text: str) -> str:
-    text = _SMALL_FRACTION.sub(r"\\frac", text.strip().rstrip("."))
-    text = _UNIT.sub("", _NAME.sub("", text))
-    return _DIGITS_FRACTION.sub(r"\\frac{\1}{\2}", _LAYOUT.sub("", text))
+    return "math-verify" if _JUDGE.same(for_math_verify(gold), for_math_verify(given)) else None
 
 
 def _plain_number(text: str) -> bool:
-    return re.fullmatch(r"\s*\$?\s*[-+]?[\d.,]+\s*\$?\.?\s*", text) is not None and parse_number(text) is not None
+    """Whether this is a number in digits, maybe in thousands or millions."""
+    return _NUMBER.fullmatch(text) is not None and parse_number(text) is not None
 
 
 class _Judge:

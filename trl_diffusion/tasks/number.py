@@ -21,7 +21,7 @@ _SIGNS = re.compile(r"\\[()\[\]]|\\%|\\\$|[$€£¥%°{}]|\\[;:,! ]|~")
 _EQUALS = re.compile(r"=|\\approx|≈")
 # Words that change the number before them, and what they multiply it by. A dozen is a unit: "12 dozen" answers "how
 # many dozens?".
-_MAGNITUDES = {
+MAGNITUDES = {
     "hundred": Fraction(100),
     "thousand": Fraction(1000),
     "lakh": Fraction(10**5),
@@ -34,11 +34,13 @@ _MAGNITUDES = {
     "thousandth": Fraction(1, 1000),
     "millionth": Fraction(1, 10**6),
 }
-_MAGNITUDE = re.compile(rf"[\s-]*({'|'.join(_MAGNITUDES)})s?(?![a-z])", re.IGNORECASE)
+_MAGNITUDE = re.compile(rf"[\s-]*({'|'.join(MAGNITUDES)})s?(?![a-z])", re.IGNORECASE)
 _LETTERS = {"k": Fraction(1000), "M": Fraction(10**6), "B": Fraction(10**9)}
 # 18K, $18M, $18B without a space: "18 M" and "18m" are metres.
 _LETTER = re.compile(r"\s?([kK])(?![a-zA-Z])|([MB])(?![a-zA-Z])")
-_AND_A_PART = re.compile(r"(?<![\d.])(\d+)\s+and\s+(?:(?:a|one)[\s-]+(half|quarter)|(three)[\s-]+quarters)\b", re.IGNORECASE)
+_AND_A_PART = re.compile(
+    r"(?<![\d.])(\d+)\s+and\s+(?:(?:a|one)[\s-]+(half|quarter)|(three)[\s-]+quarters)\b", re.IGNORECASE
+)
 _PARTS = {"half": "1/2", "quarter": "1/4", "three": "3/4"}
 _MINUS = re.compile(r"\b(?:negative|minus)\s+(?=[\d.$(\\])", re.IGNORECASE)
 # Words and signs in front of a number that change it.
@@ -112,7 +114,7 @@ def _magnitude(text: str) -> Fraction:
         return _LETTERS[letter[1].lower() if letter[1] else letter[2]]
     factor, position = Fraction(1), 0
     while word := _MAGNITUDE.match(text, position):
-        factor, position = factor * _MAGNITUDES[word[1].lower()], word.end()
+        factor, position = factor * MAGNITUDES[word[1].lower()], word.end()
     return factor
 
 

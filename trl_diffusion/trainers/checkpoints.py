@@ -9,29 +9,37 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
+from accelerate.utils import DeepSpeedSchedulerWrapper, gather_object
+from datasets import Dataset
+from peft import PeftModel, PeftType
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from trl_diffusion.trainers.manifest import discard, fault, read_manifest, rotate, seal, survey
+from trl_diffusion.models import DiffusionFamily
+from trl_diffusion.trainers.manifest import damage, discard, fault, read_manifest, rotate, seal, survey
+from trl_diffusion.trainers.resumed_rates import Rates, SavedSchedule
+from trl_diffusion.trainers.run_facts import (
+    Change,
+    Facts,
+    adapter_facts,
+    changes,
+    data_facts,
+    model_facts,
+    setting_facts,
+    trained_weights,
+    unknown,
+    weights_checksum,
+)
 
 logger = logging.getLogger(__name__)
-
-# With other values the rollout batch and the position in it would mean something else.
-_FIXED_SETTINGS = (
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "steps_per_generation",
-    "num_iterations",
-    "num_generations",
-    "num_mc_samples",
-    "seed",
-)
+# Settings with which a schedule that follows measurements starts again.
+_RATE_SETTINGS = ("`learning_rate`", "`lr_scheduler_type`", "`lr_scheduler_kwargs`")
 
 
 @dataclass
@@ -63,6 +71,13 @@ class Checkpoints(Trainer):
     state_file = "run_state"  # of each process; its index and `.pt` follow
     args: Any
     model: Any  # transformers types it as optional
+    lr_scheduler: Any
+    processing_class: Any
+    family: DiffusionFamily
+    _facts: Facts
+    _model_facts: Facts | None = None
+    _rates: Rates
+    _rates_anew = False
     _pending: dict[str, Any] | None = None
     _seconds_before = 0.0
     _started = 0.0
@@ -77,8 +92,8 @@ class Checkpoints(Trainer):
             **kwargs: see `transformers.Trainer.train`.
 
         Raises:
-            ValueError: if the checkpoint named is torn, or was written with other settings or another number of
-                processes.
+            ValueError: if the checkpoint named is torn, or was written by a run with other settings, another model,
+                adapter or data set, or another number of processes; the message names what changed.
         """
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         self._pending, self._seconds_before, self._started = None, 0.0, time.time()
@@ -99,9 +114,10 @@ class Checkpoints(Trainer):
     def _checkpoint_to_resume(self, asked: str | bool | None) -> Path | None:
         """The checkpoint to go on from, the same on every process."""
         output_dir = Path(self.args.output_dir)
+        self._facts = self._collect_facts()
         if asked is None or asked is False:
-            whole, _ = survey(output_dir)
-            if whole and self.is_world_process_zero():
+            whole, torn = survey(output_dir)
+            if (whole or torn) and self.is_world_process_zero():
                 logger.warning(
                     "%s holds checkpoints of an earlier run, which this run does not resume and may overwrite.",
                     output_dir,
@@ -117,10 +133,10 @@ class Checkpoints(Trainer):
                 f"resume_from_checkpoint={asked!r} is not a folder. Give a checkpoint's folder, or True for the last "
                 f"whole one in {output_dir}."
             )
-        torn = [why for why in gather_object([fault(checkpoint)]) if why is not None]
-        if torn:
+        faults = [why for why in gather_object([fault(checkpoint)]) if why is not None] or self._damage(checkpoint)
+        if faults:
             raise ValueError(
-                f"{checkpoint} {torn[0]}, so it was not written to its end and the run cannot go on from it. Give "
+                f"{checkpoint} {faults[0]}, so it is not what was written and the run cannot go on from it. Give "
                 "another one, or resume_from_checkpoint=True for the last one that is whole."
             )
         self._check_fits(checkpoint)
@@ -128,32 +144,107 @@ class Checkpoints(Trainer):
 
     def _last_checkpoint(self, output_dir: Path) -> Path | None:
         whole, torn = survey(output_dir)
-        if self.is_local_process_zero():
-            for folder, why in torn.items():
-                logger.warning("Skipping %s: it %s.", folder, why)
+        for folder, why in torn.items():
+            self._say_skipped(folder, why)
         # Nodes may have folders of their own: one that is whole everywhere is wanted.
         of_processes = gather_object([[folder.name for folder in whole]])
-        names = [name for name in of_processes[0] if all(name in others for others in of_processes)]
-        return output_dir / names[0] if names else None
+        for name in of_processes[0]:
+            if all(name in others for others in of_processes):
+                damaged = self._damage(output_dir / name)
+                if not damaged:
+                    return output_dir / name
+                self._say_skipped(output_dir / name, damaged[0])
+        return None
+
+    def _damage(self, checkpoint: Path) -> list[str]:
+        """What is wrong with the contents of a checkpoint, found by one process of every node."""
+        found = damage(checkpoint) if self.is_local_process_zero() else None
+        return [why for why in gather_object([found]) if why is not None]
+
+    def _say_skipped(self, folder: Path, why: str) -> None:
+        if self.is_local_process_zero():
+            logger.warning("Skipping %s: it %s.", folder, why)
+
+    # ---------------------------------------------------------------- does it fit
+
+    def _collect_facts(self) -> Facts:
+        """What the manifest keeps of this run, see `trl_diffusion.trainers.run_facts`."""
+        if self._model_facts is None:  # training changes what stands here
+            self._model_facts = self._collect_model_facts()
+        data = data_facts(self.train_dataset, self.processing_class.chat_template)
+        return {**self._model_facts, "settings": setting_facts(self.args), "data": data}
+
+    def _collect_model_facts(self) -> Facts:
+        model: Any = self.accelerator.unwrap_model(self.model)
+        adapters = model.peft_config if isinstance(model, PeftModel) else {}
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        fixed = self._fixed_weights()
+        run = {
+            "trainer": type(self).__name__,
+            "family": self.family.name,
+            "network": type(base).__name__,
+            "adapter": ", ".join(PeftType(config.peft_type).value for config in adapters.values()) or None,
+            "set of trained weights": trained_weights(model),
+            "optimizer": None if self.optimizer is None else _description(self.optimizer),
+            "way of distribution": self._distribution(),
+        }
+        checksum = weights_checksum(fixed, self._whole) if fixed else None
+        return {"run": run, "model": model_facts(base, checksum), "adapter": adapter_facts(adapters)}
+
+    def _fixed_weights(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """The weights that checkpoints do not hold and that have to be those of the first start, by name."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, PeftModel):
+            return []
+        return [(name, weight) for name, weight in model.named_parameters() if not weight.requires_grad]
+
+    def _distribution(self) -> str | None:
+        """The kind of files that the backend writes; processes are counted elsewhere."""
+        if self.is_deepspeed_enabled:
+            return f"DeepSpeed ZeRO-{self.accelerator.state.deepspeed_plugin.zero_stage}"
+        return "FSDP" if self.is_fsdp_enabled else None
+
+    def _whole(self, parameter: torch.nn.Parameter):
+        """Under ZeRO-3 a parameter is gathered for the context, and what the first process writes to it is kept."""
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        if plugin is None or plugin.zero_stage != 3:
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
 
     def _check_fits(self, checkpoint: Path) -> None:
-        facts = read_manifest(checkpoint)
-        if facts["processes"] != self.accelerator.num_processes:
+        before = read_manifest(checkpoint)
+        if before.get("processes") != self.accelerator.num_processes:
             raise ValueError(
-                f"{checkpoint} was written by {facts['processes']} processes; this run has "
+                f"{checkpoint} was written by {before.get('processes')} processes; this run has "
                 f"{self.accelerator.num_processes}. Resume with as many processes as wrote it."
             )
-        changed = {
-            name: (value, getattr(self.args, name))
-            for name, value in facts["settings"].items()
-            if value != getattr(self.args, name)
-        }
-        if changed:
-            listed = ", ".join(f"{name} {old} (now {new})" for name, (old, new) in changed.items())
+        # the first process decides: others may not hold the weights yet
+        changed = gather_object([changes(before, self._facts)])[0]
+        if refused := [change for change in changed if not change.allowed]:
             raise ValueError(
-                f"{checkpoint} was written with {listed}. A run cannot go on with other values of these: set them "
-                "back, or start a new run from the saved weights."
+                f"{checkpoint} was written by a run in which {_listed(refused)}. What it holds (drawn completions and "
+                "their log-probabilities, places in the random streams and in the data, the optimizer's averages) is "
+                "wrong with the new values. Set them back; or start a new run from the saved weights, with this "
+                "folder as the model, another output_dir and without resume_from_checkpoint."
             )
+        self._rates_anew = any(change.name in _RATE_SETTINGS for change in changed)
+        if self.is_world_process_zero():
+            self._report(checkpoint, changed, unknown(before, self._facts))
+
+    def _report(self, checkpoint: Path, changed: list[Change], not_compared: list[str]) -> None:
+        if changed:
+            logger.warning("Resuming %s with other settings: %s.", checkpoint, _listed(changed))
+        if not_compared:
+            logger.warning(
+                "%s was written by an earlier version, which did not record everything that must stay. Make sure that "
+                "these are as they were: %s.",
+                checkpoint,
+                ", ".join(not_compared),
+            )
+        if not isinstance(self.train_dataset, Dataset):
+            logger.warning("The training data are a stream; whether it is the same one cannot be checked.")
 
     # ---------------------------------------------------------------- write
 
@@ -174,7 +265,8 @@ class Checkpoints(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
-        self._seal(folder)
+        if not self.args.push_to_hub:  # else it was sealed before it was pushed
+            self._seal(folder)
         if self.args.should_save and limit is not None and limit > 0:
             best = self.state.best_model_checkpoint
             rotate(run_dir, limit, keep={folder} if best is None else {folder, Path(best)})
@@ -188,8 +280,7 @@ class Checkpoints(Trainer):
     def _seal(self, folder: Path) -> None:
         self.accelerator.wait_for_everyone()  # all have written
         if self.args.should_save:
-            settings = {name: vars(self.args)[name] for name in _FIXED_SETTINGS if name in vars(self.args)}
-            seal(folder, processes=self.accelerator.num_processes, settings=settings)
+            seal(folder, processes=self.accelerator.num_processes, **self._facts)
 
     def _write_state(self, folder: Path) -> None:
         """Write what transformers does not save."""
@@ -217,10 +308,22 @@ class Checkpoints(Trainer):
             if parameter.dtype != dtypes[name]:
                 parameter.data = parameter.data.to(dtypes[name])
 
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        schedule = super().create_scheduler(num_training_steps, optimizer)
+        if optimizer is None:  # the call after everything is wrapped; DeepSpeed has the schedule made beforehand
+            self._rates = Rates(self.optimizer, schedule)
+        return schedule
+
     def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        # The schedule is not loaded, which would bring back the rates of the interrupted run, but moved to its place.
+        schedule, saved = self.lr_scheduler, SavedSchedule()
+        if not isinstance(schedule, DeepSpeedSchedulerWrapper):
+            self.lr_scheduler = saved
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self.lr_scheduler = schedule
+        self._rates.resume(saved.state, self.state.global_step, anew=self._rates_anew)
         # by way of the CPU: torch.load does not know accelerate's device `cpu:0`
         state = torch.load(Path(checkpoint) / self._state_name(), map_location="cpu", weights_only=True)
         self._take_back(state, Path(checkpoint))
@@ -242,6 +345,8 @@ class Checkpoints(Trainer):
         position = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs
         )
+        # transformers takes these from the checkpoint, whatever the settings are
+        self.state.compute_steps(self.args, max_steps)
         # A run that was killed after its last update is at its end; transformers would take one step more.
         return (num_train_epochs, 0) if self.state.global_step >= max_steps else position
 
@@ -259,3 +364,13 @@ class _TakeBackPending(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.take_back_pending()
+
+
+def _listed(changed: list[Change]) -> str:
+    return "; ".join(map(str, changed))
+
+
+def _description(optimizer: torch.optim.Optimizer) -> str:
+    """An optimizer that was handed over: its class, and how many tensors each of its groups has."""
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    return f"{type(optimizer).__name__} of groups of {sizes} tensors"

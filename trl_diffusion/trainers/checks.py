@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import transformers
@@ -15,13 +17,17 @@ from trl import GRPOConfig
 from trl.trainer.utils import get_callable_name
 
 from trl_diffusion.credit import StepAwareReward
-from trl_diffusion.models import family_of
+from trl_diffusion.models import DiffusionLM, family_of
+from trl_diffusion.models.positions import check_fits
 from trl_diffusion.models.skeleton import native_config
+
+logger = logging.getLogger(__name__)
 
 # Keyword arguments with which TRL calls a reward function, in addition to the data set's other columns.
 _FROM_TRL = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 _NOT_PASSED_ON = {"prompt", "completion", "completion_ids"}  # columns that TRL keeps to itself
 _IMAGES = {"image", "images"}
+_LONGEST = 64  # prompts of a data set that are tokenised to see whether they fit
 
 
 # ---------------------------------------------------------------- model and adapter
@@ -111,6 +117,31 @@ def check_trainable(model: nn.Module) -> None:
     )
 
 
+def check_load_arguments(model_init_kwargs: Mapping[str, Any] | str | None) -> None:
+    """Refuse an argument of `from_pretrained` that TRL's loader leaves unread.
+
+    Raises:
+        ValueError: for `torch_dtype`, in place of which TRL loads float32.
+    """
+    if isinstance(model_init_kwargs, Mapping) and "torch_dtype" in model_init_kwargs:
+        raise ValueError(
+            f"model_init_kwargs has torch_dtype={model_init_kwargs['torch_dtype']!r}, now called `dtype`; under "
+            "its old name the model would be loaded in float32. Rename it."
+        )
+
+
+def warn_of_eight_bit(model: nn.Module) -> None:
+    """Say what `load_in_8bit` does to ratios."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if isinstance(base, DiffusionLM) and base.uses_bitsandbytes and base.hf_quantizer.quantization_config.load_in_8bit:
+        logger.warning(
+            "The model is loaded in 8 bits: its layers round activations too, by the largest ones of the batch, so "
+            "that a token's log-probability depends on what it is computed with. On policy, where ratios should be 1, "
+            "expect |log ratio| around 0.1 (`rollout/max_abs_log_ratio`). With load_in_4bit=True weights alone are "
+            "rounded, and ratios start at 1."
+        )
+
+
 # ---------------------------------------------------------------- data sets
 
 
@@ -152,6 +183,13 @@ def check_dataset(dataset: Any, name: str = "train_dataset", columns: Mapping[st
             )
 
 
+def named_eval_datasets(dataset: Any) -> dict[str, Any]:
+    """The trainer's `eval_dataset`, none, one or several, by names for messages."""
+    if isinstance(dataset, dict):
+        return {f"eval_dataset[{split!r}]": rows for split, rows in dataset.items()}
+    return {} if dataset is None else {"eval_dataset": dataset}
+
+
 def check_eval_datasets(dataset: Any, columns: Mapping[str, str] | None = None) -> None:
     """Check the trainer's `eval_dataset`, a data set or several by name; see `check_dataset`.
 
@@ -159,9 +197,7 @@ def check_eval_datasets(dataset: Any, columns: Mapping[str, str] | None = None) 
         TypeError: if one is no data set.
         ValueError: if one lacks a column or has no rows.
     """
-    several = dataset if isinstance(dataset, dict) else {None: dataset}
-    for split, rows in several.items():
-        name = "eval_dataset" if split is None else f"eval_dataset[{split!r}]"
+    for name, rows in named_eval_datasets(dataset).items():
         check_dataset(rows, name, columns)
         check_rows(rows, 1, "an evaluation needs one", name)
 
@@ -191,6 +227,30 @@ def check_rows(dataset: Dataset | IterableDataset, needed: int, why: str, name: 
         raise ValueError(
             f"{name} has {rows} row{'' if rows == 1 else 's'}, and {why}. Add rows, or let fewer be needed at a time."
         )
+
+
+def check_prompts_fit(
+    model: Any, canvas_length: int, datasets: Mapping[str, Any], encode: Callable[[list], Sequence[Sequence[int]]]
+) -> None:
+    """Refuse prompts that do not fit into the model's positions together with the canvas.
+
+    Tokenising a large data set would take minutes, so of each the 64 prompts with most characters are. The sampler
+    checks every prompt again when it draws, those of streams only then.
+
+    Args:
+        model: the trainer's model.
+        canvas_length: positions to write.
+        datasets: by their names for the message, with a column `prompt`.
+        encode: from prompts to token ids.
+
+    Raises:
+        ValueError: if one does not fit, or the canvas leaves no position for a prompt.
+    """
+    check_fits(model, 1, canvas_length, "any data set")
+    for name, dataset in datasets.items():
+        if isinstance(dataset, Dataset):
+            longest = heapq.nlargest(_LONGEST, dataset["prompt"], key=lambda prompt: len(str(prompt)))
+            check_fits(model, max(map(len, encode(longest))), canvas_length, name)
 
 
 # ---------------------------------------------------------------- rollouts and rewards

@@ -40,9 +40,13 @@ from trl_diffusion.trainers.checks import (
     check_adapter,
     check_arguments,
     check_eval_batch,
+    check_load_arguments,
     check_model,
+    check_prompts_fit,
     check_rollout_data,
     check_trainable,
+    named_eval_datasets,
+    warn_of_eight_bit,
 )
 from trl_diffusion.trainers.cost import CompletionCost, rollout_units
 from trl_diffusion.trainers.guards import GuardConfig
@@ -74,6 +78,9 @@ class DiffusionGRPOConfig(GuardConfig, ResumeConfig, GRPOConfig):
         cache: keys and values that the rollout reuses, see `SamplingConfig`. What `auto` reuses is exact; under
             `prefix` and `dual` completions are those of another policy, close to the network's.
         cache_refresh: steps between two full passes with `prefix` and `dual`; 0 for one at the start of a block.
+        per_device_train_batch_size: completions of a micro-batch on each process. If not given, whole groups of
+            `num_generations`: as many as 8 completions hold, at least one.
+        per_device_eval_batch_size: the same for evaluations, with `num_generations_eval` if that is given.
         num_mc_samples: Monte-Carlo views per completion and update. Memory does not grow with it, but for methods
             that need a completion's views together (ESPO, coupled-GRPO, SPG, WDDO).
 
@@ -120,6 +127,20 @@ class DiffusionGRPOConfig(GuardConfig, ResumeConfig, GRPOConfig):
         default=8, metadata={"help": "Monte-Carlo views (noised canvases) per completion and update."}
     )
     max_completion_length: int = field(default=256, metadata={"help": "Length of the canvas in tokens."})
+    per_device_train_batch_size: int = field(
+        default=0,
+        metadata={
+            "help": "Completions of a micro-batch on each process; if not given (0), groups of num_generations up to "
+            "8 completions, at least one group."
+        },
+    )
+    per_device_eval_batch_size: int = field(
+        default=0,
+        metadata={
+            "help": "Completions of an evaluation batch on each process; if not given (0), groups of "
+            "num_generations_eval (or num_generations) up to 8 completions, at least one group."
+        },
+    )
     disable_dropout: bool = field(
         default=True,
         metadata={"help": "Turn dropout off, so that ratios start at 1; with dropout they measure its noise."},
@@ -127,6 +148,10 @@ class DiffusionGRPOConfig(GuardConfig, ResumeConfig, GRPOConfig):
 
     def __post_init__(self):
         fit_to_cpu(self)
+        group = self.num_generations or 1
+        evaluated = self.num_generations_eval or group
+        self.per_device_train_batch_size = self.per_device_train_batch_size or _whole_groups(group)
+        self.per_device_eval_batch_size = self.per_device_eval_batch_size or _whole_groups(evaluated)
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         micro_batches = self.steps_per_generation or self.gradient_accumulation_steps
         completions = self.generation_batch_size or self.per_device_train_batch_size * micro_batches * processes
@@ -165,6 +190,22 @@ class DiffusionGRPOConfig(GuardConfig, ResumeConfig, GRPOConfig):
         """Whether views carry weights other than 1."""
         return False
 
+    def require_token_ratios(self) -> None:
+        """For methods whose views score a part of the completion each.
+
+        Raises:
+            ValueError: if `importance_sampling_level` or `loss_type` ask for the ratio of whole sequences.
+        """
+        of_tokens = {"importance_sampling_level": self.importance_sampling_level == "token"}
+        of_tokens["loss_type"] = self.loss_type != "vespo"  # its weights are functions of the sequence's ratio
+        for name, fits in of_tokens.items():
+            if not fits:
+                raise ValueError(
+                    f"{type(self).__name__} scores a part of the tokens per view, which has no sequence-level ratio; "
+                    f"got {name}={getattr(self, name)!r}. Set importance_sampling_level='token' and a loss_type other "
+                    "than 'vespo', or use ESPO, whose ratio is that of sequences."
+                )
+
     def _refuse_what_cannot_work(self) -> None:
         autoregressive = "it generates one token after the other; completions here are drawn by diffusion"
         refused = {
@@ -196,6 +237,11 @@ class DiffusionGRPOConfig(GuardConfig, ResumeConfig, GRPOConfig):
                 raise ValueError(
                     f"{type(self).__name__} does not support `{name}`: {reason}. Leave it at its default."
                 )
+
+
+def _whole_groups(size: int) -> int:
+    """Completions of a batch of whole groups of a size: as many as fit into 8, TRL's default, but at least one."""
+    return size * max(8 // size, 1)
 
 
 class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
@@ -245,6 +291,7 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
             raise TypeError(f"args must be a {self.config_class.__name__}, got {type(args).__name__}.")
         check_backend(args)
         check_arguments(processing_class, kwargs)
+        check_load_arguments(args.model_init_kwargs)
         check_rollout_data(args, train_dataset, eval_dataset, reward_funcs)
         if isinstance(model, str) and is_adapter(model):
             model = load_to_train(model, args, kwargs.pop("quantization_config", None))
@@ -296,6 +343,13 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
         self.family = family_of(self.model)
         check_device_map(self.model)
         self._check_family()
+        warn_of_eight_bit(self.model)
+        check_prompts_fit(
+            self.model,
+            args.max_completion_length,
+            {"train_dataset": train_dataset} | named_eval_datasets(eval_dataset),
+            lambda prompts: self._tokenize_prompts(prompts)[0],
+        )
         self.eos_token_ids = sorted({*self.family.end_token_ids, self._tokenizer.eos_token_id})
         self._checkpointing_kwargs: Any = args.gradient_checkpointing_kwargs
         self._rollouts = {"train": 0, "eval": 0}

@@ -66,19 +66,6 @@ class NoisedGRPOConfig(DiffusionGRPOConfig):
                 f"{self.num_mc_samples}."
             )
 
-    def require_token_ratios(self) -> None:
-        """For methods whose views score a part of the completion each.
-
-        Raises:
-            ValueError: if `importance_sampling_level` asks for the ratio of whole sequences.
-        """
-        if self.importance_sampling_level != "token":
-            raise ValueError(
-                f"{type(self).__name__} scores a part of the tokens per view, which has no sequence-level ratio; got "
-                f"importance_sampling_level={self.importance_sampling_level!r}. Set it to 'token', or use ESPO, whose "
-                "ratio is that of sequences."
-            )
-
 
 @dataclass
 class PromptNoiseConfig(NoisedGRPOConfig):

@@ -8,7 +8,6 @@ seed and epoch.
 from __future__ import annotations
 
 from collections import deque
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from trl.trainer.utils import RepeatSampler
 
+from trl_diffusion.credit import StepAwareReward
 from trl_diffusion.trainers.checkpoints import Checkpoints
+from trl_diffusion.trainers.run_facts import Facts, as_json
 
 REFERENCE_WEIGHTS = "reference_model.safetensors"
 
@@ -33,6 +34,8 @@ class RolloutCheckpoints(Checkpoints):
 
     state_file = "rollout_state"
     ref_model: Any
+    reward_funcs: list[Any]
+    reward_func_names: list[str]
     forward_units: float
     entropy_coef: float
     _last_world_entropy: float
@@ -60,6 +63,22 @@ class RolloutCheckpoints(Checkpoints):
                 "could not go on from them. Set save_strategy='no' or sync_ref_model=False, or use DDP or DeepSpeed."
             )
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    # ---------------------------------------------------------------- what must be the same
+
+    def _collect_facts(self) -> Facts:
+        facts = super()._collect_facts()
+        rewards: dict[str, Any] = {"list of reward functions": list(self.reward_func_names)}
+        for function in self.reward_funcs:
+            if isinstance(function, StepAwareReward):
+                settings = {name: value for name, value in vars(function).items() if not name.startswith("__")}
+                rewards |= {f"step-aware reward's {name}": v for name, v in settings.items() if not callable(v)}
+        return facts | {"run": facts["run"] | as_json(rewards)}
+
+    def _fixed_weights(self) -> list[tuple[str, torch.nn.Parameter]]:
+        if self.ref_model is None or self.args.sync_ref_model:
+            return super()._fixed_weights()
+        return list(self.accelerator.unwrap_model(self.ref_model).named_parameters())
 
     # ---------------------------------------------------------------- what a rollout run must remember
 
@@ -144,15 +163,6 @@ class RolloutCheckpoints(Checkpoints):
             for name, parameter in self.accelerator.unwrap_model(self.ref_model).named_parameters():
                 with self._whole(parameter):
                     parameter.data.copy_(weights.get_tensor(name))
-
-    def _whole(self, parameter: torch.nn.Parameter):
-        """Under ZeRO-3 a parameter is gathered for the context, and what the first process writes to it is kept."""
-        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
-        if plugin is None or plugin.zero_stage != 3:
-            return nullcontext()
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
 
 
 class _EpochRepeatSampler(RepeatSampler):

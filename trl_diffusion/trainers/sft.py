@@ -33,6 +33,7 @@ from trl.trainer.utils import create_model_from_path, get_config_model_id
 from trl_diffusion.likelihood import noised_views, score_views
 from trl_diffusion.models import DiffusionFamily, family_of
 from trl_diffusion.models.adapters import is_adapter
+from trl_diffusion.models.positions import check_fits
 from trl_diffusion.sampling import row_generators
 from trl_diffusion.tokenization import encode_prompt
 from trl_diffusion.trainers.adapter_setup import load_to_train, native_peft_config
@@ -42,9 +43,11 @@ from trl_diffusion.trainers.checks import (
     check_adapter,
     check_arguments,
     check_dataset,
+    check_load_arguments,
     check_model,
     check_rows,
     check_trainable,
+    named_eval_datasets,
 )
 from trl_diffusion.trainers.guards import UpdateGuardConfig
 from trl_diffusion.trainers.model_card import PortableCards, card_arguments, complete_card
@@ -162,6 +165,7 @@ class SFTTrainer(PortableCards, Checkpoints, GuardedUpdates, _BaseTrainer):  # t
             raise TypeError(f"args must be an SFTConfig, got {type(args).__name__}.")
         check_backend(args)
         check_arguments(processing_class, {})
+        check_load_arguments(args.model_init_kwargs)
         _check_data(train_dataset, eval_dataset, args)
         set_seed(args.seed)  # before the weights of a new adapter are drawn
         policy = _policy(model, args, peft_config, quantization_config)
@@ -171,7 +175,9 @@ class SFTTrainer(PortableCards, Checkpoints, GuardedUpdates, _BaseTrainer):  # t
             processing_class = AutoTokenizer.from_pretrained(name, revision=_load_arguments(args).get("revision"))
 
         def tokenize(dataset: Dataset) -> Dataset:
-            return tokenize_dataset(dataset, processing_class, self.family, args.max_completion_length)
+            rows = tokenize_dataset(dataset, processing_class, self.family, args.max_completion_length)
+            check_fits(policy, max(map(len, rows["prompt_ids"])), args.max_completion_length, "the data set")
+            return rows
 
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: tokenize(rows) for name, rows in eval_dataset.items()}
@@ -255,10 +261,8 @@ def _check_data(train_dataset: Any, eval_dataset: Any, args: SFTConfig) -> None:
     """Refuse data sets from which nothing could be trained or measured; the model need not be loaded yet."""
     if train_dataset is not None:
         check_rows_of_texts(train_dataset, "train_dataset")
-    several = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
-    for split, rows in several.items():
-        if rows is not None:
-            check_rows_of_texts(rows, "eval_dataset" if split is None else f"eval_dataset[{split!r}]")
+    for name, rows in named_eval_datasets(eval_dataset).items():
+        check_rows_of_texts(rows, name)
     if train_dataset is not None and args.dataloader_drop_last:
         batch = args.train_batch_size * args.world_size
         check_rows(
@@ -294,8 +298,8 @@ def _loaded(model: Any, args: SFTConfig, quantization_config: QuantizationConfig
         given = {"model_init_kwargs": arguments, "quantization_config": quantization_config}
         if ignored := [name for name, value in given.items() if value]:
             raise ValueError(
-                f"{' and '.join(ignored)} would be ignored, because the model given is loaded already. Leave them out, "
-                "or give the model's name."
+                f"{' and '.join(ignored)} would be ignored, because the model given is loaded already. Leave them "
+                "out, or give the model's name."
             )
         check_model(model)
         return model

@@ -14,7 +14,7 @@ from trl_diffusion.trainers import cost
 from trl_diffusion.trainers.startup_report import memory_facts, model_facts, report_panel, significant
 
 if TYPE_CHECKING:
-    from trl_diffusion.trainers.sft import SFTTrainer
+    from trl_diffusion.trainers.sft import SFTConfig, SFTTrainer
 
 
 def print_sft_report(trainer: SFTTrainer) -> None:
@@ -72,7 +72,12 @@ def _rows_of_update(trainer: SFTTrainer) -> int:
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * trainer.accelerator.num_processes
 
 
-def _cost_table(trainer: SFTTrainer) -> Table:
+def update_cost(trainer: SFTTrainer) -> tuple[float, float]:
+    """Forward units and floating-point operations of an update, on all processes together and with full batches.
+
+    Units are those of `DiffusionGRPOTrainer.count_forwards`; operations are those in matrix products, on average over
+    the noise.
+    """
     args, rows, batch = trainer.args, _rows_of_update(trainer), trainer.args.per_device_train_batch_size
     prompts = [len(ids) for ids in trainer.train_dataset["prompt_ids"]]  # type: ignore[index]
     # Prompts are padded to the longest of their micro-batch.
@@ -80,16 +85,27 @@ def _cost_table(trainer: SFTTrainer) -> Table:
     canvas = args.max_completion_length
     # Block-causal attention is shown the finished completion in addition to the noised one.
     context = 0 if trainer.family.attention_block is None else canvas
-    # The last layer computes as many positions of each row as the fullest row of the micro-batch has masks, and the
-    # largest of B levels is (B · 1 + min) / (B + 1) on average.
-    masked = canvas * (batch + args.min_noise_level) / (batch + 1)
     shape, tokens = cost.network_shape(trainer.model, args.gradient_checkpointing), prompt + canvas + context
-    flop = shape.forward_flop(tokens, masked) + shape.backward_flop(tokens, masked)
+    scored = scored_positions(args)
+    flop = shape.forward_flop(tokens, scored) + shape.backward_flop(tokens, scored)
+    return 3 * rows * (1 + context / (prompt + canvas)), rows * flop
+
+
+def scored_positions(args: SFTConfig) -> float:
+    """Positions of each row that the last layer computes, on average: as many as the micro-batch's fullest row masks.
+
+    The largest of B levels that are uniform on [min, 1] is (B + min) / (B + 1) on average.
+    """
+    batch = args.per_device_train_batch_size
+    return args.max_completion_length * (batch + args.min_noise_level) / (batch + 1)
+
+
+def _cost_table(trainer: SFTTrainer) -> Table:
+    units, flop = update_cost(trainer)
     table = Table("one update, all processes", title="Cost of full batches")
     table.add_column("forward units", justify="right")
     table.add_column("TFLOP", justify="right")
-    units = 3 * rows * (1 + context / (prompt + canvas))
-    table.add_row("forward and backward", f"{units:,.0f}", significant(rows * flop / 1e12))
+    table.add_row("forward and backward", f"{units:,.0f}", significant(flop / 1e12))
     return table
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
+from trl.trainer.utils import get_callable_name
 
 from trl_diffusion.credit import (
     SELECTORS,
@@ -36,6 +37,7 @@ from trl_diffusion.trainers.cost import CompletionCost
 from trl_diffusion.trainers.diffusion_grpo import DiffusionGRPOConfig, DiffusionGRPOTrainer
 from trl_diffusion.trainers.random_streams import EVAL_VIEWS, SELECTION, TRAIN_VIEWS
 from trl_diffusion.trainers.rollout_correction import RolloutCorrectionConfig, log_mismatch
+from trl_diffusion.trainers.run_facts import Facts
 
 # Loss types whose per-token terms are summed and divided by something the view does not change.
 _KEEP_FLOAT_MASK = ("dr_grpo", "dapo", "cispo", "luspo")
@@ -52,7 +54,7 @@ class TrajectoryGRPOConfig(RolloutCorrectionConfig, DiffusionGRPOConfig):
             or `entropy`: steps that committed uncertain tokens are drawn more often and weighted back (2510.04019).
         step_scope: which steps may learn, `exact` or `paper`, see `trl_diffusion.credit.eligible_steps`.
         step_reduction: `sum` or `mean` over the steps of a completion. `sum` makes a loss what TRL computes over all
-            tokens of the completion.
+            tokens of the completion, for a `loss_type` that adds up tokens (`dr_grpo`, `dapo`, `cispo`, `luspo`).
         step_selector: choose the same `num_mc_samples` steps for all completions of a rollout by their signals, see
             `trl_diffusion.credit.step_selection` (ATPO, 2511.15208): `all`, `uniform`, `random`, `entropy`,
             `confidence_margin`, `roec`, `roec_cm`, `threshold` or `sampled`. The trainer also takes a function.
@@ -105,8 +107,10 @@ class TrajectoryGRPOConfig(RolloutCorrectionConfig, DiffusionGRPOConfig):
         for name, values in choices.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} must be one of {', '.join(values)}; got {getattr(self, name)!r}.")
+        self.require_token_ratios()
         self.check_rollout_correction(self.sampling_config())
         self._check_selector()
+        self._refuse_sums_of_means()
         self._refuse_biased_weights()
         self._refuse_unweighted_kl()
 
@@ -151,6 +155,15 @@ class TrajectoryGRPOConfig(RolloutCorrectionConfig, DiffusionGRPOConfig):
                 f"step_reduction={self.step_reduction!r}."
             )
 
+    def _refuse_sums_of_means(self) -> None:
+        if self.step_reduction == "sum" and self.loss_type not in _KEEP_FLOAT_MASK:
+            raise ValueError(
+                f"step_reduction='sum' adds up a completion's steps so that the loss is TRL's over all its tokens. "
+                f"loss_type={self.loss_type!r} divides each view by its own number of tokens, which would make it "
+                "another loss. Set step_reduction='mean', or a loss_type among "
+                f"{', '.join(_KEEP_FLOAT_MASK)}."
+            )
+
     def _refuse_biased_weights(self) -> None:
         drawn = {"step_draws='entropy'": self.step_draws == "entropy"}
         drawn["step_selector='sampled'"] = self.step_selector == "sampled"
@@ -173,18 +186,13 @@ class TrajectoryGRPOConfig(RolloutCorrectionConfig, DiffusionGRPOConfig):
         if (
             self.beta != 0.0
             and self.weighted_views
-            and (
-                self.loss_type not in _KEEP_FLOAT_MASK
-                or self.importance_sampling_level != "token"
-                or self.top_entropy_quantile < 1.0
-            )
+            and (self.loss_type not in _KEEP_FLOAT_MASK or self.top_entropy_quantile < 1.0)
         ):
             raise ValueError(
                 f"With beta={self.beta}, the KL term must carry the weights of step_draws={self.step_draws!r}, "
                 f"step_reduction={self.step_reduction!r} and step_selector={self.step_selector!r}. That is exact only "
-                f"for loss_type in {', '.join(_KEEP_FLOAT_MASK)} with importance_sampling_level='token' and "
-                f"top_entropy_quantile=1; got loss_type={self.loss_type!r}, "
-                f"importance_sampling_level={self.importance_sampling_level!r}. Change these, set "
+                f"for loss_type in {', '.join(_KEEP_FLOAT_MASK)} with top_entropy_quantile=1; got "
+                f"loss_type={self.loss_type!r}, top_entropy_quantile={self.top_entropy_quantile}. Change these, set "
                 "step_draws='uniform' with step_reduction='mean' or another step_selector, or set beta=0."
             )
 
@@ -345,6 +353,12 @@ class TrajectoryGRPOTrainer(DiffusionGRPOTrainer):
             targets=length / steps,
             buffer_bytes=4.0 * length * (2 + args.top_k) + 12.0 * views,
         )
+
+    def _collect_facts(self) -> Facts:
+        facts = super()._collect_facts()
+        if self.step_selector is not None and self.args.step_selector is None:  # a function, in no setting
+            facts["run"] = facts["run"] | {"step selector": get_callable_name(self.step_selector)}
+        return facts
 
     def _extra_state(self) -> dict[str, Any]:
         signals = {} if self._running_signals is None else {"running_signals": asdict(self._running_signals)}

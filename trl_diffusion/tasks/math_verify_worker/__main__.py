@@ -8,15 +8,30 @@ time on the wall would make scores depend on how busy a machine is.
 
 import json
 import logging
+import math
 import resource
 import signal
 import sys
 
-from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+from latex2sympy2_extended import NormalizationConfig
+from math_verify import LatexExtractionConfig, parse, verify
+from sympy import Basic
 
 SECONDS = 2.0
 MEMORY = 4 * 2**30
-TARGETS = [LatexExtractionConfig(), ExprExtractionConfig()]
+# The whole answer or nothing: math-verify's reader of plain text takes the first number of `4\\sqrt(2)`, and its rule
+# for units cuts what follows a \\text.
+TARGETS = [
+    LatexExtractionConfig(
+        normalization_config=NormalizationConfig(
+            basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
+        )
+    )
+]
+# Of a decimal for a fraction: 0.333333 is a third.
+SIGNIFICANT_DIGITS = 6
+# Differences below 1e-100 are none; math-verify's own 15 digits take 1/2^98 for 1/2^99.
+PRECISION = 100
 
 
 class OutOfTime(BaseException):
@@ -27,13 +42,27 @@ def _stop(signum, frame):
     raise OutOfTime
 
 
+def decimals(gold: Basic | str) -> int:
+    """Decimal places to which a decimal must agree with the right answer: six, and more for one below 0.1."""
+    if not isinstance(gold, Basic) or not (gold.is_number and gold.is_real and gold.is_finite) or gold.is_zero:
+        return SIGNIFICANT_DIGITS
+    return SIGNIFICANT_DIGITS + max(0, -1 - math.floor(math.log10(abs(gold.evalf()))))
+
+
 def same(gold: str, given: str) -> bool:
     """Whether math-verify takes both for the same; `False` when the time is up."""
     signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
     try:
         # Its own timeouts are signal alarms on wall time.
         left, right = (parse(f"${text}$", TARGETS, parsing_timeout=None) for text in (gold, given))
-        return bool(left and right and verify(left, right, timeout_seconds=None))
+        return bool(left and right) and verify(
+            left,
+            right,
+            float_rounding=decimals(left[0]),
+            numeric_precision=PRECISION,
+            allow_set_relation_comp=True,  # 2 <= x < 5 is [2, 5)
+            timeout_seconds=None,
+        )
     except OutOfTime:
         return False
     finally:

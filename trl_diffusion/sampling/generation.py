@@ -1,0 +1,302 @@
+"""`generate()` in the words of transformers: its arguments and generation configs as settings of the sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.utils import ModelOutput, logging
+
+from trl_diffusion.models import DiffusionFamily, family_of
+from trl_diffusion.sampling.config import SamplingConfig
+from trl_diffusion.sampling.noise import row_generators
+from trl_diffusion.sampling.sampler import sample
+from trl_diffusion.sampling.state import CanvasState
+from trl_diffusion.sampling.trajectory import Trajectory
+
+logger = logging.get_logger(__name__)
+
+DEFAULT_LENGTH, DEFAULT_BLOCK = 256, 32
+
+# Fields of transformers' `GenerationConfig` that mean something here.
+READ = (
+    "max_new_tokens",
+    "max_length",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "num_return_sequences",
+    "pad_token_id",
+    "eos_token_id",
+    "return_dict_in_generate",
+)
+# Fields that ask for nothing at these values, and at `None` and `False`.
+NEUTRAL: dict[str, Any] = {
+    "use_cache": True,  # what is exact is reused anyway, see `cache`
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "min_p": 0.0,
+    "typical_p": 1.0,
+    "repetition_penalty": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "length_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "diversity_penalty": 0.0,
+    "guidance_scale": 1.0,
+}
+# Facts about a checkpoint, no settings.
+FACTS = ("bos_token_id", "decoder_start_token_id", "transformers_version")
+# What to do instead.
+ADVICE = {
+    "inputs": "prompts are `input_ids`",
+    "past_key_values": "see `cache`",
+    "streamer": "a text is returned when it is finished; its tokens are not written from left to right",
+    "min_p": "use top_k and top_p",
+    "num_beams": "use num_return_sequences with do_sample=True",
+    "stop_strings": "cut the decoded text, or pass ids as eos_token_id",
+    "stopping_criteria": "cut the decoded text, or pass ids as eos_token_id",
+    "output_scores": "return_trajectory=True records log-probabilities",
+    "output_logits": "return_trajectory=True records log-probabilities",
+}
+
+
+@dataclass
+class DiffusionGenerateOutput(ModelOutput):
+    """Result of `generate(..., return_dict_in_generate=True)`.
+
+    Args:
+        sequences: long [B, P + L].
+        trajectory: how the completions came to be; `None` where they were drawn with `top_p` alone.
+    """
+
+    sequences: torch.Tensor | None = None
+    trajectory: Trajectory | None = None
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """Arguments of `generate()`, read.
+
+    Args:
+        length: canvas positions L.
+        temperature: 0 is greedy.
+        top_k: 0 for all.
+        top_p: 1 for all.
+        copies: completions per prompt.
+        pad_token_id: fills what follows a finished text.
+        end_token_ids: ids that end a text in addition to those of the family.
+        return_dict: return a `DiffusionGenerateOutput`.
+    """
+
+    length: int
+    temperature: float
+    top_k: int
+    top_p: float
+    copies: int
+    pad_token_id: int
+    end_token_ids: tuple[int, ...]
+    return_dict: bool
+
+
+def read_settings(
+    arguments: Mapping[str, Any],
+    given: GenerationConfig | None,
+    own: GenerationConfig,
+    family: DiffusionFamily,
+    prompt_length: int,
+) -> GenerationSettings:
+    """Arguments first, then the generation config that was given, then the checkpoint's, then defaults.
+
+    Args:
+        arguments: keyword arguments of `generate()` named as fields of `GenerationConfig`; `None` where not given.
+        given: its argument `generation_config`.
+        own: the model's `generation_config`.
+        family: the model's facts.
+        prompt_length: P, padding included, for `max_length`.
+
+    Raises:
+        TypeError: if the config is no `GenerationConfig`.
+        ValueError: for settings that diffusion sampling does not have, or that contradict each other.
+    """
+    if given is not None and not isinstance(given, GenerationConfig):
+        raise TypeError(f"generation_config must be a GenerationConfig, got {type(given).__name__}.")
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    of_file = _fields(own)
+    of_config = {} if given is None else _fields(given)
+    _refuse(arguments)
+    # a config that is a changed copy of the checkpoint's brings the rest of it along
+    _refuse({name: value for name, value in of_config.items() if of_file.get(name) != value})
+    _say_what_is_not_read(of_file)
+    defaults = of_file | of_config
+    merged = defaults | arguments
+    if merged.get("num_return_sequences", 1) < 1:
+        raise ValueError(f"num_return_sequences must be at least 1, got {merged['num_return_sequences']}.")
+    return GenerationSettings(
+        length=_length([arguments, of_config, of_file], prompt_length),
+        temperature=_temperature(arguments, defaults),
+        top_k=merged.get("top_k", 0),
+        top_p=merged.get("top_p", 1.0),
+        copies=merged.get("num_return_sequences", 1),
+        pad_token_id=merged.get("pad_token_id", family.tail_token_id),
+        end_token_ids=_end_ids(merged.get("eos_token_id", ()), family),
+        return_dict=merged.get("return_dict_in_generate", False),
+    )
+
+
+def canvas_plan(
+    length: int, block_length: int | None, denoising_steps: int | None, attention_block: int | None
+) -> tuple[int, int, int]:
+    """(canvas length in whole blocks, denoising steps, block length) for a canvas of any length.
+
+    Blocks have 32 positions, or as many as the attention's, if not given; a shorter canvas is one block. The last
+    block is shorter where they do not divide the length. Every step commits two tokens if the steps are not given;
+    where they are and the block length is not, blocks are the largest up to 32 that divide both evenly.
+
+    Raises:
+        ValueError: if no block length goes with the denoising steps.
+    """
+    block = attention_block if block_length is None else block_length
+    if block is None:
+        block = min(length, DEFAULT_BLOCK) if denoising_steps is None else _even_block(length, denoising_steps)
+    num_blocks = -(-length // max(block, 1))  # `SamplingConfig` refuses what is below 1
+    steps = num_blocks * max(block // 2, 1) if denoising_steps is None else denoising_steps
+    return num_blocks * block, steps, block
+
+
+def _even_block(length: int, steps: int) -> int:
+    blocks = [block for block in range(1, min(length, DEFAULT_BLOCK) + 1) if length % block == 0]
+    for block in reversed(blocks):
+        if steps % (length // block) == 0:
+            return block
+    num_blocks = length // blocks[-1]
+    raise ValueError(
+        f"denoising_steps={steps} cannot be shared evenly by the blocks of a canvas of {length} positions. Choose a "
+        f"multiple of {num_blocks} (blocks of {blocks[-1]}), or give block_length too."
+    )
+
+
+def complete(
+    model: Any,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    settings: GenerationSettings,
+    config: SamplingConfig,
+    generator: torch.Generator | None,
+) -> DiffusionGenerateOutput:
+    """Draw the completions of prompts [B, P] as settings and config say."""
+    if settings.copies > 1 and config.temperature == 0 and config.unmasking != "random":
+        raise ValueError(
+            f"num_return_sequences={settings.copies} greedy completions of one prompt would all be equal. Sample with "
+            "do_sample=True, or leave num_return_sequences out."
+        )
+    input_ids = input_ids.repeat_interleave(settings.copies, 0)
+    family, state = family_of(model), None
+    if settings.length < config.canvas_length:
+        state = CanvasState.empty(len(input_ids), config.canvas_length, family.mask_token_id, input_ids.device)
+        state.length.fill_(settings.length)
+    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device if generator else "cpu"))
+    trajectory = sample(
+        model,
+        input_ids,
+        attention_mask.repeat_interleave(settings.copies, 0),
+        config,
+        row_generators(seed, rows=range(len(input_ids))),
+        state=state,
+        end_token_ids=settings.end_token_ids,
+    ).cut(settings.length)
+    family = replace(family, end_token_ids=(*family.end_token_ids, *settings.end_token_ids))
+    after = torch.arange(settings.length, device=input_ids.device)
+    after = after >= family.effective_length(trajectory.completion_ids).unsqueeze(1)
+    completions = trajectory.completion_ids.masked_fill(after, settings.pad_token_id)
+    return DiffusionGenerateOutput(
+        sequences=torch.cat([input_ids, completions], dim=1),
+        trajectory=trajectory if config.record_support or not config.truncates else None,
+    )
+
+
+def _fields(config: GenerationConfig) -> dict[str, Any]:
+    """What a config sets."""
+    return {name: value for name, value in config.to_diff_dict().items() if value is not None and name[0] != "_"}
+
+
+def _not_read(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that ask for something which diffusion sampling does not have."""
+    return {
+        name: value
+        for name, value in settings.items()
+        if name not in READ and name not in FACTS and value is not False and (name, value) not in NEUTRAL.items()
+    }
+
+
+def _refuse(settings: Mapping[str, Any]) -> None:
+    if refused := _not_read(settings):
+        names = "; ".join(f"{name} ({ADVICE[name]})" if name in ADVICE else name for name in refused)
+        raise ValueError(
+            f"generate() of a diffusion language model does not have these settings: {names}. Leave them out. It "
+            f"has {', '.join(READ)}, and those of trl_diffusion.sampling.SamplingConfig."
+        )
+
+
+def _say_what_is_not_read(of_file: Mapping[str, Any]) -> None:
+    if unread := _not_read(of_file):
+        logger.warning_once(  # type: ignore[attr-defined]  # transformers adds it to loggers
+            f"The checkpoint's generation config has settings that diffusion sampling does not have, and that "
+            f"generate() does not read: {unread}."
+        )
+
+
+def _length(layers: Sequence[Mapping[str, Any]], prompt_length: int) -> int:
+    """The canvas length that the first of the layers gives."""
+    arguments = layers[0]
+    if "max_new_tokens" in arguments and "max_length" in arguments:
+        raise ValueError(
+            f"max_new_tokens={arguments['max_new_tokens']} and max_length={arguments['max_length']} both say how long "
+            "the canvas is: give one of them."
+        )
+    for layer in layers:
+        if "max_new_tokens" in layer:
+            if (length := layer["max_new_tokens"]) < 1:
+                raise ValueError(f"max_new_tokens must be at least 1, got {length}.")
+            return length
+        if "max_length" in layer:
+            if (length := layer["max_length"] - prompt_length) < 1:
+                raise ValueError(
+                    f"max_length={layer['max_length']} counts the prompt, which has {prompt_length} tokens, so no "
+                    "position is left to write. Raise it, or give max_new_tokens."
+                )
+            return length
+    return DEFAULT_LENGTH
+
+
+def _temperature(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> float:
+    """0 for greedy. `do_sample` alone means temperature 1, as in transformers; a temperature alone means sampling."""
+    do_sample, temperature = arguments.get("do_sample"), arguments.get("temperature")
+    if do_sample is not None and temperature is not None and do_sample != (temperature > 0):
+        raise ValueError(
+            f"do_sample={do_sample} and temperature={temperature} contradict each other: greedy decoding is "
+            "do_sample=False or temperature=0, sampling do_sample=True or a temperature above 0. Give one of them."
+        )
+    if temperature is not None:
+        return temperature
+    if do_sample is not None:
+        return (defaults.get("temperature") or 1.0) if do_sample else 0.0
+    if "do_sample" in defaults:
+        return defaults.get("temperature", 1.0) if defaults["do_sample"] else 0.0
+    return defaults.get("temperature", 0.0)
+
+
+def _end_ids(given: Any, family: DiffusionFamily) -> tuple[int, ...]:
+    ids = torch.as_tensor(given, dtype=torch.long).flatten().tolist()
+    if outside := [token for token in ids if not 0 <= token < family.num_tokens or token == family.mask_token_id]:
+        raise ValueError(
+            f"eos_token_id holds {outside[0]}, an id that is never sampled: ids run from 0 to "
+            f"{family.num_tokens - 1}, and {family.mask_token_id} is the mask. Leave it out; the family's own end "
+            "ids end a text in any case."
+        )
+    return tuple(ids)
