@@ -173,6 +173,7 @@ DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
         ({}, {}, {"use_cpu": True, "bf16": None}),
         (DEEPSPEED, {}, {"use_cpu": False, "ddp_backend": "gloo", "bf16": False}),
         (DEEPSPEED, {"ddp_backend": "mpi", "bf16": True}, {"ddp_backend": "mpi", "bf16": True}),
+        ({"ACCELERATE_USE_FSDP": "true"}, {}, {"use_cpu": False, "ddp_backend": "gloo", "bf16": False}),
         ({}, {"deepspeed": "file.json"}, {"use_cpu": False, "ddp_backend": "gloo", "bf16": False}),
     ],
 )

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from trl import ModelConfig, get_peft_config
 
+from trl_diffusion.evaluation import load_model
 from trl_diffusion.models import DreamModel, LLaDAModelLM, SDARForCausalLM, export_adapter, import_adapter
 from trl_diffusion.models.embedded import EMBEDDED_MODEL
 from trl_diffusion.models.lora import LoraCoverage, lora_coverage
@@ -143,6 +144,35 @@ def random_adapter(base: Path, folder: Path, **lora) -> PeftModel:
     adapted = get_peft_model(model, LoraConfig(r=3, init_lora_weights=False, **lora)).eval()
     adapted.save_pretrained(folder)
     return adapted
+
+
+def test_an_adapter_folder_is_trained_further_on_its_own_base(base, tmp_path):
+    given = random_adapter(base, tmp_path / "given", target_modules=["q_proj", "down_proj"])
+    args = AGRPO.make(tmp_path / "run", max_steps=2, learning_rate=0.5, model_init_kwargs={"dtype": "float32"}).args
+    trainer = AGRPO.trainer(str(tmp_path / "given"), text_reward, args, Dataset.from_dict({"prompt": PROMPTS}))
+    assert torch.equal(logits_of(trainer.model), logits_of(given))
+    start = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    trainer.train()
+    moved = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, start[name])}
+    assert moved == {name for name in start if "lora_" in name} and len(moved) == 8
+    trainer.save_model()
+    saved = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert saved["base_model_name_or_path"] == str(base) and saved["r"] == 3
+    again, _ = load_model(str(tmp_path / "run"))
+    assert torch.equal(logits_of(again), logits_of(trainer.model))
+
+
+def test_adapters_that_do_not_fit_their_base_are_refused_with_the_way_out(base, tmp_path):
+    """PEFT loads what it finds layers for, and only warns of the rest: nothing of an adapter with the hub's names."""
+    random_adapter(base, tmp_path / "native", target_modules=["o_proj", "q_proj"])
+    export_adapter(tmp_path / "native", tmp_path / "hub")
+    message = r"does not fit the weights of .*base.* an adapter of the hub's original code is renamed by trl_diffusion"
+    for load in (load_model, lambda name: AGRPO.make(tmp_path, model=name)):
+        with pytest.raises(ValueError, match=message):
+            load(str(tmp_path / "hub"))
+    rewrite(tmp_path / "native", base_model_name_or_path="/gone")
+    with pytest.raises(ValueError, match=r"was trained on /gone, which cannot be loaded.*base_model_name_or_path"):
+        AGRPO.make(tmp_path, model=str(tmp_path / "native"))
 
 
 class HubModel(nn.Module):

@@ -214,6 +214,28 @@ def test_the_reference_of_a_given_adapter_is_the_model_as_it_was_given(load, tra
     assert (distance(reference, plain) > 1e-3) == trained
 
 
+@pytest.mark.parametrize("others", [[], ["default"]], ids=["alone", "with another"])
+def test_the_reference_of_an_adapter_with_a_name_is_that_adapter(others, base, tmp_path):
+    """TRL copies the one called "default"."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config, adapter_name="policy")
+    for name in others:
+        model.add_adapter(name, config)
+    given = copy.deepcopy(model)
+    trainer = make(tmp_path, model, beta=0.1, max_steps=3, learning_rate=0.5, save_strategy="steps", save_steps=2)
+    before = {name: value.clone() for name, value in model.named_parameters() if ".policy." not in name}
+    trainer.train()
+    reference, policy, as_given = reference_and_others(trainer, given)
+    assert distance(reference, as_given) < 1e-6 and distance(reference, policy) > 1e-3
+    assert any(".ref." in name for name in before)
+    assert all(torch.equal(value, model.get_parameter(name)) for name, value in before.items())
+    resumed = make(tmp_path / "resumed", copy.deepcopy(given), beta=0.1, max_steps=3, learning_rate=0.5)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    again = resumed.model.get_parameter
+    assert all(torch.equal(value, again(name)) for name, value in model.named_parameters())
+
+
 # ---------------------------------------------------------------- through the recipe
 
 

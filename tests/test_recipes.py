@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,10 +11,14 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 from launching import accelerate_launch
+from safetensors.torch import load_file
+from start_matrix import LORA, start
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
+from trl_diffusion.models.embedded import EMBEDDED_MODEL, embedded_arguments
 from trl_diffusion.trainers import AGRPOConfig, ATPOConfig, DiffuGRPOConfig
 
 ROOT = Path(__file__).parent.parent
@@ -27,8 +32,6 @@ pytestmark = pytest.mark.slow
 def launch(script: str, *arguments: str, fails: bool = False, processes: str = "single_gpu") -> str:
     command = [*accelerate_launch(processes), script, *arguments]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    if "zero" not in processes:  # with it, accelerate would not start DeepSpeed
-        environment["ACCELERATE_USE_CPU"] = "true"
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=420)
     output = result.stdout + result.stderr
     assert (result.returncode != 0) == fails, output[-4000:]
@@ -74,8 +77,8 @@ def test_other_methods_train_the_embedded_model(recipe, paper, arguments, tmp_pa
 @pytest.mark.parametrize(
     ("recipe", "processes", "arguments"),
     [
-        ("gsm8k_atpo", "cpu_ddp", ["--use_cpu", "true"]),
-        ("countdown_sapo", "cpu_zero3", ["--ddp_backend", "gloo", "--ds3_gather_for_generation", "false"]),
+        ("gsm8k_atpo", "cpu_ddp", []),
+        ("countdown_sapo", "cpu_zero3", ["--ds3_gather_for_generation", "false"]),
     ],
 )
 def test_two_processes_train_like_one(recipe, processes, arguments, tmp_path):
@@ -108,6 +111,106 @@ def test_lora_saves_an_adapter(tmp_path):
     output = launch("recipes/gsm8k_agrpo.py", *QUICK, *lora, "--output_dir", str(tmp_path))
     assert "LoRA coverage" in output and "Adapter and model card" in output
     assert (tmp_path / "adapter_model.safetensors").is_file() and not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "weights", "backend", "dry_run"),
+    [
+        ("gsm8k_agrpo", "lora", "cpu_zero3", False),
+        ("gsm8k_agrpo", "full", "cpu_zero2_offload", True),
+        ("gsm8k_diffu_grpo", "lora", "cpu_ddp", False),
+    ],
+)
+def test_recipes_start_as_a_user_starts_them(recipe, weights, backend, dry_run, tmp_path):
+    """No flag for the launch, with progress bar and report; `start_matrix.py` runs all combinations."""
+    if backend not in ("single_gpu", "cpu_ddp"):
+        pytest.importorskip("deepspeed")
+    assert start(recipe, weights, backend, tmp_path / "out", dry_run) is None
+
+
+TINY_RUN = ["--eval_size", "2", "--max_steps", "1", "--per_device_train_batch_size", "8", "--disable_tqdm", "true"]
+
+
+def run_recipe(name: str, monkeypatch, *arguments: str) -> None:
+    """A recipe in this process."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    if name in ("gsm8k_agrpo", "gsm8k_atpo"):
+        method = name.removeprefix("gsm8k_")
+        recipe("gsm8k").train(*recipe("gsm8k").METHODS[method], f"embedded/{name}.yaml")
+    else:
+        recipe(name).main()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("gsm8k_agrpo", TINY_RUN),
+        ("gsm8k_atpo", TINY_RUN),
+        ("sft", TINY_RUN),
+        ("analyze_trajectories", ["--num_completions", "2"]),
+        ("evaluate_recipe", ["--limit", "2"]),
+    ],
+)
+def test_the_name_of_the_block_causal_embedded_model_is_enough(name, arguments, tmp_path, monkeypatch):
+    if name == "evaluate_recipe":  # `evaluate` is also a library
+        spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / "evaluate.py")
+        monkeypatch.setitem(sys.modules, name, importlib.util.module_from_spec(spec))
+        spec.loader.exec_module(sys.modules[name])
+    run_recipe(
+        name, monkeypatch, "--model_name_or_path", "embedded_sdar", *arguments, "--output_dir", str(tmp_path / "out")
+    )
+    assert any(path.suffix in (".png", ".json") for path in (tmp_path / "out").iterdir())
+
+
+def test_methods_that_need_full_attention_refuse_the_block_causal_embedded_model(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="noises the canvas as a whole, and sdar has block-causal attention"):
+        run_recipe(
+            "countdown_sapo",
+            monkeypatch,
+            "--model_name_or_path=embedded_sdar",
+            *TINY_RUN,
+            "--output_dir",
+            str(tmp_path),
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], ["--config", "x"]),
+        (["--max_steps", "3"], ["--config", "x", "--max_steps", "3"]),
+        (["--model_name_or_path", "embedded"], ["--config", "x", "--model_name_or_path", "embedded"]),
+        (
+            ["--model_name_or_path=embedded_sdar"],
+            ["--config", "x", "--block_length", "4", "--model_name_or_path=embedded_sdar"],
+        ),
+        (["--model_name_or_path", "embedded_sdar", "--config", "y"], None),
+        (["--model_name_or_path", "GSAI-ML/LLaDA-8B-Instruct"], None),
+        (["--adapter=z"], None),
+    ],
+)
+def test_arguments_for_the_embedded_models(arguments, expected):
+    assert embedded_arguments(arguments, ["--config", "x"], "--block_length", "--adapter") == expected
+
+
+@pytest.mark.parametrize("name", ["gsm8k_agrpo", "sft"])
+def test_recipes_train_an_adapter_further(name, tmp_path, monkeypatch, capsys):
+    """Its shape and its base are its own, whatever the settings for new adapters are."""
+    run_recipe(
+        "gsm8k_agrpo", monkeypatch, *TINY_RUN, *LORA, "--learning_rate", "0.1", "--output_dir", str(tmp_path / "first")
+    )
+    config = CONFIGS / "embedded" / f"{name}.yaml"
+    given = ["--config", str(config), "--model_name_or_path", str(tmp_path / "first"), "--use_peft", "--lora_r", "9"]
+    given += ["--warmup_steps", "0"]
+    run_recipe(name, monkeypatch, *given, *TINY_RUN, "--output_dir", str(tmp_path / "second"))
+    output = capsys.readouterr().out
+    assert f"is an adapter of {EMBEDDED_MODEL}: it is trained further as it is" in output.replace("\n", " ")
+    assert "Adapter and model card" in output
+    first, second = (load_file(tmp_path / folder / "adapter_model.safetensors") for folder in ("first", "second"))
+    assert first.keys() == second.keys() and all(second[key].shape == first[key].shape for key in first)
+    assert any(not torch.equal(first[key], second[key]) for key in first)
+    saved = json.loads((tmp_path / "second" / "adapter_config.json").read_text())
+    assert (saved["r"], saved["base_model_name_or_path"]) == (4, EMBEDDED_MODEL)
 
 
 def test_a_dataset_without_answers_is_refused_in_one_line(tmp_path):

@@ -281,7 +281,7 @@ def test_a_dry_run_on_two_processes_reports_once_and_exits_with_0(tmp_path):
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", port, "--config_file"]
-    command += ["recipes/accelerate_configs/cpu_ddp.yaml", "recipes/gsm8k_agrpo.py", "--dry_run", "--use_cpu", "true"]
+    command += ["recipes/accelerate_configs/cpu_ddp.yaml", "recipes/gsm8k_agrpo.py", "--dry_run"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     result = subprocess.run(
         [*command, "--output_dir", str(tmp_path)],

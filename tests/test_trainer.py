@@ -304,6 +304,8 @@ def test_a_beginning_that_is_no_text_is_refused(tmp_path):
     parts = [{"type": "text", "text": "a"}]
     with pytest.raises(ValueError, match="last message of a prompt is of the assistant, and its content is"):
         trainer._tokenize_prompts([[{"role": "user", "content": "a"}, {"role": "assistant", "content": parts}]])
+    with pytest.raises(ValueError, match="has a part of type 'image'; only text is supported"):
+        trainer._tokenize_prompts([[{"role": "user", "content": [*parts, {"type": "image"}]}]])
 
 
 # ---------------------------------------------------------------- reference model and LoRA

@@ -18,10 +18,16 @@ def encode_prompt(
         template_kwargs: further arguments of the template, such as TRL's `chat_template_kwargs`.
 
     Raises:
-        ValueError: if the last message is of the assistant and its content is not a string.
+        ValueError: if a message holds more than text, or the last one is of the assistant and its content is not a
+            string.
     """
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
+    parts = [part for message in prompt if isinstance(message["content"], list) for part in message["content"]]
+    if other := [part["type"] for part in parts if part["type"] != "text"]:
+        raise ValueError(
+            f"A message of a prompt has a part of type {other[0]!r}; only text is supported. Take it out."
+        )
     # The template would close an assistant message, so its text is put after the header of the answer instead.
     begun = prompt[-1]["role"] == "assistant"
     beginning = prompt[-1]["content"] if begun else ""

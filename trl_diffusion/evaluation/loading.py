@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils import CONFIG_NAME
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_diffusion.models import family_of
-from trl_diffusion.models.adapters import base_of, load_adapter
+from trl_diffusion.models.adapters import base_of, is_adapter, load_adapter
 from trl_diffusion.models.embedded import EMBEDDED_MODELS
 
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -30,8 +29,8 @@ def load_model(
     """Load a diffusion language model, with an adapter on top if there is one, and its tokenizer.
 
     Args:
-        name: model on the Hub or in a folder, or the name of an embedded one (`embedded`, `embedded_sdar`); a folder
-            with an adapter is taken as `adapter`. `None` for the base that the adapter was trained on.
+        name: model on the Hub or in a folder, or the name of an embedded one (`embedded`, `embedded_sdar`); that of an
+            adapter is taken as `adapter`. `None` for the base that the adapter was trained on.
         adapter: PEFT adapter on the Hub or in a folder.
         revision: revision of the model on the Hub.
         dtype: `"auto"` for the checkpoint's, else for example `"bfloat16"`.
@@ -49,7 +48,7 @@ def load_model(
     """
     if name is not None:
         name = EMBEDDED_MODELS.get(name, name)
-    if name is not None and adapter is None and (Path(name) / CONFIG_NAME).is_file():
+    if name is not None and adapter is None and is_adapter(name):
         name, adapter = None, name
     if adapter is not None:
         name = _base_of(adapter, name, allow_other_base)

@@ -62,6 +62,15 @@ def native_peft_config(
     return native_lora_config(config, model)
 
 
+def copy_as_reference(model: PeftModel) -> None:
+    """Give a model a frozen copy of its active adapter, named `ref` as TRL names the reference of an adapter."""
+    active = f".{model.active_adapter}."
+    model.add_adapter("ref", model.active_peft_config)
+    for name, weight in model.named_parameters():
+        if active in name:
+            model.get_parameter(name.replace(active, ".ref.")).data.copy_(weight.data)
+
+
 class AdapterPrecision:
     """Keeps the weights of an adapter in the precision they had before TRL, float32 if TRL makes the adapter.
 

@@ -26,8 +26,8 @@ def fit_to_cpu(args: TrainingArguments) -> None:
     """
     if torch.accelerator.is_available():
         return
-    if args.deepspeed or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        args.ddp_backend = args.ddp_backend or "gloo"  # not `use_cpu`, with which accelerate leaves DeepSpeed out
+    if args.deepspeed or any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("DEEPSPEED", "FSDP")):
+        args.ddp_backend = args.ddp_backend or "gloo"  # not `use_cpu`, with which accelerate leaves them out
         args.bf16 = bool(args.bf16)  # TRL's default is true, which transformers refuses on a CPU without `use_cpu`
     else:
         args.use_cpu = True

@@ -33,7 +33,7 @@ from trl_diffusion.models import family_of
 from trl_diffusion.models.adapters import is_adapter
 from trl_diffusion.sampling import SamplingConfig, Trajectory, row_generators, sample
 from trl_diffusion.tokenization import encode_prompt
-from trl_diffusion.trainers.adapter_setup import AdapterPrecision, load_to_train, native_peft_config
+from trl_diffusion.trainers.adapter_setup import AdapterPrecision, copy_as_reference, load_to_train, native_peft_config
 from trl_diffusion.trainers.backends import check_backend, check_device_map, check_reference_loading, fit_to_cpu
 from trl_diffusion.trainers.checkpoints import ResumeConfig
 from trl_diffusion.trainers.checks import (
@@ -292,13 +292,13 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
         check_backend(args)
         check_arguments(processing_class, kwargs)
         check_load_arguments(args.model_init_kwargs)
+        check_rollout_data(args, train_dataset, eval_dataset, reward_funcs)
         if isinstance(model, str) and is_adapter(model):
             model = load_to_train(model, args, kwargs.pop("quantization_config", None))
             args = copy.copy(args)
             args.model_init_kwargs = None  # used; TRL warns where they come with a model
         check_model(model)
         check_adapter(model, kwargs.get("peft_config"))
-        check_rollout_data(args, train_dataset, eval_dataset, reward_funcs)
         kwargs["peft_config"] = native_peft_config(kwargs.get("peft_config"), model, args.model_init_kwargs)
         adapter_precision = AdapterPrecision(model)
         if args.sync_ref_model and (isinstance(model, PeftModel) or kwargs.get("peft_config") is not None):
@@ -320,6 +320,9 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
                 )
             reference = copy.deepcopy(model)
             args.beta, args.sync_ref_model = 0.0, False
+        if compares and isinstance(model, PeftModel) and model.active_adapter != "default":
+            copy_as_reference(model)  # TRL would copy the adapter called "default"
+            args.beta = 0.0
 
         super().__init__(
             model=model,
