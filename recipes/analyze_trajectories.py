@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -42,7 +43,7 @@ from trl_diffusion.evaluation.confusion_zones import (
 )
 from trl_diffusion.evaluation.decoding import decode_completions, encode_prompt, left_pad
 from trl_diffusion.models import family_of
-from trl_diffusion.models.embedded import EMBEDDED_MODEL
+from trl_diffusion.models.embedded import EMBEDDED_MODEL, embedded_arguments
 from trl_diffusion.sampling import SamplingConfig, row_generators, sample
 from trl_diffusion.tasks.countdown import check_countdown, load_countdown
 from trl_diffusion.tasks.gsm8k import correctness_reward, load_gsm8k
@@ -175,7 +176,8 @@ def summary(frame: pd.DataFrame, args: AnalysisArguments, selected: list[int]) -
 
 
 def main() -> None:
-    (args,) = TrlParser(AnalysisArguments).parse_args_and_config()
+    for_embedded = embedded_arguments(sys.argv[1:], [], "--block_length", "--adapter")
+    (args,) = TrlParser(AnalysisArguments).parse_args_and_config(for_embedded)  # `None` for the command line's
     console = Console()
     if args.model_name_or_path is None and args.adapter is None:
         args.model_name_or_path = EMBEDDED_MODEL

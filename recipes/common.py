@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,15 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, ProgressCallback, Trainer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback, Trainer
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_diffusion.evaluation import AccuracyCallback, ConfusionZoneCallback, evaluate_accuracy
-from trl_diffusion.models.embedded import EMBEDDED_MODELS
+from trl_diffusion.models.adapters import base_of, is_adapter
+from trl_diffusion.models.embedded import EMBEDDED_MODELS, embedded_arguments
 from trl_diffusion.trainers import DiffusionGRPOTrainer
 from trl_diffusion.trainers.startup_report import print_report
 
@@ -72,7 +73,8 @@ class RecipeArguments(RunArguments):
 def parse(script_arguments: type, config: type, embedded: str):
     """Script, training and model arguments from the command line and `--config`.
 
-    Without a config or a model, the embedded model and its config are used, and the console says so.
+    Without a config and for an embedded model, which is also the default, the config of the embedded models is used,
+    and the console says so. An adapter as the model is trained further, with its own shape.
 
     Args:
         script_arguments: dataclass of the recipe's own arguments.
@@ -80,9 +82,9 @@ def parse(script_arguments: type, config: type, embedded: str):
         embedded: config file of the embedded model, below `recipes/configs`.
     """
     arguments = sys.argv[1:]
-    given = {argument.partition("=")[0] for argument in arguments}
-    if not given & {"--config", "--model_name_or_path"}:
-        arguments = ["--config", str(CONFIGS / embedded), *arguments]
+    block = "--block_length" if "block_length" in {field.name for field in fields(config)} else "--eval_block_length"
+    if (for_embedded := embedded_arguments(arguments, ["--config", str(CONFIGS / embedded)], block)) is not None:
+        arguments = for_embedded
         real = next(CONFIGS.glob(f"*_8b/{Path(embedded).name}"))
         Console().print(
             f"No --config: running on the embedded model with recipes/configs/{embedded}. It is tiny and was trained "
@@ -100,6 +102,21 @@ def parse(script_arguments: type, config: type, embedded: str):
         **(training_args.model_init_kwargs or {}),
     }
     return script_args, training_args, model_args, get_quantization_config(model_args)
+
+
+def load_tokenizer(model_args: ModelConfig) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; for an adapter its base's, as in evaluation."""
+    name = str(model_args.model_name_or_path)
+    return AutoTokenizer.from_pretrained((is_adapter(name) and base_of(name)) or name, padding_side="left")
+
+
+def new_adapter(model_args: ModelConfig) -> PeftConfig | None:
+    """The adapter that `--use_peft` asks for; none if the model is an adapter, which is trained further as it is."""
+    name = str(model_args.model_name_or_path)
+    if not is_adapter(name):
+        return get_peft_config(model_args)
+    print(f"{name} is an adapter of {base_of(name)}: it is trained further as it is, whatever `lora_*` settings say.")
+    return None
 
 
 def run(
@@ -124,14 +141,13 @@ def run(
     start = time.perf_counter()
     script_args, training_args, model_args, quantization_config = arguments
     training_args.record_signals |= script_args.plot_every > 0
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, padding_side="left")
     trainer = trainer_class(
         model=model_args.model_name_or_path,
         reward_funcs=reward_funcs,
         args=training_args,
         train_dataset=train_dataset,
-        processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
+        processing_class=load_tokenizer(model_args),
+        peft_config=new_adapter(model_args),
         quantization_config=quantization_config,
     )
     if script_args.dry_run:
@@ -173,8 +189,8 @@ def train_and_save(trainer, arguments: tuple, print_result: Callable[[], None]) 
     trainer.create_model_card(dataset_name=script_args.dataset_path)
     if trainer.accelerator.is_main_process:
         print_result()
-        kind = "Adapter" if isinstance(trainer.model, PeftModel) else "Model"
-        print(f"{kind} and model card: {Path(training_args.output_dir)}")
+        saved = "Adapter" if isinstance(trainer.model, PeftModel) else "Model"
+        print(f"{saved} and model card: {training_args.output_dir}")
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=script_args.dataset_path)
     trainer.end()

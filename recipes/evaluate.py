@@ -33,7 +33,7 @@ from trl_diffusion.evaluation import (
     weights_checksum,
     write_results,
 )
-from trl_diffusion.models.embedded import EMBEDDED_MODEL
+from trl_diffusion.models.embedded import EMBEDDED_MODEL, embedded_arguments
 from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.tasks import TASKS, Task
 
@@ -133,9 +133,9 @@ class EvaluateArguments:
 
 def parse(arguments: list[str]) -> tuple[EvaluateArguments, bool]:
     """The arguments, and whether the embedded model is evaluated because no other was given."""
-    given = {argument.partition("=")[0] for argument in arguments}
-    if not given & {"--config", "--model_name_or_path", "--adapter"}:
-        arguments = ["--config", str(EMBEDDED_CONFIG), *arguments]
+    config = ["--config", str(EMBEDDED_CONFIG)]
+    for_embedded = embedded_arguments(arguments, config, "--block_length", "--adapter")
+    arguments = arguments if for_embedded is None else for_embedded
     (args,) = TrlParser((EvaluateArguments,)).parse_args_and_config(arguments)
     by_default = args.model_name_or_path is None and args.adapter is None
     if by_default:

@@ -1,18 +1,29 @@
 """Score completions that are already on disk under d1's protocol and the library's own, and explain every difference.
 
-    python recipes/rescore.py ../shared/data/llada_8b_instruct_{gsm8k,math500,countdown,sudoku}_{128,512}.jsonl \
-        --gold ../shared/data/gsm8k_test.jsonl --list
+Samples that `recipes/evaluate.py` wrote, all tasks of its output folder that d1 has a protocol for:
 
-Reads d1's published form: JSON lines with `question`, `generation`, `ground_truth`; the task is taken from the name of
-the file. No model is needed. docs/pages/evaluation_protocols.md shows the result.
+    python recipes/rescore.py outputs/evaluation
+
+Outputs that d1 publishes in its repository, and GSM8K's gold answers from the repository of that data set:
+
+    git clone https://github.com/dllm-reasoning/d1
+    git clone https://github.com/openai/grade-school-math
+    python recipes/rescore.py d1/eval/eval_baselines/gsm8k_instruct_128_64_*.json \\
+        --gold grade-school-math/grade_school_math/data/test.jsonl --list
+
+The parts of one run of d1's, one per process, are one row of the table. JSON lines with `question`, `generation` and
+`ground_truth` are read too. The task of both is taken from the file's name. No model is needed.
+docs/pages/evaluation_protocols.md shows the result.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +41,9 @@ from trl_diffusion.tasks.sudoku import stated_grid
 
 # The scores that are compared; Sudoku's number in d1's tables is the share of cells.
 HEADLINES = {"sudoku": "cells_correct"}
+COMPARED = [name for name, task in TASKS.items() if task.score_d1 is not None]
+SAMPLES = "samples.jsonl"  # of recipes/evaluate.py, next to settings.json
+_PART = re.compile(r"(?:_\d+_generations)?\.jsonl?$")  # of d1's files
 
 
 @dataclass(frozen=True)
@@ -67,6 +81,21 @@ class Rescored:
     differences: list[Difference]
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """Completions of one task.
+
+    Args:
+        name: what they are called in the table.
+        task: the task.
+        rows: for every completion its text, and the row that the scores of the own protocol and of d1's read.
+    """
+
+    name: str
+    task: Task
+    rows: list[tuple[str, dict[str, Any], dict[str, Any]]]
+
+
 def task_of(path: Path) -> Task:
     """The task whose name stands in a file's name.
 
@@ -76,7 +105,7 @@ def task_of(path: Path) -> Task:
     for name, task in TASKS.items():
         if name in path.name and task.score_d1 is not None:
             return task
-    raise ValueError(f"No task in the file name {path.name!r}; expected one of {', '.join(TASKS)} in it.")
+    raise ValueError(f"No task in the file name {path.name!r}; expected one of {', '.join(COMPARED)} in it.")
 
 
 def row_of(task: str, record: dict[str, Any], gold: dict[str, str]) -> dict[str, Any]:
@@ -95,24 +124,80 @@ def row_of(task: str, record: dict[str, Any], gold: dict[str, str]) -> dict[str,
     return {"answer": gold.get(record["question"], truth)}
 
 
-def rescore(path: Path, gold: dict[str, str]) -> Rescored:
-    """Scores of a file under both protocols."""
-    task = task_of(path)
+def read_outputs(paths: Sequence[Path], gold: dict[str, str]) -> list[Outputs]:
+    """Completions from files and folders; the parts of a run of d1's are put together.
+
+    Args:
+        paths: folders that `recipes/evaluate.py` wrote, their `samples.jsonl`, or files of d1's.
+        gold: GSM8K's answers by question, for d1's files.
+
+    Raises:
+        ValueError: if a file or folder is none of these.
+    """
+    outputs: list[Outputs] = []
+    parts: dict[str, list[Path]] = {}
+    for path in paths:
+        if path.is_dir() or path.name == SAMPLES:
+            outputs += _evaluated(path)
+        else:
+            parts.setdefault(_PART.sub("", path.name), []).append(path)
+    return outputs + [_published(name, files, gold) for name, files in parts.items()]
+
+
+def _evaluated(path: Path) -> list[Outputs]:
+    """What `recipes/evaluate.py` wrote into a folder, for the tasks that d1 has a protocol for."""
+    files = sorted([*path.glob(SAMPLES), *path.glob(f"*/{SAMPLES}")]) if path.is_dir() else [path]
+    outputs = []
+    for file in files:
+        task = json.loads((file.parent / "settings.json").read_text(encoding="utf-8"))["task"]
+        if task in COMPARED:
+            samples = read_rows(file, ("completion", "reference"), task)
+            rows = [(sample["completion"], sample["reference"], sample["reference"]) for sample in samples]
+            outputs.append(Outputs(file.parent.name, TASKS[task], rows))
+    if not outputs:
+        raise ValueError(
+            f"{path} holds no {SAMPLES} of {', '.join(COMPARED)}; expected the output_dir of recipes/evaluate.py, or "
+            "a file of d1's. d1 has no protocol for other tasks."
+        )
+    return outputs
+
+
+def _published(name: str, files: list[Path], gold: dict[str, str]) -> Outputs:
+    task = task_of(files[0])
+    return Outputs(
+        name,
+        task,
+        [
+            (record["generation"], row_of(task.name, record, gold), row_of(task.name, record, {}))
+            for file in files
+            for record in _records(file, task.name)
+        ],
+    )
+
+
+def _records(file: Path, task: str) -> list[dict[str, Any]]:
+    """Rows with `question`, `generation` and `ground_truth`."""
+    if file.suffix == ".jsonl":
+        return read_rows(file, ("question", "generation", "ground_truth"), task)
+    found = json.loads(file.read_text(encoding="utf-8"))["generations"]
+    return [{**record, "generation": record["generations"]} for record in found]
+
+
+def rescore(outputs: Outputs) -> Rescored:
+    """Scores of completions under both protocols."""
+    task = outputs.task
     assert task.score_d1 is not None
     name = HEADLINES.get(task.name, "accuracy")
     own = by_d1 = solved = 0.0
     differences = []
-    records = read_rows(path, ("question", "generation", "ground_truth"), task.name)
-    for number, record in enumerate(records, start=1):
-        text, row = record["generation"], row_of(task.name, record, gold)
-        d1_row = row_of(task.name, record, {})
+    for number, (text, row, d1_row) in enumerate(outputs.rows, start=1):
         scores, score_d1 = task.score(text, row), task.score_d1(text, d1_row)[name]
         own, by_d1, solved = own + scores[name], by_d1 + score_d1, solved + scores.get("puzzles_solved", 0.0)
         if scores[name] != score_d1:
             read, read_by_d1, reason = EXPLAIN[task.name](text, row, d1_row)
             truth = row.get("answer", row.get("solution", list(row.values())))
             differences.append(Difference(number, scores[name], score_d1, read, read_by_d1, truth, reason))
-    return Rescored(task.name, len(records), own, by_d1, solved if task.name == "sudoku" else None, differences)
+    return Rescored(task.name, len(outputs.rows), own, by_d1, solved if task.name == "sudoku" else None, differences)
 
 
 Explanation = tuple[Any, Any, str]
@@ -188,24 +273,28 @@ def percent(score: float, rows: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", type=Path, help="JSON-lines files in d1's form")
-    parser.add_argument("--gold", type=Path, help="GSM8K's test file, for questions whose answer d1 could not read")
+    parser.add_argument(
+        "paths", nargs="+", type=Path, metavar="PATH", help="output folders of recipes/evaluate.py, or files of d1's"
+    )
+    parser.add_argument(
+        "--gold", type=Path, help="GSM8K's test file, for questions whose answer is missing in d1's files"
+    )
     parser.add_argument("--list", action="store_true", help="print every completion that is scored differently")
     args = parser.parse_args()
-    gold = gold_answers(args.gold)
-    results = {path: rescore(path, gold) for path in args.files}
+    results = {outputs.name: rescore(outputs) for outputs in read_outputs(args.paths, gold_answers(args.gold))}
 
-    console = Console()
-    table = Table("file", "rows", "score", "d1", "own", "puzzles solved", "differ")
-    for path, result in results.items():
+    # Where there is no terminal, rich would squeeze the table into 80 columns.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    table = Table("completions", "rows", "score", "d1", "own", "puzzles solved", "differ")
+    for name, result in results.items():
         solved = "" if result.solved is None else percent(result.solved, result.rows)
-        name = HEADLINES.get(result.task, "accuracy")
+        score = HEADLINES.get(result.task, "accuracy")
         scores = (percent(result.d1, result.rows), percent(result.own, result.rows), solved)
-        table.add_row(path.stem, str(result.rows), name, *scores, str(len(result.differences)))
+        table.add_row(name, str(result.rows), score, *scores, str(len(result.differences)))
     console.print(table)
-    for path, result in results.items():
+    for name, result in results.items():
         for reason, count in Counter(difference.reason for difference in result.differences).most_common():
-            console.print(f"{path.stem}: {count} × {escape(reason)}")
+            console.print(f"{name}: {count} × {escape(reason)}")
         if args.list:
             for found in result.differences:
                 console.print(f"  line {found.number}: d1 {found.d1:g}, own {found.own:g}; {escape(found.reason)}")

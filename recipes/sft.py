@@ -24,12 +24,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from common import RunArguments, ShortProgress, measure_accuracy, parse, report, train_and_save
+from common import (
+    RunArguments,
+    ShortProgress,
+    load_tokenizer,
+    measure_accuracy,
+    new_adapter,
+    parse,
+    report,
+    train_and_save,
+)
 from datasets import Dataset
 from rich.console import Console
-from transformers import AutoTokenizer, ProgressCallback
+from transformers import ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
-from trl import get_peft_config
 
 from trl_diffusion.tasks import TASKS
 from trl_diffusion.tasks.rows import is_file, read_rows
@@ -135,8 +143,8 @@ def main() -> None:
         training_args,
         train_dataset=rows,
         eval_dataset=held_out,
-        processing_class=AutoTokenizer.from_pretrained(model_args.model_name_or_path, padding_side="left"),
-        peft_config=get_peft_config(model_args),
+        processing_class=load_tokenizer(model_args),
+        peft_config=new_adapter(model_args),
         quantization_config=quantization_config,
     )
     if script_args.dry_run:

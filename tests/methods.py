@@ -125,11 +125,13 @@ class Method:
             gradient_checkpointing=False,
             disable_tqdm=True,
         )
+        args = self.config(**defaults | self.settings | settings)
+        prompts_of_a_rollout = args.generation_batch_size // args.num_generations
         return self.trainer(
             model if model is not None else self.network(),
             self.wrap(reward or text_reward),
-            self.config(**defaults | self.settings | settings),
-            Dataset.from_dict({"prompt": PROMPTS}),
+            args,
+            Dataset.from_dict({"prompt": PROMPTS * max(1, -(-prompts_of_a_rollout // len(PROMPTS)))}),
             None,
             tiny_tokenizer(),
             peft_config=peft_config,

@@ -15,10 +15,11 @@ from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model, get_peft_mod
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from trl import ModelConfig, get_peft_config
 
 from trl_diffusion.models import DreamModel, LLaDAModelLM, SDARForCausalLM, export_adapter, import_adapter
+from trl_diffusion.models.embedded import EMBEDDED_MODEL
 from trl_diffusion.models.lora import LoraCoverage, lora_coverage
 from trl_diffusion.models.lora_targets import native_lora_config
 from trl_diffusion.trainers.sft import SFTConfig, SFTTrainer
@@ -117,10 +118,11 @@ def test_the_sft_trainer_takes_them(tmp_path):
     assert adapted_layers(trainer.model) == {"o_proj": 2}
 
 
-def sft(folder: Path, **settings) -> SFTTrainer:
-    args = SFTConfig(str(folder), max_completion_length=8, use_cpu=True, bf16=False, report_to=[])
+def sft(folder: Path, model=None, peft_config=None, **settings) -> SFTTrainer:
+    args = SFTConfig(str(folder), max_completion_length=8, use_cpu=True, bf16=False, report_to=[], **settings)
     data = Dataset.from_dict({"prompt": ["a b"], "completion": ["b a"]})
-    return SFTTrainer(tiny_model(), args, data, processing_class=tiny_tokenizer(), **settings)
+    model = model or tiny_model()
+    return SFTTrainer(model, args, data, processing_class=tiny_tokenizer(), peft_config=peft_config)
 
 
 # ---------------------------------------------------------------- adapters that travel
@@ -342,6 +344,52 @@ def test_the_card_of_an_adapter_over_a_local_model(base, tmp_path, monkeypatch):
     # checkpoints write a card without saying the data set again
     trainer.create_model_card(model_name="other")
     assert "| data set | word_problems |" in card_of(tmp_path / "run")[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "hub_id"),
+    [
+        ("GSAI-ML/LLaDA-8B-Instruct", "GSAI-ML/LLaDA-8B-Instruct"),
+        ("/cache/hub/models--GSAI-ML--LLaDA-8B-Instruct/snapshots/0a1b2c", "GSAI-ML/LLaDA-8B-Instruct"),
+        ("/home/me/merged", None),
+        ("/home/me/models--merged", None),
+    ],
+)
+@pytest.mark.parametrize("method", ["agrpo", "sft"])
+def test_cards_next_to_an_adapter_name_the_hubs_id_of_its_base(method, name, hub_id, tmp_path):
+    """PEFT's own card names the path; the Hub refuses such metadata."""
+    model = tiny_model()
+    model.config._name_or_path = model.name_or_path = name
+    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    if method == "sft":
+        trainer = sft(tmp_path / "run", model=model, peft_config=LoraConfig(), **settings)
+    else:
+        trainer = AGRPO.make(tmp_path / "run", model=model, peft_config=LoraConfig(), **settings)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    for folder in (tmp_path / "saved", tmp_path / "run" / "checkpoint-1"):
+        metadata = card_of(folder)[0]
+        assert "library_name: peft" in metadata and "/home" not in metadata and "/cache" not in metadata
+        for line in (f"base_model: {hub_id}\n", f"- base_model:adapter:{hub_id}\n"):
+            assert (line in metadata) == (hub_id is not None)
+    trainer.save_model()
+    trainer.create_model_card()
+    metadata, text = card_of(tmp_path / "run")
+    assert (f"base_model: {hub_id}" in metadata) == (hub_id is not None) and "/home" not in text
+    page = f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else f"`{Path(name).name}`, a local model"
+    assert f"| base model | {page} |" in text
+
+
+def test_the_example_for_an_embedded_base_runs_elsewhere(tmp_path, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL)
+    settings = {"max_completion_length": 32, "block_length": 8, "denoising_steps": 16}
+    trainer = AGRPO.make(tmp_path / "run", model=model, peft_config=LoraConfig(), **settings)
+    trainer.processing_class = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    trainer.save_model()
+    trainer.create_model_card()
+    text = card_of(tmp_path / "run")[1]
+    assert "| base model | `embedded`, which comes with trl_diffusion |" in text and EMBEDDED_MODEL not in text
+    assert isinstance(run_example(text, tmp_path, monkeypatch)["model"], PeftModel)
 
 
 def test_the_card_of_a_whole_model_on_hub_data(base, tmp_path, monkeypatch):

@@ -49,8 +49,8 @@ STAND_INS = {"GSAI-ML/LLaDA-8B-Instruct": EMBEDDED_MODEL}
 CONFIGS = {name for name in dir(trainers) if name.endswith("Config")} | {"SFTConfig"}
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
-PYTHON = [block for block in BLOCKS if block.language == "python" and not block.title]  # the others: test_docs.py
-BASH = [block for block in BLOCKS if block.language == "bash"]
+# Blocks with a title are parts of the file that they name: tests/test_docs.py compares them.
+CODE = [block for block in BLOCKS if block.language in ("python", "bash") and not block.title]
 SENTENCES = [(str(page.relative_to(ROOT)), command) for page in PAGES for command in inline_commands(page)]
 
 
@@ -69,8 +69,9 @@ def hub_data(source: str, name: str | None = None, split: str = "train") -> Data
 
 @pytest.fixture(scope="module")
 def earlier_runs(tmp_path_factory) -> Path:
-    """A folder with adapters as training on LLaDA-8B would have left them, here of the embedded model."""
+    """A folder with a file of d1's, and adapters as training on LLaDA-8B leaves them, here of the embedded model."""
     folder = tmp_path_factory.mktemp("earlier_runs")
+    (folder / "countdown_cd3_test.jsonl").write_text('{"input": "3,7,25", "output": "46"}\n')
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL), config)
     model.save_pretrained(folder / "outputs" / "llada_8b_gsm8k_agrpo")
@@ -124,19 +125,14 @@ class ForCI(ast.NodeTransformer):
 
 
 def run_python(block: Block) -> None:
+    """Run a block of Python, or only compile it if it is skipped."""
+    if block.marker == "skip":
+        compile(block.code, block.place, "exec")
+        return
     fields = ForCI(block.note)
     tree = ast.fix_missing_locations(fields.visit(ast.parse(block.code)))
     assert fields.changed, f"the marker adds fields ({block.note}), but the block has no config of a trainer"
     exec(compile(tree, block.place, "exec"), {"__name__": "__main__"})
-
-
-@pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.place)
-def test_python_runs(block, enter):
-    enter(block.page)
-    if block.marker == "skip":
-        compile(block.code, block.place, "exec")
-    else:
-        run_python(block)
 
 
 # ---------------------------------------------------------------- commands
@@ -204,6 +200,7 @@ def read_arguments(script: str, arguments: list[str], monkeypatch) -> None:
         pytest.skip("lm-eval is not installed")
     with monkeypatch.context() as context:
         stop_after_parsing(context)
+        context.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)  # not run, so no GPU
         try:
             run_script(script, arguments, context)
         except Parsed:
@@ -211,20 +208,28 @@ def read_arguments(script: str, arguments: list[str], monkeypatch) -> None:
     assert {"-h", "--help"} & {*arguments}, f"{script} never parsed {arguments}"
 
 
-@pytest.mark.parametrize("block", BASH, ids=lambda block: block.place)
-def test_commands_run(block, enter, monkeypatch):
+def run_commands(block: Block, monkeypatch) -> None:
+    """Let the recipes of a block of bash read their arguments, then run them unless it is skipped."""
     assert block.marker is not None, (
-        f"{block.place}: put a marker on the line before this block, `<!-- run: … -->` with arguments that shorten its "
-        "recipes or `<!-- skip: … -->` with the reason."
+        "Put a marker on the line before this block, `<!-- run: … -->` with arguments that shorten its recipes or "
+        "`<!-- skip: … -->` with the reason."
     )
-    enter(block.page)
     starts = [start for command in commands(block.code) for start in launched(command)]
     for script, arguments in starts:
         read_arguments(script, arguments, monkeypatch)
     if block.marker == "run":
-        assert starts, f"{block.place}: nothing here can run; say why it is skipped"
+        assert starts, "Nothing in this block can run: say why it is skipped."
         for script, arguments in starts:
             run_script(script, [*arguments, *block.note.split()], monkeypatch)
+
+
+@pytest.mark.parametrize("block", CODE, ids=lambda block: block.place)
+def test_blocks_run(block, enter, monkeypatch):
+    enter(block.page)
+    if block.language == "python":
+        run_python(block)
+    else:
+        run_commands(block, monkeypatch)
 
 
 @pytest.mark.parametrize(("page", "command"), SENTENCES)
@@ -238,7 +243,9 @@ def test_commands_in_sentences_are_understood(page, command, enter, monkeypatch)
 
 
 def test_every_block_is_of_a_known_language_and_every_marker_belongs_to_one():
-    assert {block.language for block in BLOCKS} == {"python", "bash", "text"}
+    others = [block.place for block in BLOCKS if block.language not in ("python", "bash", "text")]
+    assert not others, f"{others}: write them as python, bash or text, or say here how they are checked"
+    assert {block.page for block in BLOCKS if block.title} == {"docs/pages/adding_a_method.md"}
     for page in PAGES:
         text, blocks = page.read_text(), blocks_of(page)
         assert text.count("```") == 2 * len(blocks), f"{page}: a fence is not at the start of a line, or not closed"
@@ -251,7 +258,7 @@ def test_every_block_is_of_a_known_language_and_every_marker_belongs_to_one():
     [
         ("accelerate launch recipes/gsm8k.py --method dmpo --alpho 0.1", ValueError),
         ("accelerate launch --num_procesess 2 recipes/gsm8k.py --method dmpo", SystemExit),
-        ("accelerate launch --config_file recipes/accelerate_configs/zero9.yaml recipes/gsm8k_agrpo.py", AssertionError),
+        ("accelerate launch --config_file recipes/accelerate_configs/zero9.yaml recipes/gsm8k.py", AssertionError),
         ("accelerate launch recipes/gsm8k_agrpo.py --config recipes/configs/llada_8b/none.yaml", FileNotFoundError),
         ("python recipes/none.py", FileNotFoundError),
         ("python recipes/benchmarks/scoring.py --shapes huge", AssertionError),

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCal
 from trl_diffusion.credit import StepAwareReward
 from trl_diffusion.sampling.distribution import draw
 from trl_diffusion.trainers import AGRPOTrainer
-from trl_diffusion.trainers.reward_guard import RewardError, all_tied
+from trl_diffusion.trainers.reward_guard import RewardError, TimeLimit, all_tied
 
 AGRPO, SAPO = method_named("agrpo"), method_named("sapo")
 TIMEOUT = 600  # seconds; on two idle cores a launch takes about 20
@@ -95,41 +95,112 @@ def test_completions_without_any_reward_leave_the_parameters_alone(tmp_path):
 # ---------------------------------------------------------------- reward functions that hang
 
 
+LONG = 600.0  # seconds that no test waits, nor a busy machine reaches
+SHORT = 0.3  # for coroutines: what is ready at once is done before any limit is looked at
+
+
+def time_is_up() -> None:
+    """Let the alarm that was set for `LONG` go off now."""
+    seconds, again = signal.getitimer(signal.ITIMER_REAL)
+    assert LONG / 2 < seconds <= LONG
+    signal.setitimer(signal.ITIMER_REAL, 0.01, again)
+
+
 def sleeps(completions, **columns):
+    time_is_up()
     time.sleep(60)
 
 
 def loops(completions, **columns):
+    time_is_up()
     while True:
         pass
 
 
 def swallows(completions, **columns):
+    time_is_up()
     while True:
         with suppress(Exception):
             time.sleep(0.01)
+
+
+def catches_all(completions, **columns):
+    time_is_up()
+    try:
+        time.sleep(60)
+    except:  # noqa: E722
+        return [1.0] * len(completions)
+
+
+def always_catches_all(completions, **columns):
+    time_is_up()
+    for _ in range(3000):
+        try:  # noqa: SIM105
+            time.sleep(0.01)
+        except:  # noqa: E722
+            pass
+    return [1.0] * len(completions)
+
+
+def fails_when_interrupted(completions, **columns):
+    time_is_up()
+    try:
+        time.sleep(60)
+    except:  # noqa: E722
+        raise KeyError("no connection") from None
 
 
 async def awaits(completions, **columns):
     await asyncio.sleep(60)
 
 
-@pytest.mark.parametrize("function", [sleeps, loops, swallows, awaits], ids=lambda function: function.__name__)
+async def awaits_and_catches_all(completions, **columns):
+    with suppress(BaseException):
+        await asyncio.sleep(60)
+    return [1.0] * len(completions)
+
+
+async def always_awaits_and_catches_all(completions, **columns):
+    for _ in range(20):
+        with suppress(BaseException):
+            await asyncio.sleep(3)
+    return [1.0] * len(completions)
+
+
+async def ready_at_once(completion_ids, **columns):
+    return text_reward(None, completion_ids)
+
+
+HANGING = [sleeps, loops, swallows, catches_all, always_catches_all, fails_when_interrupted]
+WAITING = [awaits, awaits_and_catches_all, always_awaits_and_catches_all]
+
+
+@pytest.mark.parametrize("function", HANGING + WAITING, ids=lambda function: function.__name__)
 @pytest.mark.parametrize("policy", ["raise", "none"])
 def test_a_reward_function_that_hangs_is_stopped(function, policy, tmp_path):
     handler = signal.getsignal(signal.SIGALRM)
-    settings = dict(reward_timeout=0.5, reward_error=policy, logging_steps=1)
-    trainer = AGRPO.make(tmp_path, reward=[function, text_reward], **settings)
-    start = time.perf_counter()
+    limit, other = (LONG, text_reward) if function in HANGING else (SHORT, ready_at_once)
+    settings = dict(reward_timeout=limit, reward_error=policy, logging_steps=1)
+    trainer = AGRPO.make(tmp_path, reward=[function, other], **settings)
     if policy == "raise":
-        with pytest.raises(RewardError, match=rf"{function.__name__} failed.*longer than reward_timeout=0.5") as error:
+        message = rf"{function.__name__} failed.*longer than reward_timeout={limit}"
+        with pytest.raises(RewardError, match=message) as error:
             trainer.train()
         assert isinstance(error.value.__cause__, TimeoutError)
     else:
         assert trained(trainer).norm() > 1e-3
         assert logged(trainer, "guards/reward_errors") == [0.5]
-    assert time.perf_counter() - start < 20
     assert signal.getsignal(signal.SIGALRM) == handler and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_what_is_no_error_of_the_function_passes_the_time_limit():
+    with pytest.raises(KeyboardInterrupt), TimeLimit(LONG):
+        try:
+            time_is_up()
+            time.sleep(60)
+        except BaseException:
+            raise KeyboardInterrupt from None
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_a_slow_function_within_its_limit_or_without_one_is_left_alone(tmp_path):
@@ -139,7 +210,7 @@ def test_a_slow_function_within_its_limit_or_without_one_is_left_alone(tmp_path)
 
     change = trained(AGRPO.make(tmp_path))
     assert change.any()
-    for limit in (30.0, None):
+    for limit in (LONG, None):
         assert torch.equal(trained(AGRPO.make(tmp_path, reward=slow, reward_timeout=limit)), change)
 
 
@@ -238,21 +309,21 @@ def fails_on_continuations(calls: list):
 
 
 @pytest.mark.parametrize(
-    ("reward", "success", "message"),
+    ("reward", "success", "limit", "message"),
     [
-        (failing, half_succeed, "failing failed"),
-        (text_reward, failing, "failing failed"),
-        (text_reward, sleeps, "sleeps failed.*reward_timeout"),
-        (text_reward, awaits, "awaits failed.*reward_timeout"),
-        (text_reward, unknown_truth, "unknown_truth returned nan"),
+        (failing, half_succeed, LONG, "failing failed"),
+        (text_reward, failing, LONG, "failing failed"),
+        (text_reward, sleeps, LONG, "sleeps failed.*reward_timeout"),
+        (ready_at_once, awaits, SHORT, "awaits failed.*reward_timeout"),
+        (text_reward, unknown_truth, LONG, "unknown_truth returned nan"),
     ],
     ids=["reward", "success", "hang", "async hang", "nan"],
 )
-def test_functions_inside_a_step_aware_reward_are_guarded(reward, success, message, tmp_path):
+def test_functions_inside_a_step_aware_reward_are_guarded(reward, success, limit, message, tmp_path):
     method = step_aware(reward, success)
     with pytest.raises(RewardError, match=message):
-        method.make(tmp_path, reward_timeout=0.3).train()
-    lenient = dict(reward_timeout=0.3, reward_error="none", reward_nonfinite="none", logging_steps=1)
+        method.make(tmp_path, reward_timeout=limit).train()
+    lenient = dict(reward_timeout=limit, reward_error="none", reward_nonfinite="none", logging_steps=1)
     trainer = method.make(tmp_path, **lenient)
     assert trained(trainer).isfinite().all()
     assert logged(trainer, "guards/reward_errors")[0] + logged(trainer, "guards/reward_nonfinite")[0] > 0

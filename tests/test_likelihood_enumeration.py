@@ -169,6 +169,7 @@ def planned(trainer, count: int, completion: tuple[int, ...] = COMPLETION, row: 
         "completion_ids": ids,
         "global_row": torch.arange(count) if row is None else torch.full((count,), row),
         "num_items_in_batch": torch.tensor(count),
+        "advantages": torch.zeros(count),
     }
     trajectory = SimpleNamespace(completion_ids=ids, **more)
     return rows | trainer._plan_views("train", trajectory, rows, torch.ones(count, dtype=torch.bool))

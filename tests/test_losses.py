@@ -490,17 +490,15 @@ def uni_grpo(batch: Batch) -> torch.Tensor:
 
 
 def tracerl(batch: Batch) -> torch.Tensor:
-    """The old policy is also the one of the KL."""
+    """The old policy is also the one of the KL, which is a sum over a view's tokens."""
     deviations = batch.groups.std(1, keepdim=True, correction=0).expand_as(batch.groups).flatten().tolist()
     losses = [[] for _ in batch.ids]
     for targets, now, old, _ in batch.views(temperature=0.9):
         for i, advantage in enumerate(batch.centred):
-            terms = [
-                -ppo((now - old)[i, j].exp(), advantage / deviations[i], 0.2) + 0.1 * k3(now[i, j], old[i, j])
-                for j in targets[i].nonzero().flatten().tolist()
-            ]
-            if terms:
-                losses[i].append(sum(terms) / len(terms))
+            scored = targets[i].nonzero().flatten().tolist()
+            gains = [ppo((now - old)[i, j].exp(), advantage / deviations[i], 0.2) for j in scored]
+            if scored:
+                losses[i].append(-sum(gains) / len(gains) + 0.1 * sum(k3(now[i, j], old[i, j]) for j in scored))
     assert len({len(own) for own in losses}) > 1  # some texts ended early
     return sum(sum(own) / len(own) for own in losses) / len(losses)
 

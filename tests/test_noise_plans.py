@@ -367,6 +367,8 @@ def test_trajectory_groups_score_each_sampled_token_once(canvas, shrink):
     plan = trajectory_groups(unmask_step, 9, shrink)
     assert plan.targets.shape == (1, -(-9 // shrink), len(canvas))
     assert torch.equal(plan.targets.sum(1), (unmask_step >= 0).long())
+    taken = sorted({step for step in canvas if step >= 0})
+    canvas = [taken.index(step) if step >= 0 else -1 for step in canvas]
     for view in range(plan.targets.size(1)):
         before = [i for i, step in enumerate(canvas) if 0 <= step < view * shrink]  # what had been committed by then
         assert plan.hidden[0, view].tolist() == [i not in before for i in range(len(canvas))]
@@ -386,6 +388,21 @@ def test_trajectory_groups_by_hand():
     assert plan.targets.int().tolist() == [
         [[1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1], [0, 0, 1, 0, 0, 0]],
         [[1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]],
+    ]
+
+
+def test_trajectory_groups_are_of_steps_that_were_taken():
+    """Two blocks of four steps, of which the rows took 0, 2 and 4, 5, 7; and 0 and 4. By index, in threes, the first
+    row's groups would be of 0, 2 | 4, 5 | 7."""
+    unmask_step = torch.tensor([[2, 0, 0, 5, 4, 7], [0, 0, 0, 4, 4, -1]], dtype=torch.int32)
+    plan = trajectory_groups(unmask_step, 8, 3)
+    assert plan.targets.int().tolist() == [
+        [[1, 1, 1, 0, 1, 0], [0, 0, 0, 1, 0, 1], [0, 0, 0, 0, 0, 0]],
+        [[1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]],
+    ]
+    assert plan.hidden.int().tolist() == [
+        [[1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 0, 1], [0, 0, 0, 0, 0, 0]],
+        [[1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 1]],
     ]
 
 

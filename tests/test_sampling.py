@@ -15,7 +15,20 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
-from tiny import END, MASK, TAIL, A, B, canvas_logits, coded_prompts, coded_row, forwards_of, set_bias, tiny_model
+from tiny import (
+    END,
+    MASK,
+    TAIL,
+    A,
+    B,
+    canvas_logits,
+    coded_prompts,
+    coded_row,
+    forwards_of,
+    set_bias,
+    tiny_model,
+    tiny_sdar,
+)
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from trl_diffusion.models import DreamModel, score_targets
@@ -525,7 +538,9 @@ def test_generate_is_reproducible_from_its_generator():
     assert torch.equal(run(0), first)
     assert not torch.equal(run(1), first)
     trajectory = run(0, return_trajectory=True)
-    assert torch.equal(trajectory.completion_ids, first[:, 8:])
+    ended = (torch.isin(trajectory.completion_ids, torch.tensor([TAIL, END])).cumsum(1) > 0).roll(1, 1)
+    ended[:, 0] = False
+    assert torch.equal(trajectory.completion_ids.masked_fill(ended, TAIL), first[:, 8:])
     assert torch.equal(run(0, temperature=0.0, unmasking="max_prob"), run(1, temperature=0.0, unmasking="max_prob"))
     assert run(0, denoising_steps=None, return_trajectory=True).unmask_step.max() == 3  # half the canvas
 
@@ -745,10 +760,14 @@ def test_processes_run_the_same_number_of_forwards():
         (dict(denoising_steps=0), r"denoising_steps \(0\).*must be at least 1"),
         (dict(block_length=0), r"block_length \(0\) must be at least 1"),
         (dict(temperature=-0.1), r"temperature must be at least 0, got -0.1"),
+        (dict(temperature=float("nan")), r"temperature must be at least 0, got nan; it must be finite"),
+        (dict(temperature=float("inf")), r"temperature must be at least 0, got inf; it must be finite"),
         (dict(top_k=-1), r"top_k must be at least 0.*got -1"),
         (dict(top_k=5, top_p=0.0), r"top_p must lie in \(0, 1\], got 0.0"),
         (dict(top_k=5, top_p=1.1), r"top_p must lie in \(0, 1\], got 1.1"),
-        (dict(top_p=0.9), r"top_p=0.9 needs top_k > 0"),
+        (dict(top_k=5, top_p=float("nan")), r"top_p must lie in \(0, 1\], got nan"),
+        (dict(top_p=0.9), r"top_p=0.9 needs top_k > 0.*set record_support=False"),
+        (dict(unmasking="entropy", entropy_bound=float("nan")), r"entropy_bound must be at least 0 nats, got nan"),
         (dict(unmasking="confidence"), r"unmasking must be one of random, max_prob.*got 'confidence'"),
     ],
 )
@@ -769,6 +788,111 @@ def test_batches_that_do_not_fit_are_refused():
     for broken in ((prompts, right_padded), (prompts[:, :0], mask[:, :0])):
         with pytest.raises(ValueError, match="left-padded, non-empty prompts: the last column of attention_mask"):
             sample(model, *broken, config, row_generators(0, rows=range(4)))
+
+
+def test_masks_with_holes_and_other_values_are_refused():
+    model, config = network(), SamplingConfig(8, 4, 4)
+    prompts, mask = coded_prompts(4)
+
+    def run(prompts, mask):
+        return sample(model, prompts, mask, config, row_generators(0, rows=range(len(prompts))))
+
+    holed = mask.clone()
+    holed[2, 5] = 0
+    with pytest.raises(ValueError, match=r"hole in row 2: a 0 follows a 1.*zeros, then ones"):
+        run(prompts, holed)
+    with pytest.raises(ValueError, match=r"must hold 0 \(padding\) and 1 \(prompt\) only"):
+        run(prompts, mask * 0.5)
+    with pytest.raises(ValueError, match=r"shape of the prompts, \(4, 8\); got \(4, 7\)"):
+        run(prompts, mask[:, 1:])
+    with pytest.raises(ValueError, match=r"ids of shape \[prompts, tokens\]; got torch.int64.*input_ids\[None\]"):
+        run(prompts[0], None)
+    with pytest.raises(ValueError, match=r"must be token ids of shape .* got torch.float32"):
+        run(prompts.float(), mask)
+
+
+def test_prompts_and_canvases_that_do_not_fit_are_refused():
+    model, (prompts, mask) = network(max_position_embeddings=16), coded_prompts(4)  # of 8, 7, 6 and 5 words
+    sample(model, prompts, mask, SamplingConfig(8, 4, 4), row_generators(0, rows=range(4)))
+    message = "canvas of 10 does not fit: the longest prompt of this batch has 7 tokens.*16 positions.*at most 9"
+    with pytest.raises(ValueError, match=message):
+        sample(model, prompts[1:], mask[1:], SamplingConfig(10, 5, 10), row_generators(0, rows=range(3)))
+    sample(model, prompts[2:], mask[2:], SamplingConfig(10, 5, 10), row_generators(0, rows=range(2)))  # padding is cut
+
+
+@pytest.mark.parametrize("unmasking", UNMASKING)
+def test_an_empty_batch_is_an_empty_trajectory(unmasking):
+    config = SamplingConfig(8, 4, 4, top_k=2, unmasking=unmasking, record_signals=True)
+    full = rollout(network(), config, rows=2)
+    with forwards_of(model := network()) as calls:
+        for prompts in (torch.empty(0, 5, dtype=torch.long), torch.empty(0, 0, dtype=torch.long)):
+            empty = sample(model, prompts, None, config, [])
+            for name, value in vars(full).items():
+                if isinstance(value, torch.Tensor):
+                    assert vars(empty)[name].shape == (0, *value.shape[1:]), name
+                    assert vars(empty)[name].dtype == value.dtype, name
+    assert calls == [] and empty.forwards == 0
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "block"])
+def test_a_process_without_rows_keeps_step(cache):
+    model, config = (tiny_sdar() if cache == "block" else network()), SamplingConfig(12, 6, 4, cache=cache)
+    prompts, mask = coded_prompts(4)
+
+    def run(rank, any_process):
+        rows = range(4 * rank)
+        own = copy.deepcopy(model)
+        with forwards_of(own) as calls:
+            trajectory = sample(own, prompts[rows], mask[rows], config, row_generators(0, rows=rows), any_process)
+        return trajectory, len(calls)
+
+    (empty, alone), (full, calls) = lockstep(run)
+    assert alone == calls == full.forwards == empty.forwards == empty.sync_forwards > 2
+    assert empty.completion_ids.shape == (0, 12)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+def test_temperatures_at_which_nothing_can_be_scored(temperature):
+    model, logits = network(), torch.zeros(2, 5)
+    message = f"finite temperature above 0, got {temperature}.*greedy trajectory.*score it with temperature=1.0"
+    with pytest.raises(ValueError, match=message):
+        score_targets(logits, torch.tensor([A, B]), temperature)
+    positions = torch.tensor([[1]])
+    with pytest.raises(ValueError, match=message):
+        model(input_ids=torch.tensor([[A, MASK]]), positions=positions, targets=positions, temperature=temperature)
+
+
+def test_a_greedy_trajectory_is_scored_again_at_temperature_one():
+    model, (prompts, mask) = network(), coded_prompts(8)
+    trajectory = rollout(model, SamplingConfig(8, 4, 4, 0.0, unmasking="max_prob"), rows=8)
+    for step in range(4):
+        targets = trajectory.unmask_step == step
+        positions = torch.where(targets, 8 + torch.arange(8), -1)
+        ids = torch.cat([prompts, canvas_before(trajectory, step)], dim=1)
+        seen = torch.cat([mask, torch.ones_like(mask)], dim=1)
+        with torch.no_grad():
+            scored = model(ids, seen, positions=positions, targets=trajectory.completion_ids).log_probs
+        torch.testing.assert_close(scored[targets], trajectory.logps[targets])
+
+
+def test_all_of_the_probability_mass_keeps_every_id():
+    """Unlikely ids are cut where the likely ones add up to 1 by rounding."""
+    logits = torch.tensor([40.0, 39.0, 2.0, 1.0, -torch.inf])
+    log_probs, ids = truncate(logits, 1.0, 5, 1.0)
+    assert ids.tolist() == [0, 1, 2, 3, -1]
+    assert log_probs[:4].tolist() == pytest.approx(logits.log_softmax(-1)[:4].tolist(), abs=1e-5)
+    assert truncate(logits, 1.0, 4, 1 - 1e-6)[1].tolist() == [0, 1, -1, -1]
+    whole = rollout(network(), SamplingConfig(8, 4, 4, 0.2, top_k=4))
+    assert (whole.support[whole.unmask_step >= 0] >= 0).all()
+
+
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_without_a_record_of_the_support_the_same_tokens_are_drawn(top_k):
+    recorded = rollout(network(), SamplingConfig(8, 4, 4, 1.3, top_k=top_k or 4, top_p=0.8))
+    without = rollout(network(), SamplingConfig(8, 4, 4, 1.3, top_k=top_k, top_p=0.8, record_support=False))
+    assert without.support is None and recorded.support is not None
+    assert torch.equal(without.completion_ids, recorded.completion_ids)
+    torch.testing.assert_close(without.logps, recorded.logps)
 
 
 def test_every_key_has_a_stream_of_its_own():

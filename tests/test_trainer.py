@@ -29,6 +29,7 @@ from trainer_helpers import parameters_of
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from trl_diffusion.credit import StepAwareReward
+from trl_diffusion.evaluation import Accuracy, AccuracyCallback
 from trl_diffusion.evaluation.decoding import encode_prompt
 from trl_diffusion.likelihood import score_views
 from trl_diffusion.models import family_of
@@ -237,6 +238,22 @@ def test_completions_are_logged(tmp_path):
     trainer.train()
     table = pd.read_parquet(next(Path(tmp_path, "completions").glob("*.parquet")))
     assert len(table) == 16 and {"prompt", "completion", "text_reward", "advantage"} <= set(table.columns)
+
+
+def test_completions_are_shown_once(tmp_path, monkeypatch):
+    """TRL prints them with every log: an empty table before the first rollout, the last one again at the end."""
+    shown = []
+    monkeypatch.setattr(
+        "trl.trainer.grpo_trainer.print_prompt_completions_sample",
+        lambda prompts, completions, *_, **__: shown.append(list(completions)),
+    )
+    trainer = AGRPO.make(tmp_path, log_completions=True, logging_steps=1, max_steps=2)
+    held_out = Dataset.from_dict({"prompt": PROMPTS[:2]})
+    accuracy = AccuracyCallback(trainer, held_out, lambda model, dataset: Accuracy(1, 2, 0.0, 1.0), every=1)
+    trainer.add_callback(accuracy)
+    trainer.train()
+    assert [len(completions) for completions in shown] == [16, 16] and shown[0] != shown[1]
+    assert len(accuracy.history) == 3
 
 
 def test_truncated_completions_can_be_left_out(tmp_path):

@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from trl_diffusion.credit import taken_steps
+
 
 @dataclass
 class NoisePlan:
@@ -165,17 +167,21 @@ def block_random(
 def trajectory_groups(unmask_step: torch.Tensor, num_steps: int, shrink: int) -> NoisePlan:
     """TraceRL's views (2509.06949): the canvas before each group of denoising steps, whose tokens are the targets.
 
+    Groups are of successive steps that the completion took. With parallel unmasking a block may end before its last
+    step; the steps left out do not count, as in the release.
+
     Args:
         unmask_step: int [B, L], -1 where nothing was sampled.
         num_steps: S.
         shrink: steps per view.
 
     Returns:
-        A plan with ⌈S / shrink⌉ views; those behind a completion's last step have no targets.
+        A plan with ⌈S / shrink⌉ views; those after a completion's last group have no targets.
     """
     views = -(-num_steps // shrink)
     first = (torch.arange(views, device=unmask_step.device) * shrink).view(1, -1, 1)
-    step = unmask_step.unsqueeze(1)
+    number = taken_steps(unmask_step, num_steps).cumsum(1) - 1  # of each step among those that were taken
+    step = number.gather(1, unmask_step.clamp(min=0).long()).masked_fill(unmask_step < 0, -1).unsqueeze(1)
     hidden = (step >= first) | (step < 0)
     targets = (step >= first) & (step < first + shrink)
     return NoisePlan(hidden, targets, hidden.float().mean(-1))

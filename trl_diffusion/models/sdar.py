@@ -1,9 +1,9 @@
 """SDAR (2510.06303) and TraDo (2509.06949) as a native transformers class: `Qwen3ForCausalLM` with block-causal
 attention.
 
-Weights have Qwen3's names. Blocks are counted from the start of the completion, as in TraceRL's training of TraDo. SDAR's
-own sampler and DiRL's training count them from the start of the prompt, which is the same where the prompt fills its
-last block.
+Weights have Qwen3's names. Blocks are counted from the start of the completion, as in TraceRL's training of TraDo.
+SDAR's own sampler and DiRL's training count them from the start of the prompt, which is the same where the prompt
+fills its last block.
 """
 
 from __future__ import annotations

@@ -161,10 +161,10 @@ def canvas_plan(
     Raises:
         ValueError: if no block length goes with the denoising steps.
     """
-    block = block_length or attention_block
+    block = attention_block if block_length is None else block_length
     if block is None:
         block = min(length, DEFAULT_BLOCK) if denoising_steps is None else _even_block(length, denoising_steps)
-    num_blocks = -(-length // block)
+    num_blocks = -(-length // max(block, 1))  # `SamplingConfig` refuses what is below 1
     steps = num_blocks * max(block // 2, 1) if denoising_steps is None else denoising_steps
     return num_blocks * block, steps, block
 

@@ -31,7 +31,8 @@ _TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
 _ANSWER_LINE = re.compile(r"####[# \t]*([^\n]*)")
 # Nothing, or the word between the tags in "I put it between <answer> and </answer>".
 _PLACEHOLDER = re.compile(r"[^\w∅∞]*(?:(?:and|or)[^\w∅∞]*)?", re.IGNORECASE)
-# Begins with a word, maybe numbered: "Verification", "2. Check", "I closed it". LaTeX begins with a backslash or dollar.
+# Begins with a word, maybe numbered: "Verification", "2. Check", "I closed it". LaTeX begins with a backslash or a
+# dollar sign.
 _WORDS = re.compile(r"[^\w\\$]*(?:[0-9]+[.)]\s+[^\w\\$]*)?(?:[^\W\d_]\s+)?[^\W\d_]{2}")
 _ANSWER_HEADING = re.compile(r"[*_ \t]*(?:the[ \t]+)?(?:final[ \t]+)?answer[*_: \t]*", re.IGNORECASE)
 _NEXT_LINE = re.compile(r"\s*([^\n]*)")
@@ -107,7 +108,6 @@ def _without_half_box(answer: str) -> str:
     answer = answer[found.end() :].strip()
     lost = answer.endswith(">") or (answer.endswith("}") and answer.count("}") > answer.count("{"))
     return answer[:-1].strip() if lost else answer
-
 
 
 def _boxes(text: str) -> Iterator[Span]:

@@ -23,7 +23,6 @@ _SPELLINGS = {
     "³": "^3",
     "<=": r"\le ",
     ">=": r"\ge ",
-    "!=": r"\ne ",
     r"\imath": " i ",
     r"\dfrac": r"\frac",
     r"\tfrac": r"\frac",
@@ -34,7 +33,7 @@ _SPELLINGS = {
 }
 _FUNCTION = re.compile(r"(?<![a-zA-Z\\])(pi|sin|cos|tan|log|ln|arcsin|arccos|arctan)(?![a-zA-Z])")
 _DOTS = re.compile(r"\\(?:[lc]dots|dots[bcimo]?)(?![a-zA-Z])|\.{3,}|…")
-_LAYOUT = re.compile(r"\\(?:left|right|displaystyle|bigl|bigr|Bigl|Bigr|big|Big)(?![a-zA-Z])|\\[()\[\]]")
+_LAYOUT = re.compile(r"\\(?:left|right|displaystyle|bigl|bigr|Bigl|Bigr|big|Big)(?![a-zA-Z])|(?<!\\)\\[()\[\]]")
 _SPACE = re.compile(r"(?:(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|\s|~)+")
 _THOUSANDS = re.compile(r"(?<![\d.,] )(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d.]? ?\d)")
 
@@ -48,22 +47,27 @@ _TEXT = re.compile(r"\\(?:text|mathrm|textrm|mbox)\s*\{\s*([^{}]*?)\s*\}")
 _UNIT_LETTERS = frozenset("mgshtdlLVAWNJKCF")
 
 _SMALL_ARGUMENTS = re.compile(r"\\(frac|binom)\s*(\d)\s*(\d)")
-_SMALL_SCRIPT = re.compile(r"([_^])\s*(\d)(?=\s)")
+_SMALL_SCRIPT = re.compile(r"([_^])\s*(\d)(?!\d)")
 _MIXED = re.compile(r"(?<![\d.])(\d+) (\d+)\s*/\s*(\d+)(?!\d)")
 _ROOT_OF_DIGITS = re.compile(r"√\s*(\d+)")
 _ROOT_OF_BRACKET = re.compile(r"\\?(?<![a-zA-Z])(?:sqrt|√)\s*(\[\d\])?\s*\(([^()]*)\)")
 _REPEATING = re.compile(r"(?<!\d)(\d{0,9})\.(\d{0,9})\\(?:overline|bar)\s*\{?(\d{1,9})\}?")
 
-_BASE_IN_WORDS = re.compile(r"(?<=\d)(?:\s*_\s*\{?\s*\\text\s*\{\s*(?:base)?\s*(\w+)\s*\}\s*\}?|\s*(?:\\text\s*\{\s*)?base\s*\}?\s*(\w+)\s*\}?)$")
+_BASE_IN_WORDS = re.compile(
+    r"(?<=\d)(?:\s*_\s*\{?\s*\\text\s*\{\s*(?:base)?\s*(\w+)\s*\}\s*\}?|\s*(?:\\text\s*\{\s*)?base\s*\}?\s*(\w+)\s*\}?)$"
+)
 _BASE = re.compile(r"\d\s*_\s*\{?\s*(\w+)\s*\}?")
-_WORDS_OF_BASES = "zero one two three four five six seven eight nine ten eleven twelve".split()
+_WORDS_OF_BASES = {
+    word: str(base)
+    for base, word in enumerate(
+        ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"), start=2
+    )
+}
 
 _NAME = re.compile(r"^\s*([a-zA-Z])\s*(?:=|\\in(?![a-z]))\s*")
-# After a number: words in \text, percent and degree signs.
-_UNIT = re.compile(
-    r"(?<=[\d}])\\?\s*(?:\\(?:text|mathrm|textrm|mbox)\s*\{([^{}]*)\}(?:\s*\^\s*\{?\d\}?)?|\\?%|\^\s*\\circ|\^\s*\{\\circ\}"
-    r")\s*$"
-)
+# After a number: percent and degree signs, or words in \text.
+_SIGN = re.compile(r"(?<=[\d}])\s*(?:\\?%|\^\s*\\circ|\^\s*\{\s*\\circ\s*\})\s*$")
+_UNIT = re.compile(r"(?<=[\d}])\s*\\(?:text|mathrm|textrm|mbox)\s*\{[^{}]*\}(?:\s*\^\s*\{?\d\}?)?\s*$")
 # The same without \text: words of four letters, and the shorter ones that are known. `12 xy` is a product.
 _SHORT_UNITS = "cm mm km ft yd mi kg mg lb lbs oz ml mL hr hrs min sec mph am pm day cup way men"
 _BARE_UNIT = re.compile(
@@ -104,7 +108,7 @@ def _fraction(character: str) -> str:
 
 
 def _digits(word: str) -> str:
-    return str(_WORDS_OF_BASES.index(word.lower())) if word.lower() in _WORDS_OF_BASES else word
+    return _WORDS_OF_BASES.get(word.lower(), word)
 
 
 def _opened(found: re.Match[str]) -> str:
@@ -124,14 +128,14 @@ def _repeating(found: re.Match[str]) -> str:
 def same_string(given: str, gold: str) -> bool:
     """Whether two answers, as `plain_latex` writes them, are one string but for spaces, units and a name.
 
-    A name, as in `x = 5`, does not count where one of them has none; `y = 5` is not `x = 5`. A space between two digits
-    counts: `1 2` is not `12`.
+    A name, as in `x = 5`, does not count where one of them has none; `y = 5` is not `x = 5`. A space between two
+    digits counts: `1 2` is not `12`.
     """
     names = [_NAME.match(text) for text in (given, gold)]
     if all(names) and len({name[1] for name in names if name}) > 1:
         names = [None, None]
     left, right = (
-        _tight(_without_unit(text[name.end() :] if name else text))
+        _tight(without_word_unit(_SIGN.sub("", text[name.end() :] if name else text)))
         for text, name in zip((given, gold), names, strict=True)
     )
     return left == right
@@ -141,20 +145,12 @@ def _tight(text: str) -> str:
     return re.sub(r"(?<!\d) | (?!\d)", "", text)
 
 
-def _without_unit(text: str) -> str:
-    found = _UNIT.search(text)
-    if found is None:
-        return without_word_unit(text)
-    return text if found[1] and _NO_UNIT.search(found[1]) else text[: found.start()]
-
-
 def without_word_unit(text: str) -> str:
-    """An answer without the words after its number: `32,348 dollars`, `5\\text{ cm}`. `1.8 million` is left as it is."""
+    r"""An answer without the words after its number: `32,348 dollars`, `5\text{ cm}`; not so `1.8 million`."""
     for pattern in (_UNIT, _BARE_UNIT):
         found = pattern.search(text)
-        if found is not None and re.search(r"[a-zA-Z]{2}|\{", found.group()) and not _NO_UNIT.search(found.group()):
-            if "circ" not in found.group():
-                return text[: found.start()]
+        if found is not None and not _NO_UNIT.search(found.group()):
+            return text[: found.start()]
     return text
 
 

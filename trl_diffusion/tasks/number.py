@@ -38,7 +38,9 @@ _MAGNITUDE = re.compile(rf"[\s-]*({'|'.join(MAGNITUDES)})s?(?![a-z])", re.IGNORE
 _LETTERS = {"k": Fraction(1000), "M": Fraction(10**6), "B": Fraction(10**9)}
 # 18K, $18M, $18B without a space: "18 M" and "18m" are metres.
 _LETTER = re.compile(r"\s?([kK])(?![a-zA-Z])|([MB])(?![a-zA-Z])")
-_AND_A_PART = re.compile(r"(?<![\d.])(\d+)\s+and\s+(?:(?:a|one)[\s-]+(half|quarter)|(three)[\s-]+quarters)\b", re.IGNORECASE)
+_AND_A_PART = re.compile(
+    r"(?<![\d.])(\d+)\s+and\s+(?:(?:a|one)[\s-]+(half|quarter)|(three)[\s-]+quarters)\b", re.IGNORECASE
+)
 _PARTS = {"half": "1/2", "quarter": "1/4", "three": "3/4"}
 _MINUS = re.compile(r"\b(?:negative|minus)\s+(?=[\d.$(\\])", re.IGNORECASE)
 # Words and signs in front of a number that change it.

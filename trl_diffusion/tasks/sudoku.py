@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from functools import lru_cache
 from itertools import permutations
 from pathlib import Path
@@ -30,7 +30,15 @@ SLIP_RATE = 0.5
 CELLS = 16
 
 # 16 digits with nothing but layout between them; the digits of a larger number are no grid.
-_GRID = re.compile(r"(?<![0-9])[0-4](?:[\s|,;.+_\[\]()*-]*[0-4]){15}(?![0-9])")
+_GRID = re.compile(r"(?<![0-9])[0-4](?:[\s|,;:.+_&\\\[\](){}*\u2500-\u257f-]*[0-4]){15}(?![0-9])")
+# A row of a board on a line of its own, maybe with its number or name: "Row 2: 3 4 1 2", "| R2 | 3 | 4 | 1 | 2 |".
+_ROW = re.compile(
+    r"[^\w\\]*(?:[a-z][a-z \t]{0,19}[\W_]*)?(?:([1-4])(?:st|nd|rd|th)?[\W_]+(?:row[\W_]+)?)?"
+    r"([0-4](?:[\W_]*[0-4]){3})[\W_]*",
+    re.IGNORECASE,
+)
+_RULER = re.compile(r"[\s|:+=\u2500-\u257f-]*")
+_LONGEST_ROW = 100
 
 
 def load_sudoku(
@@ -209,12 +217,42 @@ def check_sudoku(text: str, solution: str) -> bool:
 def stated_grid(text: str) -> str | None:
     """The grid that a completion states: 16 digits in 0..4 with nothing but layout between them, or `None`.
 
-    It is the last one between the last answer tags; without tags the last one of the text.
+    It is the last one between the last answer tags; without tags the last one of the text. Four rows on lines of their
+    own may have names or numbers, and a table may have a heading.
     """
     text = readable(text)
     answer = tagged_answer(text)
-    found = _GRID.findall(text if answer is None else answer)
-    return re.sub(r"[^0-4]", "", found[-1]) if found else None
+    text = (text if answer is None else answer).replace("\\hline", "")
+    # Where both end, the board has its rows' numbers left out.
+    runs = [(run.end(), False, run.group()) for run in _GRID.finditer(text)]
+    boards = [(end, True, rows) for end, rows in _boards(text)]
+    return re.sub(r"[^0-4]", "", max(runs + boards)[2]) if runs or boards else None
+
+
+def _boards(text: str) -> Iterator[tuple[int, str]]:
+    """Where boards end, and their rows: four lines one below the other, with nothing but rulers between them."""
+    rows: list[tuple[str | None, str]] = []
+    ruled_after: list[int] = []  # numbers of rows
+    end = 0
+    for line in text.splitlines(keepends=True):
+        start, end = end, end + len(line)
+        found = _ROW.fullmatch(line) if len(line) <= _LONGEST_ROW else None
+        if found is not None:
+            rows.append((found[1], found[2]))
+            if board := _board(rows, ruled_after):
+                yield start + len(line.rstrip()), board
+        elif _RULER.fullmatch(line):
+            ruled_after += [len(rows)] if line.strip() else []
+        else:
+            rows, ruled_after = [], []
+
+
+def _board(rows: list[tuple[str | None, str]], ruled_after: list[int]) -> str | None:
+    """The last four rows, if they are numbered 1 to 4, or without numbers and after whole boards or a heading."""
+    numbers = [number for number, _ in rows[-4:]]
+    if numbers == list("1234") or (numbers == [None] * 4 and (len(rows) % 4 == 0 or ruled_after[:1] == [1])):
+        return "".join(cells for _, cells in rows[-4:])
+    return None
 
 
 def is_solution(grid: str, puzzle: str) -> bool:

@@ -50,7 +50,7 @@ from trl_diffusion.trainers.checks import (
 )
 from trl_diffusion.trainers.cost import CompletionCost, rollout_units
 from trl_diffusion.trainers.guards import GuardConfig
-from trl_diffusion.trainers.model_card import card_arguments, complete_card
+from trl_diffusion.trainers.model_card import PortableCards, card_arguments, complete_card
 from trl_diffusion.trainers.monte_carlo_views import MonteCarloViews
 from trl_diffusion.trainers.random_streams import EVAL_ROLLOUT, TRAIN_ROLLOUT
 from trl_diffusion.trainers.reward_guard import RewardGuard
@@ -78,6 +78,9 @@ class DiffusionGRPOConfig(GuardConfig, ResumeConfig, GRPOConfig):
         cache: keys and values that the rollout reuses, see `SamplingConfig`. What `auto` reuses is exact; under
             `prefix` and `dual` completions are those of another policy, close to the network's.
         cache_refresh: steps between two full passes with `prefix` and `dual`; 0 for one at the start of a block.
+        per_device_train_batch_size: completions of a micro-batch on each process. If not given, whole groups of
+            `num_generations`: as many as 8 completions hold, at least one.
+        per_device_eval_batch_size: the same for evaluations, with `num_generations_eval` if that is given.
         num_mc_samples: Monte-Carlo views per completion and update. Memory does not grow with it, but for methods
             that need a completion's views together (ESPO, coupled-GRPO, SPG, WDDO).
 
@@ -124,6 +127,20 @@ class DiffusionGRPOConfig(GuardConfig, ResumeConfig, GRPOConfig):
         default=8, metadata={"help": "Monte-Carlo views (noised canvases) per completion and update."}
     )
     max_completion_length: int = field(default=256, metadata={"help": "Length of the canvas in tokens."})
+    per_device_train_batch_size: int = field(
+        default=0,
+        metadata={
+            "help": "Completions of a micro-batch on each process; if not given (0), groups of num_generations up to "
+            "8 completions, at least one group."
+        },
+    )
+    per_device_eval_batch_size: int = field(
+        default=0,
+        metadata={
+            "help": "Completions of an evaluation batch on each process; if not given (0), groups of "
+            "num_generations_eval (or num_generations) up to 8 completions, at least one group."
+        },
+    )
     disable_dropout: bool = field(
         default=True,
         metadata={"help": "Turn dropout off, so that ratios start at 1; with dropout they measure its noise."},
@@ -131,6 +148,10 @@ class DiffusionGRPOConfig(GuardConfig, ResumeConfig, GRPOConfig):
 
     def __post_init__(self):
         fit_to_cpu(self)
+        group = self.num_generations or 1
+        evaluated = self.num_generations_eval or group
+        self.per_device_train_batch_size = self.per_device_train_batch_size or _whole_groups(group)
+        self.per_device_eval_batch_size = self.per_device_eval_batch_size or _whole_groups(evaluated)
         processes = int(os.environ.get("WORLD_SIZE", "1"))
         micro_batches = self.steps_per_generation or self.gradient_accumulation_steps
         completions = self.generation_batch_size or self.per_device_train_batch_size * micro_batches * processes
@@ -218,7 +239,12 @@ class DiffusionGRPOConfig(GuardConfig, ResumeConfig, GRPOConfig):
                 )
 
 
-class DiffusionGRPOTrainer(RolloutCheckpoints, GuardedUpdates, GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
+def _whole_groups(size: int) -> int:
+    """Completions of a batch of whole groups of a size: as many as fit into 8, TRL's default, but at least one."""
+    return size * max(8 // size, 1)
+
+
+class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
     """GRPO for diffusion language models; a method says in which noised views its completions are scored.
 
     A subclass overrides `_plan_views` and `_view_of`. A `StepAwareReward` (SAPO, 2510.01544) among the reward
@@ -332,6 +358,7 @@ class DiffusionGRPOTrainer(RolloutCheckpoints, GuardedUpdates, GRPOTrainer, Mont
         self.reward_funcs = [self._reward_guard.wrap(function) for function in self.reward_funcs]
         self._probe = StepAwareProbe.of(self)
         self._dataset_name: str | None = None
+        self._unshown_completions = False
         self._trajectory: Trajectory | None = None
         self._scored: Scores | None = None
         self._window_rows: dict[str, torch.Tensor] | None = None
@@ -475,6 +502,7 @@ class DiffusionGRPOTrainer(RolloutCheckpoints, GuardedUpdates, GRPOTrainer, Mont
     def _generate_and_score_completions(self, inputs):
         mode = "train" if self.model.training else "eval"
         rows = super()._generate_and_score_completions(inputs)
+        self._unshown_completions = True
         trajectory, self._trajectory = self._trajectory, None
         finished, self._finished = self._finished, None
         assert trajectory is not None and finished is not None
@@ -756,7 +784,16 @@ class DiffusionGRPOTrainer(RolloutCheckpoints, GuardedUpdates, GRPOTrainer, Mont
         if self.model.training:
             self.count_forwards(3 * units * self.accelerator.num_processes)
 
-    # ---------------------------------------------------------------- model card, evaluation and checkpoints
+    # ---------------------------------------------------------------- logs, model card, evaluation and checkpoints
+
+    def log(self, logs, start_time=None):
+        # TRL shows the last completions with every log, also with those that report an accuracy or the run time.
+        wanted, self.log_completions = self.log_completions, self.log_completions and self._unshown_completions
+        try:
+            super().log(logs, start_time)
+        finally:
+            self.log_completions = wanted
+        self._unshown_completions = False
 
     def create_model_card(self, model_name=None, dataset_name=None, tags=None):  # type: ignore[override]  # as TRL's
         self._dataset_name = dataset_name or self._dataset_name  # TRL does not repeat it with every checkpoint

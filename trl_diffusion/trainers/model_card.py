@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, PeftModel
 from trl.trainer.utils import get_config_model_id
 
+from trl_diffusion.models.embedded import EMBEDDED_MODELS
 from trl_diffusion.models.lora import lora_coverage
 
 if TYPE_CHECKING:
@@ -28,6 +29,14 @@ def is_hub_id(name: str | None) -> bool:
     except HFValidationError:
         return False
     return True
+
+
+def hub_id_of(base: str) -> str | None:
+    """The id under which others find a model on the Hub: its name, or what a path into the Hub's cache stands for."""
+    if is_hub_id(base):
+        return base
+    kind, *names = next((part.split("--", 2) for part in Path(base).parts if part.startswith("models--")), [""])
+    return "/".join(names) if kind and len(names) == 2 else None
 
 
 def card_arguments(trainer: _BaseTrainer, model_name: str | None, dataset_name: str | None) -> dict[str, Any]:
@@ -49,13 +58,15 @@ def complete_card(trainer: Any, dataset_name: str | None, generation: dict[str, 
     card = ModelCard.load(path)
     adapter = trainer.model.active_peft_config if isinstance(trainer.model, PeftModel) else None
     base = get_config_model_id(trainer.model.config)
+    hub_id = hub_id_of(base)
+    card.data.base_model = hub_id
     if adapter is not None:
         card.data.library_name = "peft"
-        if is_hub_id(base):
+        if hub_id is not None:
             card.data.base_model_relation = "adapter"
         if isinstance(adapter, LoraConfig):
             card.data.tags = sorted({*card.data.tags, "lora"})
-    page = f"[{base}](https://huggingface.co/{base})" if is_hub_id(base) else f"`{Path(base).name}`, a local model"
+    page = _page(base, hub_id)
     paper = trainer._paper
     rows = {
         "base model": page,
@@ -66,8 +77,10 @@ def complete_card(trainer: Any, dataset_name: str | None, generation: dict[str, 
     }
     facts = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
     pushed_to = trainer.hub_model_id or Path(trainer.args.output_dir).name
-    example = _example(base if is_hub_id(base) else Path(base).name, pushed_to, adapter is not None, generation)
-    text = card.text.replace("[None](https://huggingface.co/None)", page)
+    example = _example(base, hub_id, pushed_to, adapter is not None, generation)
+    text = card.text
+    for link in (None, base):  # TRL links to what is no folder here, and to `None` for what is
+        text = text.replace(f"[{link}](https://huggingface.co/{link})", page)
     text = re.sub(
         "## Quick start\n.*?(?=## Training procedure)",
         lambda _: f"{facts}\n\n## Quick start\n\n{example}\n\n",
@@ -76,6 +89,40 @@ def complete_card(trainer: Any, dataset_name: str | None, generation: dict[str, 
     )
     card.text = text
     card.save(path)
+
+
+class PortableCards:
+    """Mix-in before a trainer: the cards that PEFT writes next to adapters name no path of this machine as their base.
+
+    PEFT writes one into every checkpoint and wherever `save_model` puts an adapter.
+    """
+
+    def _save(self: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        card = Path(output_dir or self.args.output_dir) / "README.md"
+        if isinstance(self.accelerator.unwrap_model(self.model), PeftModel) and card.is_file():
+            make_portable(card, get_config_model_id(self.model.config))
+
+
+def make_portable(path: Path, base: str) -> None:
+    """Let the metadata of an adapter's card name its base by the Hub's id, or not at all if it has none.
+
+    Args:
+        path: the card, as PEFT wrote it.
+        base: name or path of the base.
+    """
+    card, hub_id = ModelCard.load(path), hub_id_of(base)
+    tags = [tag for tag in card.data.tags or [] if not tag.startswith("base_model:")]
+    card.data.tags = sorted([*tags, f"base_model:adapter:{hub_id}"]) if hub_id else tags
+    card.data.base_model = hub_id
+    card.save(path)
+
+
+def _page(base: str, hub_id: str | None) -> str:
+    if hub_id is not None:
+        return f"[{hub_id}](https://huggingface.co/{hub_id})"
+    embedded = Path(base) in map(Path, EMBEDDED_MODELS.values())
+    return f"`{Path(base).name}`, {'which comes with trl_diffusion' if embedded else 'a local model'}"
 
 
 def _weights(model: Any, adapter: Any) -> str:
@@ -91,15 +138,20 @@ def _weights(model: Any, adapter: Any) -> str:
     return kind + (", trained over a base quantised by bitsandbytes (QLoRA)" if quantised else "")
 
 
-def _example(base: str, trained: str, is_adapter: bool, generation: dict[str, int]) -> str:
+def _example(base: str, hub_id: str | None, trained: str, is_adapter: bool, generation: dict[str, int]) -> str:
     arguments = ", ".join(f"{name}={value}" for name, value in generation.items())
-    load = f'model = AutoModelForCausalLM.from_pretrained("{base if is_adapter else trained}", dtype="auto")'
+    named = f'"{trained}"'
+    embedded = {str(Path(path)): name for name, path in EMBEDDED_MODELS.items()}.get(str(Path(base)))
+    loaded = f'"{hub_id or Path(base).name}"' if embedded is None else f'EMBEDDED_MODELS["{embedded}"]'
+    hint = "  # a local model: the folder where you have it" if hub_id is None and embedded is None else ""
     lines = [
         "import trl_diffusion  # registers the model's class",
         *(["from peft import PeftModel"] if is_adapter else []),
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        *(["from trl_diffusion.models.embedded import EMBEDDED_MODELS"] if is_adapter and embedded else []),
         "",
-        load,
+        *([f"base = {loaded}{hint}"] if is_adapter else []),
+        f'model = AutoModelForCausalLM.from_pretrained({"base" if is_adapter else named}, dtype="auto")',
         *([f'model = PeftModel.from_pretrained(model, "{trained}")'] if is_adapter else []),
         f'tokenizer = AutoTokenizer.from_pretrained("{trained}", padding_side="left")',
         'messages = [{"role": "user", "content": "Tom has 7 pens and gets 5 more. How many pens now?"}]',

@@ -9,8 +9,8 @@ import inspect
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)  # each process tells of its own rows
 _SHOWN = 200  # characters of a prompt or completion in a message
+BETWEEN_ALARMS = 0.1  # seconds, for a reward function that catches the interruption
+PATIENCE = 10  # alarms, before they come in quick succession
 
 
 class RewardError(RuntimeError):
@@ -33,43 +35,84 @@ class _TimeUp(BaseException):
     """Raised inside a reward function; no `Exception`, which the function may catch."""
 
 
-@contextmanager
-def time_limit(seconds: float | None) -> Iterator[None]:
-    """Interrupt what runs inside after some seconds.
+class TimeLimit:
+    """Interrupt what runs inside after some seconds, and again until it ends.
 
     An alarm signal interrupts Python code, sleeping and waiting for sockets, locks or processes, but neither a
-    computation inside a C extension (before it returns) nor code that sets alarms itself.
+    computation inside a C extension (before it returns) nor code that sets alarms itself. The interruption is an
+    exception. Code that catches it has more time, `BETWEEN_ALARMS` seconds, to clean up. After `PATIENCE` alarms they
+    follow each other so closely that also one of `while True: try: … except: pass` falls outside of the `try`.
 
     Args:
         seconds: the limit; none if `None`.
 
     Raises:
-        TimeoutError: when the time is up.
+        TimeoutError: when the time was up, however the code inside ended.
         RuntimeError: outside of the main thread, where Python handles no signals.
     """
-    if seconds is None:
-        yield
-        return
-    if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError(
-            "reward_timeout needs reward functions to be called in the main thread; this is "
-            f"{threading.current_thread().name}. Train in the main thread, or leave reward_timeout out."
-        )
 
-    def stop(*_) -> None:
+    def __init__(self, seconds: float | None):
+        self.seconds, self.alarms = seconds, 0
+        self._previous: Any = None
+
+    def __enter__(self) -> None:
+        if self.seconds is None:
+            return
+        if threading.current_thread() is not threading.main_thread():
+            raise RuntimeError(
+                "reward_timeout needs reward functions to be called in the main thread; this is "
+                f"{threading.current_thread().name}. Train in the main thread, or leave reward_timeout out."
+            )
+        self._previous = signal.signal(signal.SIGALRM, self._stop)
+        signal.setitimer(signal.ITIMER_REAL, self.seconds, BETWEEN_ALARMS)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.alarms += 1
+        # An exception in these would leave the alarm on.
+        if frame is None or frame.f_code in _OWN_CODE:
+            return
+        if self.alarms > PATIENCE:
+            # 1 to 50 microseconds: the time from the `raise` to the next line outside of a `try` is among them.
+            signal.setitimer(signal.ITIMER_REAL, 1e-6 * (self.alarms % 50 + 1), BETWEEN_ALARMS)
         raise _TimeUp
 
-    previous = signal.signal(signal.SIGALRM, stop)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if self.seconds is None:
+            return
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, self._previous)
+        if self.alarms and (kind is None or issubclass(kind, (Exception, _TimeUp))):
+            raise TimeoutError(_too_long(self.seconds)) from None
+
+
+_OWN_CODE = {TimeLimit.__enter__.__code__, TimeLimit.__exit__.__code__, TimeLimit._stop.__code__}
+
+
+async def within(seconds: float | None, coroutine: Awaitable) -> Any:
+    """The result of a coroutine, which is cancelled after some seconds, and again if it catches that.
+
+    Args:
+        seconds: the limit; none if `None`.
+        coroutine: what to wait for. One that catches `PATIENCE` cancellations is left behind.
+
+    Raises:
+        TimeoutError: when the time was up, however the coroutine ended.
+    """
+    task = asyncio.ensure_future(coroutine)
     try:
-        signal.setitimer(signal.ITIMER_REAL, seconds)
-        try:
-            yield
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-    except _TimeUp:
-        raise TimeoutError(_too_long(seconds)) from None
-    finally:
-        signal.signal(signal.SIGALRM, previous)
+        done, _ = await asyncio.wait({task}, timeout=seconds)
+        if done:
+            return task.result()
+        for _ in range(PATIENCE):
+            task.cancel()
+            if (await asyncio.wait({task}, timeout=BETWEEN_ALARMS))[0]:
+                break
+    except asyncio.CancelledError:  # of whoever waits here
+        task.cancel()
+        raise
+    if task.done() and not task.cancelled():
+        task.exception()  # otherwise asyncio reports one that nobody asked for
+    raise TimeoutError(_too_long(float(seconds or 0)))
 
 
 def _too_long(seconds: float) -> str:
@@ -107,12 +150,9 @@ class RewardGuard:
         name = get_callable_name(function)
 
         async def wait(value, prompts, completions) -> list:
-            limit = self.args.reward_timeout
             try:
-                values, numbers = _numbers(await asyncio.wait_for(value, limit), convert)
+                values, numbers = _numbers(await within(self.args.reward_timeout, value), convert)
             except Exception as error:  # whatever a user's function may raise
-                if limit is not None and isinstance(error, asyncio.TimeoutError) and not error.args:
-                    error = TimeoutError(_too_long(limit))
                 return self._failed(name, prompts, error)
             return self._finite(name, values, numbers, prompts, completions)
 
@@ -127,7 +167,7 @@ class RewardGuard:
         @functools.wraps(function, updated=())
         def guarded_sync(prompts, completions, **columns):
             try:
-                with time_limit(self.args.reward_timeout):
+                with TimeLimit(self.args.reward_timeout):
                     value = function(prompts=prompts, completions=completions, **columns)
                     if not inspect.isawaitable(value):
                         values, numbers = _numbers(value, convert)

@@ -68,12 +68,12 @@ class RolloutCheckpoints(Checkpoints):
 
     def _collect_facts(self) -> Facts:
         facts = super()._collect_facts()
-        return facts | {"run": facts["run"] | {"reward functions": as_json(self._rewards())}}
-
-    def _rewards(self) -> list[Any]:
-        """The names of the reward functions, and how a step-aware one measures progress."""
-        steps = [vars(function) for function in self.reward_funcs if isinstance(function, StepAwareReward)]
-        return [*self.reward_func_names, *({k: v for k, v in each.items() if not callable(v)} for each in steps)]
+        rewards: dict[str, Any] = {"list of reward functions": list(self.reward_func_names)}
+        for function in self.reward_funcs:
+            if isinstance(function, StepAwareReward):
+                settings = {name: value for name, value in vars(function).items() if not name.startswith("__")}
+                rewards |= {f"step-aware reward's {name}": v for name, v in settings.items() if not callable(v)}
+        return facts | {"run": facts["run"] | as_json(rewards)}
 
     def _fixed_weights(self) -> list[tuple[str, torch.nn.Parameter]]:
         if self.ref_model is None or self.args.sync_ref_model:

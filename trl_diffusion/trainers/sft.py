@@ -50,7 +50,7 @@ from trl_diffusion.trainers.checks import (
     named_eval_datasets,
 )
 from trl_diffusion.trainers.guards import UpdateGuardConfig
-from trl_diffusion.trainers.model_card import card_arguments, complete_card
+from trl_diffusion.trainers.model_card import PortableCards, card_arguments, complete_card
 from trl_diffusion.trainers.sft_report import print_sft_report
 from trl_diffusion.trainers.update_guard import GuardedUpdates
 
@@ -113,7 +113,7 @@ class SFTConfig(UpdateGuardConfig, ResumeConfig, _BaseConfig):
                 raise ValueError(f"SFTConfig does not support `{name}`: {reason}. Leave it at its default.")
 
 
-class SFTTrainer(Checkpoints, GuardedUpdates, _BaseTrainer):  # type: ignore[misc]
+class SFTTrainer(PortableCards, Checkpoints, GuardedUpdates, _BaseTrainer):  # type: ignore[misc]
     """Masked supervised fine-tuning.
 
     Args:

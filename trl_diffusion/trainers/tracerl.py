@@ -2,10 +2,11 @@
 
 rollout     block by block
 credit      A = (r − group mean) / population standard deviation, 0 where all rewards are equal
-likelihood  one view per `shrink` successive steps: the canvas before the first of them, the tokens of all of them as
-            targets, each token of the text once; at the sampling temperature and support. With `block_causal` the
-            steps of all blocks at once, each block beside the finished ones before it
-loss        clipped token ratio, mean over a view's tokens, mean over a completion's views; k3 to the old policy
+likelihood  one view per `shrink` successive steps that were taken: the canvas before the first of them, the tokens of
+            all of them as targets, each token of the text once; at the sampling temperature and support. With
+            `block_causal` the steps of all blocks at once, each block beside the finished ones before it
+loss        clipped token ratio, mean over a view's tokens; k3 to the old policy, summed over a view's tokens; mean
+            over a completion's views
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class TraceRLConfig(ReplayConfig):
 
     block_causal: bool = field(default=False, metadata={"help": "Replay the steps of all blocks at once (SDAR)."})
     shrink: int = field(default=8, metadata={"help": "Denoising steps per view."})
-    beta: float = field(default=0.01, metadata={"help": "Coefficient of the k3 KL to the old policy."})
+    beta: float = field(
+        default=0.01, metadata={"help": "Coefficient of the k3 KL to the old policy, summed over a view's tokens."}
+    )
     loss_type: str = field(default="luspo", metadata={"help": "TRL's loss type; luspo only."})
 
     def __post_init__(self):
@@ -84,6 +87,14 @@ class TraceRLTrainer(ReplayTrainer):
         # mean over a view's tokens, and over the views that have any
         filled = (scored > 0).sum(-1, keepdim=True)
         return self._num_views() / (filled * scored).clamp(min=1)
+
+    def _token_loss(self, model, rows, scores, targets, old, compared, weights=None, importance=None):
+        # The weights make means of both terms. The release adds up the k3 of a view's tokens: so the weights lose the
+        # number of these, which then divides the policy term alone.
+        assert weights is not None
+        count = targets.sum(1).clamp(min=1)
+        rows = rows | {"advantages": rows["advantages"] / count}
+        return super()._token_loss(model, rows, scores, targets, old, compared, weights * count, importance)
 
     def _compared_logps(self, rows, update, view) -> torch.Tensor | None:
         return self._old_logps(rows, update, view, rows["targets"][:, update, view]) if self.args.beta else None
