@@ -80,7 +80,7 @@ def earlier_runs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> dict[str, Path]:
+def folders() -> dict[str, Path]:
     return {}
 
 
