@@ -23,7 +23,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -84,12 +84,14 @@ class Case:
         settings: fields of its config, over `SETTINGS`.
         kills: in the order of their steps.
         adapter: `None`, `lora`, or `qlora` (4 bits).
+        changes: settings of the last attempt and of the uninterrupted run.
     """
 
     method: str
     settings: dict[str, Any] = field(default_factory=dict)
     kills: tuple[Kill, ...] = ()
     adapter: str | None = None
+    changes: dict[str, Any] = field(default_factory=dict)
 
 
 IN_AN_UPDATE = ("rollout", "view", "accumulation", "optimizer step", "between")
@@ -123,6 +125,12 @@ def cases() -> dict[str, Case]:
         "lora": Case("agrpo", {"max_steps": 9, "beta": 0.1}, adapter_kills, adapter="lora"),
         "qlora": Case("agrpo", {"max_steps": 9, "beta": 0.1}, adapter_kills, adapter="qlora"),
         "agrpo on two processes": Case("agrpo", divided, rank_kills),
+        "other rates on two processes": Case(
+            "agrpo",
+            divided | {"max_steps": 6},
+            (Kill("between", 3),),
+            changes={"learning_rate": 0.1, "lr_scheduler_type": "linear", "weight_decay": 0.3},
+        ),
     }
 
 
@@ -139,6 +147,8 @@ def train(case: Case, folder: Path, result: Path, kill: Kill | None, log: Path, 
         Killer(trainer, kill, log).arm()
     accuracy = AccuracyCallback(trainer, Dataset.from_dict({"prompt": PROMPTS}), accuracy_of, every=5)
     trainer.add_callback(accuracy)
+    rates = Rates()
+    trainer.add_callback(rates)
     trainer.train(resume_from_checkpoint=True)
     weights = weights_of(trainer)
     if trainer.accelerator.is_main_process:
@@ -148,6 +158,7 @@ def train(case: Case, folder: Path, result: Path, kill: Kill | None, log: Path, 
             "history": [json.dumps(without_times(entry), sort_keys=True) for entry in trainer.state.log_history],
             "accuracy": [(step, value.correct) for step, value in accuracy.history],
             "forward_units": trainer.forward_units,
+            "rates": rates.of_steps,
         }
         torch.save(state, result)
 
@@ -195,6 +206,17 @@ def accuracy_of(model, dataset) -> Accuracy:
 
 def without_times(entry: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in entry.items() if not name.endswith(TIMES)}
+
+
+class Rates(TrainerCallback):
+    """Learning rate and weight decay at every step of the optimizer, by the number of updates before it."""
+
+    def __init__(self):
+        self.of_steps: dict[int, tuple[float, float]] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        group = optimizer.param_groups[0]
+        self.of_steps[state.global_step] = group["lr"], group["weight_decay"]
 
 
 # ---------------------------------------------------------------- moments
@@ -375,6 +397,8 @@ def run_case(case: Case, out: Path, zero: int | None) -> None:
     rank, processes = os.environ.get("RANK", "0"), int(os.environ.get("WORLD_SIZE", "1"))
     attempts = [*((kill, "killed") for kill in case.kills), (None, "killed"), (None, "whole")]
     for number, (kill, name) in enumerate(attempts):
+        if kill is None:
+            case = replace(case, settings=case.settings | case.changes)
         if zero:  # every attempt has processes of its own, which meet at a port of their own
             os.environ |= {"MASTER_PORT": agreed_port(out, number, rank), "TORCHELASTIC_USE_AGENT_STORE": "False"}
         finished = attempt(number, partial(train, case, out / name, out / f"{name}.pt", kill, zero=zero), kill, out)

@@ -22,6 +22,7 @@ from methods import PROMPTS, method_named, text_reward
 from resume_worker import IN_A_CHECKPOINT, SETTINGS, accuracy_of, cases, without_times
 from tiny import tiny_model
 from trainer_helpers import parameters_of
+from transformers import Trainer
 from trl import TrlParser
 
 from trl_diffusion.evaluation import AccuracyCallback, ConfusionZoneCallback
@@ -89,6 +90,16 @@ def test_a_run_on_two_processes_whose_ranks_are_killed(zero, killed):
     for mine, theirs in zip(map(json.loads, resumed["history"]), map(json.loads, whole["history"]), strict=True):
         assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)
     assert resumed["accuracy"] == whole["accuracy"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [2, 3])
+def test_other_rates_take_effect_under_deepspeed(zero, killed):
+    resumed, whole, output = outcome(killed, "other rates on two processes", zero)
+    assert "`learning_rate` was 0.02 and is 0.1; `lr_scheduler_type` was cosine and is linear" in output
+    assert resumed["rates"] == {step: rates for step, rates in whole["rates"].items() if step >= 2}
+    for step, (rate, decay) in resumed["rates"].items():
+        assert rate == pytest.approx(0.1 * (1 - step / 6)) and decay == 0.3
 
 
 # ---------------------------------------------------------------- what a checkpoint must hold
@@ -396,8 +407,11 @@ def test_rotation_deletes_torn_checkpoints_first(tmp_path):
     assert left(1, "checkpoint-6", "checkpoint-8") == ["checkpoint-6", "checkpoint-8"]
 
 
-def test_a_checkpoint_of_weights_only_is_not_for_resuming(tmp_path):
+@pytest.mark.parametrize("push", [False, True])
+def test_a_checkpoint_of_weights_only_is_not_for_resuming(push, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda *_: None)
     trainer = AGRPO.make(tmp_path, **SHORT | {"max_steps": 1, "save_steps": 1, "save_only_model": True})
+    trainer.args.push_to_hub = push
     trainer.train()
     assert (tmp_path / "checkpoint-1" / "model.safetensors").is_file()
     assert manifest.survey(tmp_path)[0] == []

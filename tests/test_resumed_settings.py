@@ -20,6 +20,7 @@ from trainer_helpers import parameters_of
 from transformers import TrainerCallback, get_scheduler
 
 from trl_diffusion.credit import StepAwareReward
+from trl_diffusion.credit.step_selection import select_all
 from trl_diffusion.trainers import AGRPOConfig, manifest
 from trl_diffusion.trainers.run_facts import data_facts
 
@@ -116,9 +117,29 @@ def test_other_rewards_are_refused(checkpoint, tmp_path):
         resume(checkpoint, tmp_path / "other", reward=other_reward)
     sapo = replace(AGRPO, wrap=step_aware)
     written = run_to(tmp_path / "sapo", sapo)
+    with pytest.raises(ValueError, match=r"reward functions was \['text_reward \(step-aware\)'\] and is \['text_re"):
+        resume(written, tmp_path / "plain")
     more = replace(AGRPO, wrap=partial(StepAwareReward, success_threshold=3.0, num_rollouts=2))
     with pytest.raises(ValueError, match=r"which the step-aware reward's success_threshold was 2\.0 and is 3\.0\. W"):
         resume(written, tmp_path / "more", more)
+
+
+def first_steps(signals, count, noise):
+    return select_all(signals, count, noise)
+
+
+def last_steps(signals, count, noise):
+    return select_all(signals, count, noise)
+
+
+def test_another_function_that_selects_steps_is_refused(tmp_path):
+    def selecting(function):
+        own = {"step_selector": None, "num_mc_samples": 4}
+        return replace(ATPO, trainer=partial(ATPO.trainer, step_selector=function), settings=own)
+
+    written = run_to(tmp_path / "first", selecting(first_steps), num_mc_samples=4)
+    with pytest.raises(ValueError, match="the function that selects steps was first_steps and is last_steps"):
+        resume(written, tmp_path / "again", selecting(last_steps), num_mc_samples=4)
 
 
 def test_another_network_is_refused(checkpoint, tmp_path):
@@ -180,9 +201,11 @@ def test_another_data_set_is_refused(checkpoint, tmp_path):
     reworded = ["a b", "b a a", "a", "b b a b", "a a", "b", "b a", "b b a"]
     with pytest.raises(ValueError, match="was written by a run in which the data set's checksum was"):
         resume(checkpoint, tmp_path / "contents", data=Dataset.from_dict({"prompt": reworded}))
-    with pytest.raises(ValueError, match="the data set's rows was 8 and is 7"):
+    with pytest.raises(ValueError, match="the data set's number of rows was 8 and is 7"):
         resume(checkpoint, tmp_path / "rows", data=Dataset.from_dict({"prompt": PROMPTS[:7]}))
-    with pytest.raises(ValueError, match=r"the data set's columns was \['prompt'\] and is \['answer', 'prompt'\]"):
+    with pytest.raises(
+        ValueError, match=r"the data set's list of columns was \['prompt'\] and is \['answer', 'prompt'\]"
+    ):
         resume(checkpoint, tmp_path / "columns", data=Dataset.from_dict({"prompt": PROMPTS, "answer": PROMPTS}))
 
 
@@ -206,7 +229,7 @@ def test_a_data_set_is_the_same_wherever_it_comes_from(tmp_path):
     ]
     assert len({data._fingerprint, *(other._fingerprint for other in same)}) > 1
     assert [data_facts(other, None) for other in same] == [data_facts(data, None)] * len(same)
-    assert data_facts(data, None)["rows"] == 100
+    assert data_facts(data, None)["number of rows"] == 100
     assert json.loads(json.dumps(data_facts(data, None))) == data_facts(data, None)
 
 
@@ -226,7 +249,12 @@ def test_of_a_stream_only_the_columns_are_known():
 
     stream = IterableDataset.from_generator(read).select_columns(["prompt"])
     facts = data_facts(Dataset.from_list(rows()).to_iterable_dataset(), None)
-    assert facts == {"chat template": None, "columns": ["answer", "prompt"], "rows": None, "checksum": None}
+    assert facts == {
+        "chat template": None,
+        "list of columns": ["answer", "prompt"],
+        "number of rows": None,
+        "checksum": None,
+    }
     assert data_facts(stream, None)["checksum"] is None
 
 

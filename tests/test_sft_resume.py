@@ -105,7 +105,7 @@ def test_a_torn_checkpoint_is_skipped_for_an_older_whole_one(whole, run_dir, cap
         ({"seed": 7}, "`seed` was 42 and is 7"),
         ({"per_device_train_batch_size": 4}, "`per_device_train_batch_size` was 2 and is 4"),
         ({"optim": "sgd"}, "`optim` was .* and is sgd"),
-        ({"data": ROWS[:6]}, "the data set's rows was 8 and is 6"),
+        ({"data": ROWS[:6]}, "the data set's number of rows was 8 and is 6"),
         ({"data": ROWS[::-1]}, "the data set's checksum was"),
         ({"peft_config": LoraConfig(target_modules="all-linear")}, "the adapter was None and is LORA"),
     ],

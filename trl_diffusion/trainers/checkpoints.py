@@ -136,8 +136,8 @@ class Checkpoints(Trainer):
         faults = [why for why in gather_object([fault(checkpoint)]) if why is not None] or self._damage(checkpoint)
         if faults:
             raise ValueError(
-                f"{checkpoint} {faults[0]}, so it is not what was written and the run cannot go on from it. Give "
-                "another one, or resume_from_checkpoint=True for the last one that is whole."
+                f"{checkpoint} {faults[0]}: it was not written to its end, or changed since, and the run cannot go on "
+                "from it. Give another one, or resume_from_checkpoint=True for the last one that is whole."
             )
         self._check_fits(checkpoint)
         return checkpoint
@@ -272,7 +272,8 @@ class Checkpoints(Trainer):
             rotate(run_dir, limit, keep={folder} if best is None else {folder, Path(best)})
 
     def _push_from_checkpoint(self, checkpoint_folder):
-        self._seal(Path(checkpoint_folder))  # so that the uploaded copy is whole, too
+        if not self.args.save_only_model:
+            self._seal(Path(checkpoint_folder))  # so that the uploaded copy is whole, too
         if self.args.hub_always_push:
             self._finish_current_push()  # transformers would overwrite the files that are still being uploaded
         super()._push_from_checkpoint(checkpoint_folder)

@@ -68,9 +68,11 @@ class RolloutCheckpoints(Checkpoints):
 
     def _collect_facts(self) -> Facts:
         facts = super()._collect_facts()
-        rewards: dict[str, Any] = {"list of reward functions": list(self.reward_func_names)}
-        for function in self.reward_funcs:
-            if isinstance(function, StepAwareReward):
+        rewards: dict[str, Any] = {"list of reward functions": []}
+        for name, function in zip(self.reward_func_names, self.reward_funcs, strict=True):
+            step_aware = isinstance(function, StepAwareReward)
+            rewards["list of reward functions"].append(f"{name} (step-aware)" if step_aware else name)
+            if step_aware:
                 settings = {name: value for name, value in vars(function).items() if not name.startswith("__")}
                 rewards |= {f"step-aware reward's {name}": v for name, v in settings.items() if not callable(v)}
         return facts | {"run": facts["run"] | as_json(rewards)}

@@ -203,16 +203,18 @@ def data_facts(dataset: Any, chat_template: Any) -> dict[str, Any]:
     facts: dict[str, Any] = {"chat template": None if chat_template is None else text_checksum(str(chat_template))}
     if dataset is None:
         return facts
-    facts["columns"] = sorted(dataset.column_names or []) if isinstance(dataset, Dataset | IterableDataset) else []
+    facts["list of columns"] = (
+        sorted(dataset.column_names or []) if isinstance(dataset, Dataset | IterableDataset) else []
+    )
     if not isinstance(dataset, Dataset):
-        return facts | {"rows": None, "checksum": None}
+        return facts | {"number of rows": None, "checksum": None}
     # not `dataset._fingerprint`, which depends on how the data set was made and cached
     state, rows = xxhash.xxh3_64(), len(dataset)
     sample = dataset.select(range(0, rows, -(-rows // _ROWS) or 1)).with_format("arrow")
     for table in sample.iter(1000):
         for row in table.to_pylist():
             state.update(json.dumps(row, sort_keys=True, default=str).encode())
-    return facts | {"rows": rows, "checksum": state.hexdigest()}
+    return facts | {"number of rows": rows, "checksum": state.hexdigest()}
 
 
 def trained_weights(model: torch.nn.Module) -> str:

@@ -356,9 +356,9 @@ class TrajectoryGRPOTrainer(DiffusionGRPOTrainer):
 
     def _collect_facts(self) -> Facts:
         facts = super()._collect_facts()
-        if self.step_selector is not None and self.args.step_selector is None:  # a function, in no setting
-            facts["run"] = facts["run"] | {"step selector": get_callable_name(self.step_selector)}
-        return facts
+        function = None if self.args.step_selector is not None else self.step_selector  # else it is in the settings
+        name = None if function is None else get_callable_name(function)
+        return facts | {"run": facts["run"] | {"function that selects steps": name}}
 
     def _extra_state(self) -> dict[str, Any]:
         signals = {} if self._running_signals is None else {"running_signals": asdict(self._running_signals)}
