@@ -179,8 +179,10 @@ def _records(file: Path, task: str) -> list[dict[str, Any]]:
     """Rows with `question`, `generation` and `ground_truth`."""
     if file.suffix == ".jsonl":
         return read_rows(file, ("question", "generation", "ground_truth"), task)
-    found = json.loads(file.read_text(encoding="utf-8"))["generations"]
-    return [{**record, "generation": record["generations"]} for record in found]
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or "generations" not in found:
+        raise ValueError(f"{file} has no `generations`; expected a file of d1's `eval/eval_baselines`, or JSON lines.")
+    return [{**record, "generation": record["generations"]} for record in found["generations"]]
 
 
 def rescore(outputs: Outputs) -> Rescored:
