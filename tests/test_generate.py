@@ -13,8 +13,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from trl_diffusion.models import DreamModel, LLaDAModelLM
 from trl_diffusion.models.embedded import EMBEDDED_MODEL, EMBEDDED_SDAR_MODEL
-from trl_diffusion.sampling import CanvasState, SamplingConfig, Trajectory, row_generators, sample
-from trl_diffusion.sampling.generation import DiffusionGenerateOutput, canvas_plan
+from trl_diffusion.sampling import (
+    CanvasState,
+    DiffusionGenerateOutput,
+    SamplingConfig,
+    Trajectory,
+    row_generators,
+    sample,
+)
+from trl_diffusion.sampling.generation import canvas_plan
 
 PROMPTS = torch.tensor([[A, B, A], [B, B, A]])
 

@@ -19,8 +19,7 @@ from trl_diffusion.models.scoring_head import ScoringHead, score_targets
 from trl_diffusion.models.window_cache import WindowCache
 
 if TYPE_CHECKING:
-    from trl_diffusion.sampling import Trajectory
-    from trl_diffusion.sampling.generation import DiffusionGenerateOutput
+    from trl_diffusion.sampling import DiffusionGenerateOutput, Trajectory
 
 
 @dataclass

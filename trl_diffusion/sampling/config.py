@@ -32,8 +32,8 @@ class SamplingConfig:
             It is biased: committed tokens are mostly modes, and the recorded log-probability is not the policy's.
         record_signals: also record `step_entropy` and `step_margin`; needs the LM head at every masked position of
             the block, which `random` does not.
-        record_support: record the ids that each token could be drawn from. Without them a trajectory drawn with
-            `top_k` or `top_p` cannot be scored again, so this is for completions alone.
+        record_support: record the ids that each token could be drawn from. Turn it off only where completions are all
+            that is kept: without them a trajectory drawn with `top_k` or `top_p` cannot be scored again.
         confidence_threshold: commit every position whose largest probability (temperature 1, full vocabulary) reaches
             this, and at least the share of the step; needs `unmasking="max_prob"`. A block then ends as soon as it is
             written, and `denoising_steps` is the most that is taken; with as many steps as positions, the share is
