@@ -15,6 +15,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from launching import free_port
 from methods import method_named
 from tiny import tiny_model
 
@@ -54,7 +55,9 @@ def repository(monkeypatch):
 
 def launch_of(name: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
     """The command and the environment in which `accelerate launch` would start the processes."""
-    command = ["--config_file", str(CONFIGS / f"{name}.yaml"), *arguments, "recipes/gsm8k_agrpo.py"]
+    # accelerate refuses a port that is in use, also where nothing is launched
+    command = ["--config_file", str(CONFIGS / f"{name}.yaml"), "--main_process_port", str(free_port())]
+    command += [*arguments, "recipes/gsm8k_agrpo.py"]
     parsed, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(command))
     if parsed.use_deepspeed:
         parsed.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)

@@ -171,19 +171,27 @@ def test_attention_is_bidirectional(load, ids, family, attention, padded):
 @families
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_left_padding_changes_nothing(load, ids, family, attention):
+    """Up to rounding: both passes round the products of three layers, and angles of up to 15 radians, differently."""
     model = load(family, loading={"attn_implementation": attention})
     plain = model(input_ids=ids).logits
     padded = torch.cat([torch.full((3, 4), EOS), ids], dim=1)
     mask = (torch.arange(15) >= 4).long().expand(3, -1)
     logits = model(input_ids=padded, attention_mask=mask).logits[:, 4:]
-    assert (logits - plain).abs().max() < 1e-5
+    # A product of n terms is off by about sqrt(n) roundings: 3 layers of 7 products of up to 48 terms, sqrt(21 · 48)
+    # or 32 in all, and as many in the other pass. Measured over 8 seeds: 4 to 22.
+    rounding = 64 * torch.finfo(torch.float32).eps * plain.abs().max()
+    assert (logits - plain).abs().max() < rounding
+    one_seen = mask.clone()
+    one_seen[:, 3] = 1
+    assert (model(input_ids=padded, attention_mask=one_seen).logits[:, 4:] - plain).abs().max() > 1000 * rounding
     positions = torch.tensor([[0, 3, 10]] * 3)
     targets = ids.gather(1, positions)
     scores = model(input_ids=ids, positions=positions, targets=targets)
     padded_scores = model(input_ids=padded, attention_mask=mask, positions=positions + 4, targets=targets)
     # Dream predicts the first token from the one before, which here is padding and there is none
     where = slice(1, None) if family == "dream" else slice(None)
-    assert (scores.log_probs - padded_scores.log_probs)[:, where].abs().max() < 1e-5
+    # a log-probability moves by at most twice what the logits move by
+    assert (scores.log_probs - padded_scores.log_probs)[:, where].abs().max() < 2 * rounding
 
 
 @families

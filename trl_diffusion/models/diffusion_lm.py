@@ -16,6 +16,7 @@ from trl_diffusion.models.block_attention import block_causal_bias
 from trl_diffusion.models.family import DiffusionFamily
 from trl_diffusion.models.layers import CACHE_KEYWORD
 from trl_diffusion.models.scoring_head import ScoringHead, score_targets
+from trl_diffusion.models.whole_weights import WholeWeights
 from trl_diffusion.models.window_cache import WindowCache
 
 if TYPE_CHECKING:
@@ -53,7 +54,36 @@ def require_plain_rope(config: Any) -> None:
         )
 
 
-class DiffusionLM:
+# Any of these in a config says that the MLPs are mixtures of experts.
+_EXPERT_KEYS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "expert_intermediate_size",
+    "moe_intermediate_size",
+)
+
+
+def require_dense(model_type: str, keys: dict[str, Any]) -> None:
+    """Check that a config is of a dense network; LLaDA-MoE's first checkpoints call themselves `llada`.
+
+    Args:
+        model_type: of the config.
+        keys: those of the config that its class does not know.
+
+    Raises:
+        ValueError: if it has experts.
+    """
+    for key in _EXPERT_KEYS:
+        if keys.get(key):
+            raise ValueError(
+                f"This {model_type} variant has {key}={keys[key]!r}: its MLPs are mixtures of experts, which "
+                f"trl_diffusion does not compute for {model_type}. Use a dense checkpoint."
+            )
+
+
+class DiffusionLM(WholeWeights):
     """Mixin that turns a stock `…ForCausalLM` with `config.is_causal = False` into a diffusion language model.
 
     Attention is full unless a class sets `attention_block`, the block size of block-causal attention. The mixin adds

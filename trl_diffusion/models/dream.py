@@ -17,7 +17,7 @@ from transformers import (
 from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
-from trl_diffusion.models.diffusion_lm import DiffusionLM, require_plain_rope
+from trl_diffusion.models.diffusion_lm import DiffusionLM, require_dense, require_plain_rope
 from trl_diffusion.models.layers import DiffusionAttention, Float32Rotary, LastLayer
 
 DREAM_7B_VOCABULARY = 152064
@@ -35,8 +35,8 @@ class DreamConfig(Qwen2Config):
         **kwargs: `Qwen2Config` arguments.
 
     Raises:
-        ValueError: for a variant with sliding-window attention, without full attention or with scaled rotary
-            embeddings.
+        ValueError: for a variant with sliding-window attention, without full attention, with scaled rotary
+            embeddings or with experts.
     """
 
     model_type = "Dream"
@@ -48,6 +48,7 @@ class DreamConfig(Qwen2Config):
     auto_map: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any):
+        require_dense(self.model_type, kwargs)
         if self.use_sliding_window or not kwargs.get("full_attn_mask", True):
             raise ValueError(
                 "This Dream variant has use_sliding_window=True or full_attn_mask=False; trl_diffusion computes "

@@ -15,7 +15,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.llama import modeling_llama as llama
 
-from trl_diffusion.models.diffusion_lm import DiffusionLM, require_plain_rope
+from trl_diffusion.models.diffusion_lm import DiffusionLM, require_dense, require_plain_rope
 from trl_diffusion.models.layers import DiffusionAttention, Float32Rotary, LastLayer
 
 # hub key → Llama key
@@ -106,7 +106,7 @@ class LLaDAConfig(LlamaConfig):
 
     Raises:
         ValueError: for a LLaDA variant that this class does not compute (alibi, biases, query-key norms,
-            scaled rotary embeddings …).
+            scaled rotary embeddings, experts …).
     """
 
     model_type = "llada"
@@ -121,6 +121,7 @@ class LLaDAConfig(LlamaConfig):
     bos_token_id: int | None = None
 
     def __post_init__(self, **kwargs: Any):
+        require_dense(self.model_type, kwargs)
         for key, supported in REQUIRED_VALUES.items():
             given = kwargs.pop(key, None)
             if given is not None and given != supported:

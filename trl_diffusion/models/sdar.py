@@ -13,7 +13,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
-from trl_diffusion.models.diffusion_lm import DiffusionLM, require_plain_rope
+from trl_diffusion.models.diffusion_lm import DiffusionLM, require_dense, require_plain_rope
 from trl_diffusion.models.layers import DiffusionAttention, Float32Rotary, LastLayer
 
 SDAR_VOCABULARY = 151936
@@ -34,7 +34,8 @@ class SDARConfig(Qwen3Config):
         **kwargs: `Qwen3Config` arguments.
 
     Raises:
-        ValueError: for a variant with sliding-window attention or scaled rotary embeddings, or a block size below 1.
+        ValueError: for a variant with sliding-window attention, scaled rotary embeddings or experts, or a block size
+            below 1.
     """
 
     model_type = "sdar"
@@ -47,6 +48,7 @@ class SDARConfig(Qwen3Config):
     auto_map: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any):
+        require_dense(self.model_type, kwargs)
         if self.use_sliding_window:
             raise ValueError(
                 "This SDAR variant has use_sliding_window=True; trl_diffusion computes block-causal attention over "
