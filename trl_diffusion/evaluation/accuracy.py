@@ -58,7 +58,8 @@ def wilson_interval(correct: float, total: int, z: float = 1.959964) -> tuple[fl
     share = correct / total
     centre = (share + z**2 / (2 * total)) / (1 + z**2 / total)
     half = z * math.sqrt(share * (1 - share) / total + z**2 / (4 * total**2)) / (1 + z**2 / total)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # the share lies within, also where rounding says otherwise: at none or all
+    return max(0.0, min(centre - half, share)), min(1.0, max(centre + half, share))
 
 
 def evaluate_accuracy(
