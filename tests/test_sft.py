@@ -269,6 +269,8 @@ def test_models_and_adapters_that_cannot_be_trained_are_refused(tokenizer, tmp_p
         trainer_on(tmp_path, tokenizer, peft_config=prompt_tuning)
     with pytest.raises(ValueError, match="model_init_kwargs would be ignored"):
         trainer_on(tmp_path, tokenizer, model_init_kwargs={"dtype": "bfloat16"})
+    with pytest.raises(ValueError, match="model_init_kwargs has torch_dtype='bfloat16', now called `dtype`"):
+        trainer_on(tmp_path, tokenizer, model=EMBEDDED_MODEL, model_init_kwargs={"torch_dtype": "bfloat16"})
     with pytest.raises(TypeError, match="args must be an SFTConfig, got TrainingArguments"):
         SFTTrainer(tiny_model(tokenizer), TrainingArguments(str(tmp_path), use_cpu=True), DATA)
 

@@ -9,14 +9,14 @@ that the network learns where texts end. Prompts are never masked.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, set_seed
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
@@ -35,14 +35,13 @@ from trl_diffusion.models import DiffusionFamily, family_of
 from trl_diffusion.models.adapters import is_adapter
 from trl_diffusion.models.positions import check_fits
 from trl_diffusion.sampling import row_generators
-from trl_diffusion.tokenization import encode_prompt
+from trl_diffusion.tokenization import encode_prompt as prompt_token_ids  # noqa: F401  # the import path it had
 from trl_diffusion.trainers.adapter_setup import load_to_train, native_peft_config
 from trl_diffusion.trainers.backends import check_backend, check_device_map, fit_to_cpu
 from trl_diffusion.trainers.checkpoints import Checkpoints, ResumeConfig
 from trl_diffusion.trainers.checks import (
     check_adapter,
     check_arguments,
-    check_dataset,
     check_load_arguments,
     check_model,
     check_rows,
@@ -51,6 +50,8 @@ from trl_diffusion.trainers.checks import (
 )
 from trl_diffusion.trainers.guards import UpdateGuardConfig
 from trl_diffusion.trainers.model_card import PortableCards, card_arguments, complete_card
+from trl_diffusion.trainers.sft_data import check_texts, make_collator, tokenize_dataset
+from trl_diffusion.trainers.sft_data import completion_content as completion_content  # the import path it had
 from trl_diffusion.trainers.sft_report import print_sft_report
 from trl_diffusion.trainers.update_guard import GuardedUpdates
 
@@ -199,7 +200,7 @@ class SFTTrainer(PortableCards, Checkpoints, GuardedUpdates, _BaseTrainer):  # t
 
     def train(self, *args, **kwargs):
         """TRL's `train`. With the progress bar (`disable_tqdm=False`) the start-up report is printed first."""
-        if not self.args.disable_tqdm:
+        if self.train_dataset is not None and not self.args.disable_tqdm:
             print_sft_report(self)
         return super().train(*args, **kwargs)
 
@@ -260,9 +261,9 @@ class SFTTrainer(PortableCards, Checkpoints, GuardedUpdates, _BaseTrainer):  # t
 def _check_data(train_dataset: Any, eval_dataset: Any, args: SFTConfig) -> None:
     """Refuse data sets from which nothing could be trained or measured; the model need not be loaded yet."""
     if train_dataset is not None:
-        check_rows_of_texts(train_dataset, "train_dataset")
+        check_texts(train_dataset, "train_dataset")
     for name, rows in named_eval_datasets(eval_dataset).items():
-        check_rows_of_texts(rows, name)
+        check_texts(rows, name)
     if train_dataset is not None and args.dataloader_drop_last:
         batch = args.train_batch_size * args.world_size
         check_rows(
@@ -287,6 +288,8 @@ def _policy(
     check_trainable(policy)
     if isinstance(policy, PeftModel) and args.gradient_checkpointing:
         policy.enable_input_require_grads()
+        if _shards_weights(args):
+            args.gradient_checkpointing_kwargs = _reentrant(args.gradient_checkpointing_kwargs)
     policy.config.use_cache = False
     return policy
 
@@ -326,13 +329,23 @@ def _with_new_adapter(model: Any, config: PeftConfig, args: SFTConfig) -> Any:
             "the adapter that is there, or merge it first (`merge_and_unload`)."
         )
     settings: dict[str, Any] = {}
-    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
-        if not model.uses_bitsandbytes:
-            settings["autocast_adapter_dtype"] = False  # ZeRO-3 gathers weights of one dtype only
-        if args.gradient_checkpointing:
-            # the other kind finds weights of another shape when it computes a layer again
-            args.gradient_checkpointing_kwargs = {**(args.gradient_checkpointing_kwargs or {}), "use_reentrant": True}  # type: ignore[dict-item]
+    if _shards_weights(args) and not model.uses_bitsandbytes:
+        settings["autocast_adapter_dtype"] = False  # ZeRO-3 gathers weights of one dtype only
     return get_peft_model(model, native_peft_config(config, model, None), **settings)  # type: ignore[arg-type]
+
+
+def _reentrant(kwargs: Any) -> dict[str, Any]:
+    """Ask for reentrant checkpointing: the other kind, computing a layer again, finds weights of another shape."""
+    if (kwargs or {}).get("use_reentrant") is False:
+        raise ValueError(
+            "An adapter under ZeRO-3 needs reentrant gradient checkpointing, but gradient_checkpointing_kwargs says "
+            "use_reentrant=False. Leave it out, or turn gradient_checkpointing off."
+        )
+    return {**(kwargs or {}), "use_reentrant": True}
+
+
+def _shards_weights(args: SFTConfig) -> bool:
+    return args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
 
 
 def draw_noise(
@@ -390,128 +403,3 @@ def masked_loss(
     )
     logps = score_views(model, prompt_ids, prompt_mask, completion_ids, views).logps
     return -(logps / level.unsqueeze(1)).mean()
-
-
-def tokenize_dataset(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, family: DiffusionFamily, max_completion_length: int
-) -> Dataset:
-    """Token ids of prompts and completions.
-
-    Args:
-        dataset: columns `prompt` and `completion`.
-        tokenizer: with a chat template, if the rows are conversational.
-        family: names the id that ends a turn, the last of its end set.
-        max_completion_length: canvas length.
-
-    Returns:
-        Columns `prompt_ids`, `completion_ids` (with the turn-end id, without the tail) and `row`.
-
-    Raises:
-        ValueError: if a message is not text, a completion is not one assistant message, or completions do not fit.
-    """
-    rows = dataset.map(
-        lambda row, index: {
-            "prompt_ids": encode_prompt(_checked_text(row["prompt"]), tokenizer),
-            "completion_ids": [
-                *tokenizer(completion_content(row["completion"]), add_special_tokens=False)["input_ids"],
-                family.end_token_ids[-1],
-            ],
-            "row": index,
-        },
-        with_indices=True,
-        remove_columns=dataset.column_names,
-        desc="Tokenizing",
-    )
-    lengths = [len(ids) for ids in rows["completion_ids"]]
-    if too_long := [length for length in lengths if length > max_completion_length]:
-        raise ValueError(
-            f"{len(too_long)} of {len(lengths)} completions do not fit on a canvas of max_completion_length="
-            f"{max_completion_length} positions (the longest needs {max(too_long)}, its turn-end id included). Raise "
-            "max_completion_length or filter the data set."
-        )
-    return rows
-
-
-def check_rows_of_texts(dataset: Any, name: str) -> None:
-    """Refuse what is no data set of prompts and completions.
-
-    Args:
-        dataset: the trainer's argument.
-        name: of the argument, for messages.
-
-    Raises:
-        TypeError: if it is a stream or no data set.
-        ValueError: if it has several splits, no rows, lacks a column, or a row has no prompt or no completion.
-    """
-    check_dataset(dataset, name, dict.fromkeys(("prompt", "completion"), "masked SFT"))
-    if isinstance(dataset, IterableDataset):
-        raise TypeError(
-            f"{name} is a stream, and masked SFT needs all its rows: each is noised by its number, and is checked to "
-            "fit before training starts. Take a part, `Dataset.from_list(list(stream.take(n)))`."
-        )
-    check_rows(dataset, 1, "masked SFT needs one", name)
-    for column in ("prompt", "completion"):
-        if absent := [row for row, value in enumerate(dataset[column]) if value is None or value == []]:
-            raise ValueError(
-                f"{len(absent)} of {len(dataset)} rows of {name} have no {column}; the first is row {absent[0]}. Fill "
-                "them in or leave these rows out."
-            )
-
-
-prompt_token_ids = encode_prompt  # the import path it had
-
-
-def completion_content(completion: str | list[dict[str, Any]]) -> str:
-    """The text of a completion.
-
-    Raises:
-        ValueError: if it is neither a string nor one assistant message.
-    """
-    if isinstance(completion, str):
-        return completion
-    if [message["role"] for message in completion] != ["assistant"]:
-        raise ValueError(
-            f"A completion must be a string or one assistant message, got {completion!r}. Move earlier turns to "
-            "`prompt`."
-        )
-    _checked_text(completion)
-    return completion[0]["content"]
-
-
-def _checked_text(prompt: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    """The prompt, if all its messages are text; a template for text would print other content as a list."""
-    for message in [] if isinstance(prompt, str) else prompt:
-        if not isinstance(message["content"], str):
-            raise ValueError(
-                f"The content of a message must be a string, got {message['content']!r}: only text is supported."
-            )
-    return prompt
-
-
-def make_collator(tail_token_id: int, max_completion_length: int) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
-    """Batches of left-padded prompts and of whole canvases.
-
-    Returns:
-        A function of rows to `prompt_ids` long [B, P], `prompt_mask` [B, P], `completion_ids` long [B, L] and `row`
-        long [B].
-    """
-
-    def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-        width = max(len(row["prompt_ids"]) for row in rows)
-        padding = [width - len(row["prompt_ids"]) for row in rows]
-        canvases = [
-            row["completion_ids"] + [tail_token_id] * (max_completion_length - len(row["completion_ids"]))
-            for row in rows
-        ]
-        return {
-            # Which id fills the padding does not matter: attention never reads it.
-            "prompt_ids": torch.tensor(
-                [[tail_token_id] * pad + row["prompt_ids"] for pad, row in zip(padding, rows, strict=True)],
-                dtype=torch.long,  # also where every prompt is empty
-            ),
-            "prompt_mask": torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding], dtype=torch.long),
-            "completion_ids": torch.tensor(canvases),
-            "row": torch.tensor([row["row"] for row in rows]),
-        }
-
-    return collate
