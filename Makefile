@@ -5,10 +5,11 @@ WORKERS ?= 2
 # DeepSpeed looks for ninja on the PATH when it compiles an operator.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help demo test lint docs
+.PHONY: help demo test test-lowest lint docs
 help:
 	@echo "make demo   train the embedded model with AGRPO; ARGS=\"--seed 1\" is passed to the recipe"
 	@echo "make test   run the tests, WORKERS=2 files at a time; ARGS=\"-k sampling\" is passed to pytest"
+	@echo "make test-lowest   run the quick tests on the lowest versions that pyproject.toml admits, in .venv-lowest"
 	@echo "make lint   check style, formatting and types"
 	@echo "make docs   build the documentation into site/"
 
@@ -20,6 +21,11 @@ demo: .venv/installed
 # One thread for each worker: together they already use the cores.
 test: .venv/installed-dev
 	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+
+# Run by hand, before a release. Programs that tests start (accelerate, ninja) must come from the same environment.
+test-lowest: .venv-lowest/installed
+	PATH="$(CURDIR)/.venv-lowest/bin:$$PATH" OMP_NUM_THREADS=1 .venv-lowest/bin/pytest --numprocesses $(WORKERS) \
+		--dist loadfile -m "not slow" $(ARGS)
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check .
@@ -39,4 +45,10 @@ docs: .venv/installed-docs
 .venv/torch: constraints.txt
 	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
 	.venv/bin/pip install "$$(grep '^torch==' constraints.txt)"
+	touch $@
+
+.venv-lowest/installed: constraints-lowest.txt pyproject.toml
+	test -x .venv-lowest/bin/pip || $(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/pip install "$$(grep '^torch==' constraints-lowest.txt)"
+	.venv-lowest/bin/pip install -c constraints-lowest.txt -e ".[dev,deepspeed,quantization,lm-eval]"
 	touch $@
