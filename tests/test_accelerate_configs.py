@@ -167,17 +167,22 @@ def test_fsdp_without_fsdp_is_refused(tmp_path, monkeypatch):
         check_backend(args)
 
 
-DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"}
+LAUNCHED = {"LOCAL_RANK": "0"}
+DEEPSPEED = {"ACCELERATE_USE_DEEPSPEED": "true"} | LAUNCHED
+FSDP = {"ACCELERATE_USE_FSDP": "true"}
 
 
 @pytest.mark.parametrize(
     ("environment", "fields", "expected"),
     [
         ({}, {}, {"use_cpu": True, "bf16": None}),
+        (LAUNCHED, {}, {"use_cpu": True, "bf16": None}),
+        (FSDP, {}, {"use_cpu": True, "bf16": None}),  # one process, not launched
         (DEEPSPEED, {}, {"use_cpu": False, "ddp_backend": "gloo", "bf16": False}),
         (DEEPSPEED, {"ddp_backend": "mpi", "bf16": True}, {"ddp_backend": "mpi", "bf16": True}),
-        ({"ACCELERATE_USE_FSDP": "true"}, {}, {"use_cpu": False, "ddp_backend": "gloo", "bf16": False}),
-        ({}, {"deepspeed": "file.json"}, {"use_cpu": False, "ddp_backend": "gloo", "bf16": False}),
+        (FSDP | LAUNCHED, {}, {"use_cpu": False, "ddp_backend": "gloo", "bf16": False}),
+        (LAUNCHED, {"deepspeed": "file.json"}, {"use_cpu": False, "ddp_backend": "gloo", "bf16": False}),
+        ({}, {"deepspeed": "file.json"}, {}),
     ],
 )
 @pytest.mark.parametrize("accelerator", [False, True])

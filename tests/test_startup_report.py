@@ -302,3 +302,22 @@ def test_a_dry_run_checks_the_columns(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["gsm8k_agrpo", "--dry_run", "--use_cpu", "--output_dir", str(tmp_path)])
     with pytest.raises(ValueError, match="no column 'answer'"):
         start("gsm8k_agrpo", "AGRPOTrainer", "AGRPOConfig")
+
+
+def test_a_dry_run_checks_the_number_of_rows(tmp_path, monkeypatch):
+    few = ["--dataset_size", "5", "--per_device_train_batch_size", "64", "--num_generations", "8"]
+    monkeypatch.setattr(sys, "argv", ["gsm8k_agrpo", "--dry_run", *few, "--output_dir", str(tmp_path)])
+    with pytest.raises(ValueError, match="train_dataset has 5 rows, and a rollout batch needs 8 prompts"):
+        start("gsm8k_agrpo", "AGRPOTrainer", "AGRPOConfig")
+
+
+def test_shards_and_whole_weights_are_counted_together(tmp_path):
+    """Under ZeRO-3 the weights of the base are in shards when the report is made, and those of an adapter are not."""
+    trainer = method_named("agrpo").make(tmp_path, peft_config=LORA)
+    count, memory = cost.parameter_count(trainer.model), cost.memory(trainer)
+    for parameter in trainer.model.parameters():
+        if not parameter.requires_grad:  # as DeepSpeed leaves them
+            parameter.ds_numel = parameter.numel()
+            parameter.data = parameter.data.new_empty(0)
+    assert cost.parameter_count(trainer.model) == count and cost.memory(trainer) == memory
+    assert 0 < count == sum(map(cost.numel, trainer.model.parameters()))

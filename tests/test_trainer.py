@@ -583,7 +583,11 @@ def needs_answer(completions, answer, **kwargs):
         ({"easy": rows(answer=PROMPTS), "hard": rows()}, {}, r"eval_dataset\['hard'\] has no column 'answer'"),
         (rows(0, answer=[]), {}, "eval_dataset has 0 rows"),
         (rows(answer=PROMPTS), {"per_device_eval_batch_size": 6}, r"per_device_eval_batch_size \(6\).*the 4 comp"),
-        (rows(answer=PROMPTS), {"num_generations_eval": 3}, r"per_device_eval_batch_size \(8\).*the 3 comp"),
+        (
+            rows(answer=PROMPTS),
+            {"num_generations_eval": 3, "per_device_eval_batch_size": 8},
+            r"per_device_eval_batch_size \(8\).*the 3 comp",
+        ),
     ],
     ids=["column", "column of one of several", "rows", "batch size", "group size"],
 )

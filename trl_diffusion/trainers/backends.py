@@ -26,10 +26,11 @@ def fit_to_cpu(args: TrainingArguments) -> None:
     """
     if torch.accelerator.is_available():
         return
-    if args.deepspeed or any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("DEEPSPEED", "FSDP")):
+    sharding = args.deepspeed or any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("DEEPSPEED", "FSDP"))
+    if sharding and "LOCAL_RANK" in os.environ:
         args.ddp_backend = args.ddp_backend or "gloo"  # not `use_cpu`, with which accelerate leaves them out
         args.bf16 = bool(args.bf16)  # TRL's default is true, which transformers refuses on a CPU without `use_cpu`
-    else:
+    elif not args.deepspeed:
         args.use_cpu = True
 
 
