@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from datasets import Dataset
 from enumeration import enumerate_paths
 from methods import method_named
 from test_exact_gradient import PROMPT, as_rows, gradient, make_trainer, reward_of, trainer_gradient
-from tiny import tiny_model
-from trainer_helpers import largest_log_ratio, losses_seen
+from tiny import forwards_of, tiny_model
+from trainer_helpers import largest_log_ratio, losses_seen, rollout_of
 
 from trl_diffusion.trainers import AGRPOConfig
 
@@ -141,22 +142,96 @@ def test_weights_change_the_policy_term_and_not_the_kl(tmp_path, monkeypatch):
     assert gradient_norm("kl", 1e-9, 1.0) > 1e-3
 
 
-def test_an_exact_cache_needs_no_correction(tmp_path):
-    trainer = method_named("agrpo").make(tmp_path, **DUAL | {"cache": "none"}, max_steps=1, logging_steps=1)
+@pytest.mark.parametrize("correction", [{}, {"rollout_correction": "behaviour"}], ids=["default", "behaviour"])
+def test_an_exact_rollout_needs_no_correction(correction, tmp_path):
+    trainer = method_named("agrpo").make(
+        tmp_path, **DUAL | {"cache": "none"} | correction, max_steps=1, logging_steps=1
+    )
     trainer.train()
     assert not any("sampling_logp" in key for log in trainer.state.log_history for key in log)
+    assert trainer.completion_cost().old == 0
+
+
+def test_an_exact_rollout_may_be_recomputed(tmp_path, monkeypatch):
+    """Of a writer that rounds: its log-probabilities are off by up to 0.2, as bfloat16 leaves them."""
+    settings = DUAL | {"cache": "none", "rollout_correction": "recompute", "rollout_correction_cap": 1.1}
+    trainer = method_named("agrpo").make(tmp_path, **settings, max_steps=1, logging_steps=1)
+    seen, weights, compute, plan = losses_seen(trainer, monkeypatch), [], trainer._importance, trainer._plan_views
+
+    def rounded(mode, trajectory, rows, learns):
+        off = 0.4 * torch.rand(trajectory.logps.shape, generator=torch.Generator().manual_seed(0)) - 0.2
+        trajectory.logps += off * (trajectory.unmask_step >= 0)
+        return plan(mode, trajectory, rows, learns)
+
+    def record(rows, logps, old, targets):
+        weights.append((compute(rows, logps, old, targets), rows["rollout_logps"], old, targets))
+        return weights[-1][0]
+
+    monkeypatch.setattr(trainer, "_plan_views", rounded)
+    monkeypatch.setattr(trainer, "_importance", record)
+    trainer.train()
+    assert largest_log_ratio(seen) <= 1e-4
+    for weight, rollout, old, targets in weights:
+        torch.testing.assert_close(weight, (old - rollout * targets).exp().clamp(max=1.1))
+    assert max(float(weight.max()) for weight, *_ in weights) == pytest.approx(1.1)
+    assert 0.1 < trainer.state.log_history[0]["sampling/sampling_logp_difference/max"] < 0.2 + 1e-4
+    assert trainer.completion_cost().old == 2 * 3  # inner updates × views
+
+
+# ------------------------------------------- columns
+
+LONG, SHORT = " ".join(["a b"] * 20), "b a"  # so far apart that the sampler pads them apart
+
+
+@pytest.mark.parametrize("name", ["agrpo", "dipo"])
+def test_views_are_scored_on_the_rollouts_columns(name, tmp_path, monkeypatch):
+    """Padding would move the positions, and with them what bfloat16 rounds."""
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "cache": "none"}
+    trainer = method_named(name).make(tmp_path, **settings, max_steps=1)
+    trainer.train_dataset = Dataset.from_dict({"prompt": [LONG, SHORT] * 2})
+    widths, score = [], trainer._score
+
+    def record(model, rows, views):
+        with forwards_of(trainer.model) as calls:
+            scores = score(model, rows, views)
+        shown = views.canvas.size(1) * (1 if views.context is None else 2)
+        widths.append((calls[0]["input_ids"].size(1) - shown, rows["prompt_mask"].sum(1).max().item()))
+        return scores
+
+    monkeypatch.setattr(trainer, "_score", record)
+    monkeypatch.setattr(
+        "trl.trainer.grpo_trainer.shuffle_sequence_dict", lambda rows: rows
+    )  # one prompt a micro-batch
+    trainer.train()
+    assert {columns for columns, _ in widths} == {2, 40}
+    assert all(columns == longest for columns, longest in widths)
+
+
+def test_recomputed_log_probabilities_have_the_columns_of_the_update(tmp_path):
+    trainer = method_named("agrpo").make(tmp_path, rollout_correction="recompute")
+    assert "prompt_columns" not in rollout_of(trainer, LONG, SHORT, copies=8)
+    trainer = method_named("agrpo").make(tmp_path)
+    assert rollout_of(trainer, LONG, SHORT, copies=8)["prompt_columns"].tolist() == [40] * 8 + [2] * 8
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("tracerl", {"shrink": 2}), ("diffu_grpo", {}), ("espo", {})],
+)
+def test_views_that_are_scored_twice_keep_the_columns_of_the_batch(name, settings, tmp_path):
+    """The old log-probabilities are computed in another order of rows than the update's."""
+    assert "prompt_columns" not in rollout_of(method_named(name).make(tmp_path, **settings), "a b", "b")
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"rollout_correction": "none"}, "must be one of recompute, behaviour; got 'none'"),
-        ({"rollout_correction": "behaviour"}, "rollout_correction='behaviour' .*needs cache='prefix' or 'dual'; got"),
-        ({"rollout_correction_cap": 2.0}, "rollout_correction_cap=2.0 needs cache='prefix' or 'dual'"),
+        ({"rollout_correction_cap": 2.0}, "rollout_correction_cap=2.0 would have no effect: .* with cache='auto'"),
         ({"rollout_correction_cap": 0.0, "cache": "dual"}, "must be positive, got 0.0"),
         (
             {"rollout_correction": "behaviour", "rollout_correction_cap": 2.0, "cache": "dual"},
-            "needs rollout_correction='recompute'",
+            "only with rollout_correction='recompute' are tokens weighted; got rollout_correction='behaviour'",
         ),
     ],
 )

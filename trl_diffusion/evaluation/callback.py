@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback
 from trl.models import unwrap_model_for_generation
 
 from trl_diffusion.evaluation.accuracy import Accuracy, wilson_interval
+from trl_diffusion.trainers.zero3 import finish_trace
 
 
 class AccuracyCallback(TrainerCallback):
@@ -59,6 +60,7 @@ class AccuracyCallback(TrainerCallback):
             accelerator,
             gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
         ) as model:
+            finish_trace(trainer, model)
             if accelerator.num_processes == 1 or trainer.is_fsdp_enabled:
                 accuracy = self.measure(model, dataset=self.dataset)
             else:

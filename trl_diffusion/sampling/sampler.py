@@ -361,6 +361,7 @@ class _Rollout:
             row_units=self.passes.row_units,
             forwards=self.passes.forwards,
             sync_forwards=self.passes.sync_forwards,
+            prompt_columns=torch.full_like(self.row_forwards, self.passes.input_ids.size(1)),
         )
 
 

@@ -32,6 +32,8 @@ class Trajectory:
             computed; a pass over the prompt alone is among them.
         forwards: network evaluations run for this batch, the same for every process where weights stay sharded.
         sync_forwards: those among them that only kept step with the other processes.
+        prompt_columns: long [B], columns of the prompts, padding included, in the passes that wrote each row; `None`
+            if they are not known.
     """
 
     completion_ids: torch.Tensor
@@ -46,6 +48,7 @@ class Trajectory:
     row_units: torch.Tensor
     forwards: int
     sync_forwards: int
+    prompt_columns: torch.Tensor | None = None
 
     @classmethod
     def gather(cls, parts: Sequence[Trajectory], rows: torch.Tensor) -> Trajectory:

@@ -58,6 +58,7 @@ from trl_diffusion.trainers.rollout_checkpoints import RolloutCheckpoints, is_pl
 from trl_diffusion.trainers.startup_report import print_report
 from trl_diffusion.trainers.step_aware_probe import FinishedBatch, StepAwareProbe
 from trl_diffusion.trainers.update_guard import GuardedUpdates
+from trl_diffusion.trainers.zero3 import finish_trace
 
 
 @dataclass
@@ -431,9 +432,10 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
             torch.no_grad(),
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
-            trajectory = sample(
-                model, prompts, mask, self.args.sampling_config(), generators, any_process=self._any_process()
-            )
+            any_process = self._any_process()
+            if any_process is None:
+                finish_trace(self, model)
+            trajectory = sample(model, prompts, mask, self.args.sampling_config(), generators, any_process=any_process)
         self._trajectory = trajectory
         self._log_rollout(mode, trajectory, time.perf_counter() - start)
         lengths = self.family.effective_length(trajectory.completion_ids).tolist()
@@ -550,7 +552,8 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
         Returns:
             Tensors with a row per completion, because TRL shuffles and splits rows: `completion_mask` long [B, L], the
             tokens that may learn, and whatever `_view_of` needs; `view_weights` float32 [B, μ, M] if views count
-            differently; `old_per_token_logps` [B, L] if the rollout knows them. Without, they are scored on the views.
+            differently; `old_per_token_logps` [B, L] and `prompt_columns` [B] if the old log-probabilities are those
+            of the rollout. Without, they are scored on the views.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say in which views completions are scored.")
 
@@ -589,11 +592,16 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
     # ---------------------------------------------------------------- likelihood
 
     def _score(self, model, rows: dict[str, torch.Tensor], views: Views) -> Scores:
+        # Where the old log-probabilities are the rollout's, scoring drops the padding that the rollout did without. It
+        # would move the positions, and in bfloat16 rotated keys are rounded otherwise at other positions.
+        first = 0
+        if "prompt_columns" in rows:
+            first = rows["prompt_ids"].size(1) - int(rows["prompt_columns"].max())
         with self.accelerator.autocast():
             return score_views(
                 model,
-                rows["prompt_ids"],
-                rows["prompt_mask"],
+                rows["prompt_ids"][:, first:],
+                rows["prompt_mask"][:, first:],
                 rows["completion_ids"],
                 views,
                 self._scoring_temperature(),

@@ -98,6 +98,7 @@ class ReplayTrainer(NoisedGRPOTrainer):
         plan["view_weights"] = self._view_weights(plan["targets"].sum(-1))
         if self._rollout_is_old():
             plan["old_per_token_logps"] = trajectory.logps
+            plan |= {} if trajectory.prompt_columns is None else {"prompt_columns": trajectory.prompt_columns}
         return plan | ({} if trajectory.support is None else {"support": trajectory.support})
 
     def _group_advantages(self, advantages) -> torch.Tensor:

@@ -1,7 +1,8 @@
-"""Rollouts of a policy that is close to the network's but not the same: those under an approximate cache.
+"""Rollouts of a policy that is close to the network's but not the same.
 
-Their log-probabilities are the behaviour policy's. Either the old log-probabilities are the network's own, recomputed
-on the views, and every token's loss is weighted with the truncated ratio of the two, as TRL does for vLLM
+Such are those under an approximate cache; and in bfloat16 every rollout, by the rounding that batches of other shapes
+bring. Their log-probabilities are the behaviour policy's. Either the old log-probabilities are the network's own,
+recomputed on the views, and every token's loss is weighted with the truncated ratio of the two, as TRL does for vLLM
 (`recompute`); or the old log-probabilities are the behaviour policy's, and the ratio that is clipped starts away from
 1 (`behaviour`).
 """
@@ -20,47 +21,50 @@ CORRECTIONS = ("recompute", "behaviour")
 
 @dataclass
 class RolloutCorrectionConfig:
-    """What to do about rollouts under an approximate cache; mixed into the configs that read a rollout's
-    log-probabilities.
+    """Which old log-probabilities a ratio is taken to; mixed into the configs that read a rollout's.
 
     Args:
-        rollout_correction: `recompute` or `behaviour`; only with an approximate cache.
+        rollout_correction: `recompute` or `behaviour`. If not given, `recompute` with an approximate cache, else
+            `behaviour`, which costs no pass.
         rollout_correction_cap: C, the largest weight of a token with `recompute`.
     """
 
-    rollout_correction: str = field(
-        default="recompute",
+    rollout_correction: str | None = field(
+        default=None,
         metadata={
-            "help": "With cache=prefix or dual: recompute (old log-probabilities are the network's, the loss is "
-            "weighted with the truncated ratio to the rollout's) or behaviour (they are the rollout's)."
+            "help": "recompute (old log-probabilities are the network's, the loss is weighted with the truncated "
+            "ratio to the rollout's; the default with cache=prefix or dual) or behaviour (they are the rollout's; the "
+            "default otherwise)."
         },
     )
     rollout_correction_cap: float = field(
         default=3.0, metadata={"help": "Largest weight of a token with rollout_correction=recompute."}
     )
 
+    def recomputes_old(self, sampling: SamplingConfig) -> bool:
+        """Whether old log-probabilities are the network's on the views, not the rollout's."""
+        if self.rollout_correction is None:
+            return sampling.approximate
+        return self.rollout_correction == "recompute"
+
     def check_rollout_correction(self, sampling: SamplingConfig) -> None:
-        """Whether the fields make sense together.
+        """Check that the fields make sense together.
 
         Raises:
-            ValueError: if not, or if they are changed although nothing is approximate.
+            ValueError: if a value is unknown, or the cap is changed where nothing is weighted.
         """
-        if self.rollout_correction not in CORRECTIONS:
+        if self.rollout_correction not in (None, *CORRECTIONS):
             raise ValueError(
                 f"rollout_correction must be one of {', '.join(CORRECTIONS)}; got {self.rollout_correction!r}."
             )
         if self.rollout_correction_cap <= 0:
             raise ValueError(f"rollout_correction_cap must be positive, got {self.rollout_correction_cap}.")
-        needed = {"cache='prefix' or 'dual'": sampling.approximate}
-        if self.rollout_correction_cap != 3.0:
-            needed["rollout_correction='recompute'"] = self.rollout_correction == "recompute"
-        changed = self.rollout_correction != "recompute" or self.rollout_correction_cap != 3.0
-        for setting, given in needed.items():
-            if changed and not given:
-                raise ValueError(
-                    f"rollout_correction={self.rollout_correction!r} with rollout_correction_cap="
-                    f"{self.rollout_correction_cap} needs {setting}; got cache={sampling.cache!r}. Leave them out."
-                )
+        if self.rollout_correction_cap != 3.0 and not self.recomputes_old(sampling):
+            raise ValueError(
+                f"rollout_correction_cap={self.rollout_correction_cap} would have no effect: only with "
+                f"rollout_correction='recompute' are tokens weighted; got rollout_correction="
+                f"{self.rollout_correction!r} with cache={sampling.cache!r}. Leave it out, or set 'recompute'."
+            )
 
 
 def log_mismatch(trainer: GRPOTrainer, exact: torch.Tensor, rollout: torch.Tensor, targets: torch.Tensor) -> None:

@@ -18,6 +18,7 @@ from trl_diffusion.credit.step_aware import group_success_rate
 from trl_diffusion.sampling import CanvasState, Trajectory, row_generators, sample
 from trl_diffusion.sampling.noise import uniforms
 from trl_diffusion.trainers.random_streams import PROBE_ROLLOUT, PROBE_STATE
+from trl_diffusion.trainers.zero3 import finish_trace
 
 if TYPE_CHECKING:
     from trl_diffusion.trainers.diffusion_grpo import DiffusionGRPOTrainer
@@ -252,6 +253,8 @@ class _Continuations:
                 torch.no_grad(),
                 trainer._dist.summon_full_params(trainer.model_wrapped, recurse=False),
             ):
+                if not lockstep:
+                    finish_trace(trainer, model)
                 size = len(self.batch["global_row"])
                 # Where weights are sharded, a process without rows left runs the forwards of the others.
                 for start in range(0, most if lockstep else len(rows), size):

@@ -272,6 +272,8 @@ class TrajectoryGRPOTrainer(DiffusionGRPOTrainer):
         }
         if trajectory.support is not None:
             plan["support"] = trajectory.support
+        if trajectory.prompt_columns is not None and not self._recomputes():
+            plan["prompt_columns"] = trajectory.prompt_columns
         return plan
 
     def _draw_steps(
@@ -332,11 +334,11 @@ class TrajectoryGRPOTrainer(DiffusionGRPOTrainer):
         return self.temperature
 
     def _recomputes(self) -> bool:
-        """Whether old log-probabilities are those of the network although the rollout's are another policy's."""
-        return self.args.sampling_config().approximate and self.args.rollout_correction == "recompute"
+        """Whether old log-probabilities are scored on the views, and not the rollout's."""
+        return self.args.recomputes_old(self.args.sampling_config())
 
     def _importance(self, rows, logps, old, targets) -> torch.Tensor | None:
-        if not self.args.sampling_config().approximate:
+        if not (self.args.sampling_config().approximate or self._recomputes()):
             return None
         rollout = rows["rollout_logps"] * targets if self._recomputes() else old
         if self._on_policy():
