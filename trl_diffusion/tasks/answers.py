@@ -79,11 +79,13 @@ def tagged_answer(text: str) -> str | None:
 
 
 def _last(text: str, answers: Iterable[Span]) -> str | None:
-    stated = [span for span in sorted(answers, reverse=True) if not _PLACEHOLDER.fullmatch(text, span.start, span.end)]
-    if not stated:
-        return None
-    span = next((span for span in stated if not span.doubtful), stated[0])
-    return _without_markup(text[span.start : span.end].strip())
+    chosen = None
+    for span in sorted(answers, reverse=True):
+        if not _PLACEHOLDER.fullmatch(text, span.start, span.end):
+            chosen = span if chosen is None or not span.doubtful else chosen
+            if not span.doubtful:
+                break
+    return None if chosen is None else _without_markup(text[chosen.start : chosen.end].strip())
 
 
 def _without_markup(answer: str) -> str:

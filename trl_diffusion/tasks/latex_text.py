@@ -19,6 +19,8 @@ _SPELLINGS = {
     "∪": r"\cup ",
     "∩": r"\cap ",
     "°": r"^\circ ",
+    "∅": r"\emptyset ",
+    r"\varnothing": r"\emptyset ",
     "²": "^2",
     "³": "^3",
     "<=": r"\le ",

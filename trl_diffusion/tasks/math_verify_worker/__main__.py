@@ -8,19 +8,18 @@ time on the wall would make scores depend on how busy a machine is.
 
 import json
 import logging
-import math
 import resource
 import signal
 import sys
 
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import Basic
+from sympy import Basic, Expr, floor, log
 
 SECONDS = 2.0
 MEMORY = 4 * 2**30
-# The whole answer or nothing: math-verify's reader of plain text takes the first number of `4\\sqrt(2)`, and its rule
-# for units cuts what follows a \\text.
+# The whole answer or nothing: math-verify's reader of plain text takes the first number of `4\sqrt(2)`, and its rule
+# for units cuts what follows a \text.
 TARGETS = [
     LatexExtractionConfig(
         normalization_config=NormalizationConfig(
@@ -44,9 +43,10 @@ def _stop(signum, frame):
 
 def decimals(gold: Basic | str) -> int:
     """Decimal places to which a decimal must agree with the right answer: six, and more for one below 0.1."""
-    if not isinstance(gold, Basic) or not (gold.is_number and gold.is_real and gold.is_finite) or gold.is_zero:
+    if not isinstance(gold, Expr) or not (gold.is_number and gold.is_real and gold.is_finite) or gold.is_zero:
         return SIGNIFICANT_DIGITS
-    return SIGNIFICANT_DIGITS + max(0, -1 - math.floor(math.log10(abs(gold.evalf()))))
+    leading = int(floor(log(abs(gold), 10).evalf(5)))  # sympy's numbers have no largest one, floats do
+    return SIGNIFICANT_DIGITS + max(0, -1 - leading)
 
 
 def same(gold: str, given: str) -> bool:
