@@ -28,11 +28,13 @@ from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from datasets import Dataset
 from methods import PROMPTS, Method, method_named, text_reward, with_property
 from peft import LoraConfig
+from tiny import tiny_tokenizer
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from transformers import TrainerCallback
 
 import trl_diffusion.trainers.diffusion_grpo as base
+from trl_diffusion.evaluation import Accuracy, AccuracyCallback, evaluate_accuracy
 from trl_diffusion.models import LLaDAModelLM
 from trl_diffusion.trainers import TrajectoryGRPOTrainer, step_aware_probe
 
@@ -86,6 +88,7 @@ class Case:
         lora: what an adapter starts as: "random" matrices, or the "base" model; none without.
         unsaved: the model is given as an object whose weights are not those of the checkpoint.
         evaluate: run an evaluation after training.
+        held_out: rows on which accuracy is measured before, during and after training.
         resume: start again from the first checkpoint and record that run.
         fault: breaks the run on purpose. "local rows": noise is keyed by the row within the process. "step per
             view": DeepSpeed is told that every backward pass ends an update.
@@ -98,6 +101,7 @@ class Case:
     lora: str | None = None
     unsaved: bool = False
     evaluate: bool = False
+    held_out: int = 0
     resume: bool = False
     fault: str | None = None
 
@@ -174,6 +178,13 @@ def cases() -> dict[str, Case]:
             | {"ds3_gather_for_generation": False, "num_generations": 8, "block_length": 2, "denoising_steps": 8},
             backends=(*MAIN, "fsdp2"),
         ),
+        # The same where the weights are gathered for the continuations. And one held-out row, so one process has none.
+        "probing on one process": Case(
+            method_named("sapo"),
+            one_batch | {"num_generations": 8, "block_length": 2, "denoising_steps": 8},
+            backends=(*MAIN, "fsdp2"),
+        ),
+        "accuracy on one process": Case(agrpo, two_updates, backends=EVERY, held_out=1),
         # With momentum, because torch cannot load the state of an optimizer that has none under FSDP2.
         "resumed": Case(
             agrpo,
@@ -213,6 +224,11 @@ def run(name: str, case: Case, backend: str, model: str, out: Path) -> None:
         close(first, backend)
     trainer = make_trainer(case, backend, model, folder)
     check_processes(trainer, backend)
+    accuracy = AccuracyCallback(
+        trainer, Dataset.from_dict({"prompt": PROMPTS[: case.held_out]}), accuracy_of_one_step, every=1
+    )
+    if case.held_out:
+        trainer.add_callback(accuracy)
     snapshots, updates = record_parameters(trainer)
     zero = BACKENDS[backend].stage > 0
     with recorded_rollouts(trainer) as rollouts, fault(case.fault, trainer):
@@ -230,6 +246,7 @@ def run(name: str, case: Case, backend: str, model: str, out: Path) -> None:
         "updates": updates,
         "backward_passes_and_updates": len(snapshots) - 1,
         "passes": trainer._passes(),
+        "accuracy": [(step, measured.correct, measured.total) for step, measured in accuracy.history],
         "changes": sum(differ(a, b) for a, b in pairwise(snapshots)),
         "trainer_steps": trainer.state.global_step,
         "engine_steps": trainer.model_wrapped.global_steps if zero else None,
@@ -272,6 +289,20 @@ def changed(checkpoint: str) -> LLaDAModelLM:
         for parameter in model.parameters():
             parameter.mul_(0.8)
     return model
+
+
+def accuracy_of_one_step(model, dataset: Dataset) -> Accuracy:
+    """Of canvases that a single pass writes, the fewest there can be."""
+    return evaluate_accuracy(
+        model,
+        tiny_tokenizer(),
+        dataset,
+        lambda text, row: True,
+        canvas_length=4,
+        denoising_steps=1,
+        block_length=4,
+        progress=False,
+    )
 
 
 def never_ties(completions, **kwargs) -> list[float]:

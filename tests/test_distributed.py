@@ -191,6 +191,22 @@ def test_with_sharded_weights_processes_probe_in_step(backend, launched):
     assert 0 < sum(reward is not None for reward in rewards) < 8 and any(rewards)
 
 
+@pytest.mark.parametrize(
+    "backend", [backend for backend in SEVERAL if backend in CASES["probing on one process"].backends]
+)
+def test_a_process_with_nothing_to_probe_waits_for_nobody(backend, launched):
+    ranks = launched(backend).ranks("probing on one process")
+    assert ranks[0]["rollouts"][0]["probing"]["forwards"] > 0
+    if backend != "fsdp2":  # where processes run the same forwards
+        assert ranks[1]["rollouts"][0]["probing"].get("forwards", 0) == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_process_without_held_out_rows_waits_for_nobody(backend, launched):
+    for rank in launched(backend).ranks("accuracy on one process"):
+        assert rank["accuracy"] == [(0, 1, 1), (1, 1, 1), (2, 1, 1)]
+
+
 def reference_drift(ranks: list[dict[str, Any]], rollout: int) -> float:
     """Largest difference of the log-probabilities of the reference model and of the policy in a rollout."""
     rows = all_rows(ranks, rollout)

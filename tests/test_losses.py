@@ -503,6 +503,19 @@ def tracerl(batch: Batch) -> torch.Tensor:
     return sum(sum(own) / len(own) for own in losses) / len(losses)
 
 
+def trajectory_grpo(batch: Batch) -> torch.Tensor:
+    """`dapo` over the real steps: every token of the blocks up to the one in which the text ends, in blocks of four
+    positions that two steps write. A uniform draw of a step stands for as many steps as these blocks have."""
+    blocks = [-(-n // 4) for n in batch.n]
+    assert 4 * sum(blocks) != sum(batch.n)
+    total, views = 0.0, list(batch.views(temperature=0.9))
+    for targets, now, old, _ in views:
+        for i, advantage in enumerate(batch.centred):
+            for j in targets[i].nonzero().flatten().tolist():
+                total = total - 2 * blocks[i] * ppo((now - old)[i, j].exp(), advantage, 0.2)
+    return total / len(views) / (4 * sum(blocks))
+
+
 def wd1(batch: Batch) -> torch.Tensor:
     advantages = torch.tensor(batch.centred)
     weights = batch.softmax(advantages) - batch.softmax(-advantages)
@@ -560,6 +573,7 @@ def spg(batch: Batch) -> torch.Tensor:
 
 MORE_WORDS = {"prompt_mask_probability": 0.3}  # short prompts: so that masks differ between updates
 WRITTEN_OUT: dict[str, tuple[str, Callable[[Batch], torch.Tensor], dict[str, Any]]] = {
+    "trajectory_grpo": ("trajectory_grpo", trajectory_grpo, {"scale_rewards": "none"}),
     "espo": ("espo", espo, {"beta": 0.1}),
     "coupled_grpo": ("coupled_grpo", coupled, {"num_mc_samples": 4}),
     "uni_grpo": ("uni_grpo", uni_grpo, {"num_mc_samples": 2}),
@@ -612,6 +626,36 @@ def test_the_trainers_loss_is_the_written_out_one(name, tmp_path):
         assert (found - unmoved).abs() > 1e-4  # the weights did move
         losses.append(float(expected))
     assert (abs(losses[0] - losses[1]) > 1e-4) == method_named(method).fresh_views
+
+
+EVALUATED = {
+    "trajectory_grpo": {"num_mc_samples": 4},
+    "uni_grpo": {},
+    "tracerl": {},
+    "wd1": {"num_mc_samples": 3},
+    "dmpo": {},
+    "espo": {},
+    "spg": {},
+}
+
+
+@pytest.mark.parametrize("name", EVALUATED)
+def test_the_evaluation_loss_is_the_written_out_one_over_all_views(name, tmp_path):
+    method, written_out, settings = WRITTEN_OUT[name]
+    settings = {"num_iterations": 1} | settings | EVALUATED[name]
+    trainer = method_named(method).make(tmp_path, **settings)
+    trainer.model.eval()
+    prompts = [{"prompt": prompt} for prompt in ("a b b a b", "b a a b a") for _ in range(4)]
+    rows = trainer._generate_and_score_completions(prompts)
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.mul_(1.2)  # on policy a loss of ratios does not depend on the views
+        found = trainer._compute_loss(trainer.model, rows)
+        start = tiny_model(seed=3)
+        batch = Batch(trainer, rows, trainer.model, start, start, 0)
+        torch.testing.assert_close(found, written_out(batch), rtol=1e-4, atol=1e-6)
+        first = trainer._passes() * trainer._view_loss(trainer.model, rows, 0, 0)
+    assert (trainer._passes() > 1) == ((first - found).abs() > 1e-4)  # negative control
 
 
 # ------------------------------------------- groups and micro-batches

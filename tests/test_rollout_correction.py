@@ -207,6 +207,16 @@ def test_views_are_scored_on_the_rollouts_columns(name, tmp_path, monkeypatch):
     assert all(columns == longest for columns, longest in widths)
 
 
+def test_padding_that_other_rows_need_does_not_move_a_rows_positions(tmp_path):
+    trainer = method_named("agrpo").make(tmp_path)
+    rows = rollout_of(trainer, LONG, SHORT, copies=8)
+    with forwards_of(trainer.model) as calls:
+        trainer._score(trainer.model, rows, trainer._view_of(rows, 0, 0))
+    positions = calls[0]["position_ids"]
+    assert positions[0].tolist() == list(range(48))
+    assert positions[8].tolist() == [0] * 38 + list(range(10))  # as in the rollout: 2 of the prompt, 8 of the canvas
+
+
 def test_recomputed_log_probabilities_have_the_columns_of_the_update(tmp_path):
     trainer = method_named("agrpo").make(tmp_path, rollout_correction="recompute")
     assert "prompt_columns" not in rollout_of(trainer, LONG, SHORT, copies=8)

@@ -24,6 +24,7 @@ def score_views(
     views: Views,
     temperature: float = 1.0,
     support: torch.Tensor | None = None,
+    prompt_columns: torch.Tensor | None = None,
 ) -> Scores:
     """Score each view's targets in one forward pass of the (wrapped) model.
 
@@ -37,6 +38,9 @@ def score_views(
         views: what to show and what to score.
         temperature: as sampled; > 0.
         support: int [R, L, C], ids each token was drawn from, -1 for none; the full vocabulary if `None`.
+        prompt_columns: long [R], columns of the prompts in the passes whose log-probabilities these are compared with,
+            see `Trajectory.prompt_columns`. Padding beyond that is dropped where no row needs it, and moves no row's
+            positions: at other positions bfloat16 rounds otherwise.
 
     Returns:
         The scores, with gradient if grad mode is on.
@@ -44,11 +48,18 @@ def score_views(
     most = int(views.targets.sum(1).max())
     slots = views.targets.int().argsort(dim=1, descending=True, stable=True)[:, :most]
     prompt = prompt_ids if views.prompt_ids is None else views.prompt_ids
+    if prompt_columns is not None:
+        first = prompt.size(1) - int(prompt_columns.max())
+        prompt, prompt_mask = prompt[:, first:], prompt_mask[:, first:]
     shown = views.canvas if views.context is None else torch.cat([views.context, views.canvas], dim=1)
     noisy_copy = shown.size(1) - views.canvas.size(1)
     positions = (prompt.size(1) + noisy_copy + slots).masked_fill(~views.targets.gather(1, slots), -1)
     if support is not None:
         support = support.gather(1, slots.unsqueeze(-1).expand(-1, -1, support.size(-1)))
+    placed = {}
+    if prompt_columns is not None and not noisy_copy:  # the model places a noisy copy itself
+        columns = torch.arange(prompt.size(1) + shown.size(1), device=shown.device)
+        placed["position_ids"] = (columns - (prompt.size(1) - prompt_columns).unsqueeze(1)).clamp(min=0)
     output = model(
         input_ids=torch.cat([prompt, shown], dim=1),
         attention_mask=torch.cat([prompt_mask, torch.ones_like(shown)], dim=1),
@@ -58,6 +69,7 @@ def score_views(
         temperature=temperature,
         canvas_start=prompt.size(1),
         noisy_copy=noisy_copy,
+        **placed,
     )
 
     def spread(values: torch.Tensor) -> torch.Tensor:

@@ -592,20 +592,16 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
     # ---------------------------------------------------------------- likelihood
 
     def _score(self, model, rows: dict[str, torch.Tensor], views: Views) -> Scores:
-        # Where the old log-probabilities are the rollout's, scoring drops the padding that the rollout did without. It
-        # would move the positions, and in bfloat16 rotated keys are rounded otherwise at other positions.
-        first = 0
-        if "prompt_columns" in rows:
-            first = rows["prompt_ids"].size(1) - int(rows["prompt_columns"].max())
         with self.accelerator.autocast():
             return score_views(
                 model,
-                rows["prompt_ids"][:, first:],
-                rows["prompt_mask"][:, first:],
+                rows["prompt_ids"],
+                rows["prompt_mask"],
                 rows["completion_ids"],
                 views,
                 self._scoring_temperature(),
                 rows.get("support"),
+                rows.get("prompt_columns"),
             )
 
     def _scoring_temperature(self) -> float:
