@@ -27,6 +27,12 @@ def started(trainer_class, args, **kwargs):
     return trainer_class(model, text_reward, args, DATA, processing_class=tiny_tokenizer(), **kwargs)
 
 
+def pretend_processes(monkeypatch, count: int) -> None:
+    """The environment of one of several processes with a GPU each; on a CPU accelerate would wait for the others."""
+    monkeypatch.setenv("WORLD_SIZE", str(count))
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: True)
+
+
 @pytest.mark.parametrize("trainer_class", TRAINERS, ids=lambda trainer: trainer._name)
 def test_a_trainer_starts_without_a_config(trainer_class, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -50,7 +56,7 @@ def test_the_defaults_make_an_update(trainer_class, tmp_path):
 @pytest.mark.parametrize("trainer_class", TRAINERS, ids=lambda trainer: trainer._name)
 @pytest.mark.parametrize("processes", [2, 3, 8])
 def test_default_batches_have_whole_groups_on_several_processes(trainer_class, processes, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    pretend_processes(monkeypatch, processes)
     args = trainer_class.config_class(str(tmp_path), eval_strategy="steps")
     for size in (args.per_device_train_batch_size, args.per_device_eval_batch_size):
         assert size % args.num_generations == 0
@@ -67,6 +73,6 @@ def test_the_default_batch_is_whole_groups_of_about_eight_completions(group, bat
 
 
 def test_a_given_batch_that_groups_do_not_fit_is_refused_on_several_processes(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    pretend_processes(monkeypatch, 2)
     with pytest.raises(ValueError, match=r"num_generations \(8\) must divide the rollout batch of 6 .*3 × 1 .* × 2"):
         TRAINERS[0].config_class(str(tmp_path), per_device_train_batch_size=3)
