@@ -104,15 +104,15 @@ def test_dipo_is_the_mean_over_tokens_of_their_clipped_ratios(tmp_path):
     assert abs(symmetric - expected) > 1e-4
 
 
-def test_block_tracerl_is_the_mean_over_views_of_their_means(tmp_path):
+def test_block_tracerl_is_the_mean_over_views_of_a_mean_gain_less_a_summed_kl(tmp_path):
     trainer, rows, unmask_step = drifted(TRACERL, tmp_path, shrink=1, beta=0.1)
     terms, change, text = terms_of(trainer, rows, unmask_step, 0.8, 1.2)
-    terms = terms - 0.1 * ((-change).exp() + change - 1)
+    divergence = (-change).exp() + change - 1
     losses = []
     for row in range(len(text)):
-        views = [terms[row][text[row] & (unmask_step[row] % 4 == step)] for step in range(4)]
-        means = [view.mean() for view in views if view.numel()]
-        losses.append(-sum(means) / len(means))
+        views = [text[row] & (unmask_step[row] % 4 == step) for step in range(4)]
+        gains = [terms[row][view].mean() - 0.1 * divergence[row][view].sum() for view in views if view.any()]
+        losses.append(-sum(gains) / len(gains))
     assert len({int((unmask_step[row] % 4)[text[row]].unique().numel()) for row in range(len(text))}) > 1
     torch.testing.assert_close(loss_of(trainer, rows), sum(losses) / len(losses), atol=1e-5, rtol=1e-5)
 
