@@ -26,6 +26,7 @@ from transformers.models.llama import modeling_llama as llama
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from trl import GRPOTrainer
+from trl.trainer.base_config import _BaseConfig
 
 import trl_diffusion
 from trl_diffusion.models import WindowCache
@@ -100,6 +101,12 @@ METHODS: dict[tuple[type, str], tuple[list[str], str]] = {
         "overridden: missing and unexpected weights are errors; static, the model comes first",
     ),
     (Trainer, "train"): (["resume_from_checkpoint", "trial", "ignore_keys_for_eval"], "overridden: what is resumed"),
+    (Trainer, "_save"): (["output_dir", "state_dict"], "overridden: cards next to adapters name the Hub's id"),
+    (Trainer, "create_scheduler"): (
+        ["num_training_steps", "optimizer"],
+        "overridden: the rates of a resumed run are those of its own settings",
+    ),
+    (GRPOTrainer, "log"): (["logs", "start_time"], "overridden: completions are shown once; SFT's metrics are added"),
     (Trainer, "evaluate"): (["eval_dataset", "ignore_keys", "metric_key_prefix"], "overridden: the same noise again"),
     (GRPOTrainer, "create_model_card"): (["model_name", "dataset_name", "tags"], "overridden: the method's facts"),
 }
@@ -128,6 +135,8 @@ ATTRIBUTES: dict[str, tuple[type, str]] = {
     "use_vllm": (GRPOTrainer, "on in the loss of rollouts under an approximate cache, which TRL weights as vLLM's"),
     "vllm_importance_sampling_correction": (GRPOTrainer, "likewise"),
     "loss_is_scaled_for_ga": (GRPOTrainer, "off in SFT, whose loss is divided by transformers"),
+    "log_completions": (GRPOTrainer, "off in logs between rollouts, so that completions are shown once"),
+    "lr_scheduler": (Trainer, "not loaded from a checkpoint, whose rates it would bring back"),
     "_signature_columns": (Trainer, "columns that SFT keeps"),
     # what is read
     "_dist": (GRPOTrainer, "gathers FSDP's outermost weights for sampling"),
@@ -136,6 +145,7 @@ ATTRIBUTES: dict[str, tuple[type, str]] = {
     "_paper": (GRPOTrainer, "citation of the method in model cards"),
     "_tag_names": (GRPOTrainer, "tags of models on the Hub"),
     "_attn_implementation": (PreTrainedConfig, "which attention runs"),
+    "_VALID_DICT_FIELDS": (_BaseConfig, "fields that SFT's command line gives as JSON"),
     "_name_or_path": (PreTrainedConfig, "where a model came from"),
     "_compiled_call_impl": (torch.nn.Module, "networks compiled in place are sampled uncompiled"),
 }

@@ -827,13 +827,16 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
         return super().evaluate(*args, **kwargs)
 
     def _extra_state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"unshown_completions": self._unshown_completions}
         # Only `ConfusionZoneCallback` looks at a rollout again.
-        if self.last_rollout is None or not self.args.record_signals or not self._buffer_in_use():
-            return {}
-        trajectory, finished = self.last_rollout
-        return {"last_rollout": (vars(trajectory), vars(finished))} if is_plain(vars(finished)) else {}
+        if self.last_rollout is not None and self.args.record_signals and self._buffer_in_use():
+            trajectory, finished = self.last_rollout
+            if is_plain(vars(finished)):
+                state["last_rollout"] = vars(trajectory), vars(finished)
+        return state
 
     def _load_extra_state(self, state: dict[str, Any]) -> None:
+        self._unshown_completions = state.get("unshown_completions", True)  # checkpoints of 0.1.0.dev0 lack it
         if "last_rollout" in state:
             trajectory, finished = send_to_device(state["last_rollout"], self.accelerator.device)
             self.last_rollout = Trajectory(**trajectory), FinishedBatch(**finished)
