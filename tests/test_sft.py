@@ -278,6 +278,14 @@ def test_models_and_adapters_that_cannot_be_trained_are_refused(tokenizer, tmp_p
 # ---------------------------------------------------------------- the start
 
 
+def test_adapters_over_sharded_weights_are_checkpointed_reentrantly(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(sft, "_shards_weights", lambda args: True)  # as under ZeRO-3
+    adapter = LoraConfig(target_modules="all-linear")
+    args = trainer_on(tmp_path, tokenizer, peft_config=adapter, gradient_checkpointing=True).args
+    assert args.gradient_checkpointing_kwargs == {"use_reentrant": True}
+    assert args.activation_checkpointing_kwargs == {"use_reentrant": True}  # what transformers 5.24 reads
+
+
 def lora_weights(trainer) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in trainer.model.named_parameters() if value.requires_grad}
 

@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections import Counter
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -26,7 +27,8 @@ from peft import (
 )
 from tiny import END, MASK, A, B, tiny_model, tiny_tokenizer
 from trainer_helpers import parameters_of
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, TrainerCallback
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from trl_diffusion.credit import StepAwareReward
 from trl_diffusion.evaluation import Accuracy, AccuracyCallback
@@ -691,6 +693,32 @@ def test_other_configs_are_refused(tmp_path):
 
     with pytest.raises(TypeError, match="args must be a AGRPOConfig, got GRPOConfig"):
         make(tmp_path, args=GRPOConfig(str(tmp_path), use_cpu=True, bf16=False))
+
+
+class _Checkpointing(TrainerCallback):
+    """Remembers how the first layer is checkpointed when training starts, before any rollout."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        layer = next(module for module in model.modules() if isinstance(module, LlamaDecoderLayer))
+        self.reentrant = layer._gradient_checkpointing_func.keywords["use_reentrant"]
+
+
+def test_checkpointing_that_trl_sets_after_the_config_was_made(tmp_path):
+    """TRL 1.16 sets `use_reentrant` so for adapters under ZeRO-3; transformers 5.24 reads it under another name."""
+    seen = _Checkpointing()
+
+    def reentrant(config) -> bool:
+        trainer = replace(AGRPO, config=config).make(tmp_path, gradient_checkpointing=True)
+        trainer.add_callback(seen)
+        trainer.train()
+        return seen.reentrant
+
+    def changed(**settings) -> AGRPOConfig:
+        args = AGRPO.config(**settings)
+        args.gradient_checkpointing_kwargs = {"use_reentrant": True}
+        return args
+
+    assert not reentrant(AGRPO.config) and reentrant(changed)
 
 
 def test_lora_with_a_synchronised_reference_is_refused(tmp_path):

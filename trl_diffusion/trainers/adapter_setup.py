@@ -71,6 +71,18 @@ def copy_as_reference(model: PeftModel) -> None:
             model.get_parameter(name.replace(active, ".ref.")).data.copy_(weight.data)
 
 
+def share_checkpointing_kwargs(args: Any) -> None:
+    """Give transformers what a config says about gradient checkpointing under the name of old.
+
+    For adapters under ZeRO-3 TRL 1.16 sets `use_reentrant=True` in `gradient_checkpointing_kwargs`, after transformers
+    5.24 has copied these to `activation_checkpointing_kwargs`, which alone it reads when training starts.
+
+    Args:
+        args: the trainer's config, changed in place.
+    """
+    args.activation_checkpointing_kwargs = args.gradient_checkpointing_kwargs
+
+
 class AdapterPrecision:
     """Keeps the weights of an adapter in the precision they had before TRL, float32 if TRL makes the adapter.
 

@@ -33,7 +33,13 @@ from trl_diffusion.models import family_of
 from trl_diffusion.models.adapters import is_adapter
 from trl_diffusion.sampling import SamplingConfig, Trajectory, row_generators, sample
 from trl_diffusion.tokenization import encode_prompt
-from trl_diffusion.trainers.adapter_setup import AdapterPrecision, copy_as_reference, load_to_train, native_peft_config
+from trl_diffusion.trainers.adapter_setup import (
+    AdapterPrecision,
+    copy_as_reference,
+    load_to_train,
+    native_peft_config,
+    share_checkpointing_kwargs,
+)
 from trl_diffusion.trainers.backends import check_backend, check_device_map, check_reference_loading, fit_to_cpu
 from trl_diffusion.trainers.checkpoints import ResumeConfig
 from trl_diffusion.trainers.checks import (
@@ -335,6 +341,7 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
             **kwargs,
         )
         args.beta, args.sync_ref_model = beta, sync_ref_model
+        share_checkpointing_kwargs(args)
         self.beta = beta if compares else 0.0  # TRL looks for a reference model while it generates
         if reference is not None:
             self._adopt_reference(reference)

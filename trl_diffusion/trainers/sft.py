@@ -36,7 +36,7 @@ from trl_diffusion.models.adapters import is_adapter
 from trl_diffusion.models.positions import check_fits
 from trl_diffusion.sampling import row_generators
 from trl_diffusion.tokenization import encode_prompt as prompt_token_ids  # noqa: F401  # the import path it had
-from trl_diffusion.trainers.adapter_setup import load_to_train, native_peft_config
+from trl_diffusion.trainers.adapter_setup import load_to_train, native_peft_config, share_checkpointing_kwargs
 from trl_diffusion.trainers.backends import check_backend, check_device_map, fit_to_cpu
 from trl_diffusion.trainers.checkpoints import Checkpoints, ResumeConfig
 from trl_diffusion.trainers.checks import (
@@ -290,6 +290,7 @@ def _policy(
         policy.enable_input_require_grads()
         if _shards_weights(args):
             args.gradient_checkpointing_kwargs = _reentrant(args.gradient_checkpointing_kwargs)
+            share_checkpointing_kwargs(args)
     policy.config.use_cache = False
     return policy
 
