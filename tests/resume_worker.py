@@ -127,7 +127,8 @@ def cases() -> dict[str, Case]:
         "agrpo on two processes": Case("agrpo", divided, rank_kills),
         "other rates on two processes": Case(
             "agrpo",
-            divided | {"max_steps": 6},
+            # with a reference model, of whose weights a sample is compared
+            divided | {"max_steps": 6, "beta": 0.1, "loss_type": "dr_grpo"},
             (Kill("between", 3),),
             changes={"learning_rate": 0.1, "lr_scheduler_type": "linear", "weight_decay": 0.3},
         ),
