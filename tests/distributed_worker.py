@@ -184,7 +184,10 @@ def cases() -> dict[str, Case]:
             one_batch | {"num_generations": 8, "block_length": 2, "denoising_steps": 8},
             backends=(*MAIN, "fsdp2"),
         ),
-        "accuracy on one process": Case(agrpo, two_updates, backends=EVERY, held_out=1),
+        # Under FSDP all processes decode the same rows.
+        "accuracy on one process": Case(
+            agrpo, two_updates, backends=tuple(name for name in BACKENDS if name != "fsdp2"), held_out=1
+        ),
         # With momentum, because torch cannot load the state of an optimizer that has none under FSDP2.
         "resumed": Case(
             agrpo,

@@ -201,7 +201,7 @@ def test_a_process_with_nothing_to_probe_waits_for_nobody(backend, launched):
         assert ranks[1]["rollouts"][0]["probing"].get("forwards", 0) == 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CASES["accuracy on one process"].backends)
 def test_a_process_without_held_out_rows_waits_for_nobody(backend, launched):
     for rank in launched(backend).ranks("accuracy on one process"):
         assert rank["accuracy"] == [(0, 1, 1), (1, 1, 1), (2, 1, 1)]
