@@ -5,11 +5,13 @@ WORKERS ?= 2
 # DeepSpeed looks for ninja on the PATH when it compiles an operator.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help demo test test-lowest lint docs
+.PHONY: help demo fast test test-all test-lowest lint docs
 help:
 	@echo "make demo   train the embedded model with AGRPO; ARGS=\"--seed 1\" is passed to the recipe"
-	@echo "make test   run the tests, WORKERS=2 files at a time; ARGS=\"-k sampling\" is passed to pytest"
-	@echo "make test-lowest   run the quick tests on the lowest versions that pyproject.toml admits, in .venv-lowest"
+	@echo "make fast   run the quick tests; ARGS=\"-k sampling\" is passed to pytest, here and below"
+	@echo "make test   run the tests, WORKERS=2 files at a time"
+	@echo "make test-all   run the thorough ones too: further backends, and the commands of the documentation"
+	@echo "make test-lowest   run the tests of \"make fast\" on the lowest versions that pyproject.toml admits, in .venv-lowest"
 	@echo "make lint   check style, formatting and types"
 	@echo "make docs   build the documentation into site/"
 
@@ -19,8 +21,16 @@ demo: .venv/installed
 		recipes/gsm8k_agrpo.py $(ARGS)
 
 # One thread for each worker: together they already use the cores.
+PYTEST = OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses $(WORKERS) --dist loadfile --durations=25
+
+fast: .venv/installed-dev
+	$(PYTEST) -m "not slow" $(ARGS)
+
 test: .venv/installed-dev
-	OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+	$(PYTEST) -m "not thorough" $(ARGS)
+
+test-all: .venv/installed-dev
+	$(PYTEST) $(ARGS)
 
 # Run by hand, before a release. Programs that tests start (accelerate, ninja) must come from the same environment.
 test-lowest: .venv-lowest/installed

@@ -223,6 +223,7 @@ def run_commands(block: Block, monkeypatch) -> None:
             run_script(script, [*arguments, *block.note.split()], monkeypatch)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("block", CODE, ids=lambda block: block.place)
 def test_blocks_run(block, enter, monkeypatch):
     enter(block.page)

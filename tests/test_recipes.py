@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 from importlib import import_module
@@ -29,17 +29,24 @@ QUICK = ["--max_steps", "2", "--eval_size", "8", "--logging_steps", "1", "--num_
 pytestmark = pytest.mark.slow
 
 
-def launch(script: str, *arguments: str, fails: bool = False, processes: str = "single_gpu") -> str:
+def launch(script: str, *arguments: str, processes: str = "single_gpu") -> str:
     command = [*accelerate_launch(processes), script, *arguments]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=420)
     output = result.stdout + result.stderr
-    assert (result.returncode != 0) == fails, output[-4000:]
+    assert result.returncode == 0, output[-4000:]
     return output
 
 
 def history(folder: Path) -> list[dict]:
     return json.loads((folder / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
+
+
+def run_recipe(name: str, monkeypatch, *arguments: str) -> None:
+    """A recipe in this process, as one process on the CPU."""
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    runpy.run_path(str(ROOT / "recipes" / f"{name}.py"), run_name="__main__")
 
 
 def test_without_arguments_the_embedded_model_trains_and_says_so(tmp_path):
@@ -63,8 +70,9 @@ def test_without_arguments_the_embedded_model_trains_and_says_so(tmp_path):
         ("countdown_sapo", "2510.01544", ["--num_rollouts", "2"]),
     ],
 )
-def test_other_methods_train_the_embedded_model(recipe, paper, arguments, tmp_path):
-    output = launch(f"recipes/{recipe}.py", *QUICK, *arguments, "--save_steps", "2", "--output_dir", str(tmp_path))
+def test_other_methods_train_the_embedded_model(recipe, paper, arguments, tmp_path, monkeypatch, capsys):
+    run_recipe(recipe, monkeypatch, *QUICK, *arguments, "--save_steps", "2", "--output_dir", str(tmp_path))
+    output = capsys.readouterr().out
     assert "running on the embedded model" in output and "gain" in output
     assert paper in (tmp_path / "README.md").read_text()
     assert any("forward_units" in entry for entry in history(tmp_path))
@@ -78,14 +86,19 @@ def test_other_methods_train_the_embedded_model(recipe, paper, arguments, tmp_pa
     ("recipe", "processes", "arguments"),
     [
         ("gsm8k_atpo", "cpu_ddp", []),
-        ("countdown_sapo", "cpu_zero3", ["--ds3_gather_for_generation", "false"]),
+        pytest.param(
+            "countdown_sapo",
+            "cpu_zero3",
+            ["--ds3_gather_for_generation", "false"],
+            marks=pytest.mark.thorough,
+        ),
     ],
 )
-def test_two_processes_train_like_one(recipe, processes, arguments, tmp_path):
+def test_two_processes_train_like_one(recipe, processes, arguments, tmp_path, monkeypatch):
     """Same rewards and held-out accuracy, with half the rows on each process."""
     small = [*QUICK, "--save_steps", "2", "--max_grad_norm", "1.0", "--num_iterations", "1"]
     size = "--per_device_train_batch_size"
-    launch(f"recipes/{recipe}.py", *small, size, "16", "--output_dir", str(tmp_path / "one"))
+    run_recipe(recipe, monkeypatch, *small, size, "16", "--output_dir", str(tmp_path / "one"))
     two = [size, "8", "--output_dir", str(tmp_path / "two"), *arguments]
     launch(f"recipes/{recipe}.py", *small, *two, processes=processes)
     names = ("reward", "eval_accuracy", "step_aware/continuations", "step_aware/process_reward_mean")
@@ -99,16 +112,20 @@ def test_two_processes_train_like_one(recipe, processes, arguments, tmp_path):
 
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason="GSM8K is not beside the project")
-def test_real_questions_run_through_the_whole_job(tmp_path):
-    arguments = ["--dataset_path", str(GSM8K), "--output_dir", str(tmp_path), "--per_device_train_batch_size", "8"]
-    output = launch("recipes/gsm8k_agrpo.py", *QUICK, *arguments)
-    assert "of 8" in output
+def test_real_questions_run_through_the_whole_job(tmp_path, monkeypatch, capsys):
+    """With the questions that the embedded model has positions for; with a longer one the recipe stops at start."""
+    path = tmp_path / "short.jsonl"
+    lines = GSM8K.read_text().splitlines()
+    path.write_text("\n".join(line for line in lines if len(json.loads(line)["question"]) < 110))
+    arguments = ["--dataset_path", str(path), "--output_dir", str(tmp_path), "--per_device_train_batch_size", "8"]
+    run_recipe("gsm8k_agrpo", monkeypatch, *QUICK, *arguments)
+    assert "of 8" in capsys.readouterr().out
     assert sum("reward" in entry for entry in history(tmp_path)) == 2
 
 
-def test_lora_saves_an_adapter(tmp_path):
-    lora = ["--use_peft", "--lora_r", "4", "--lora_target_modules", "all-linear"]
-    output = launch("recipes/gsm8k_agrpo.py", *QUICK, *lora, "--output_dir", str(tmp_path))
+def test_lora_saves_an_adapter(tmp_path, monkeypatch, capsys):
+    run_recipe("gsm8k_agrpo", monkeypatch, *QUICK, *LORA, "--output_dir", str(tmp_path))
+    output = capsys.readouterr().out
     assert "LoRA coverage" in output and "Adapter and model card" in output
     assert (tmp_path / "adapter_model.safetensors").is_file() and not (tmp_path / "model.safetensors").exists()
 
@@ -117,8 +134,8 @@ def test_lora_saves_an_adapter(tmp_path):
     ("recipe", "weights", "backend", "dry_run"),
     [
         ("gsm8k_agrpo", "lora", "cpu_zero3", False),
-        ("gsm8k_agrpo", "full", "cpu_zero2_offload", True),
-        ("gsm8k_diffu_grpo", "lora", "cpu_ddp", False),
+        pytest.param("gsm8k_agrpo", "full", "cpu_zero2_offload", True, marks=pytest.mark.thorough),
+        pytest.param("gsm8k_diffu_grpo", "lora", "cpu_ddp", False, marks=pytest.mark.thorough),
     ],
 )
 def test_recipes_start_as_a_user_starts_them(recipe, weights, backend, dry_run, tmp_path):
@@ -131,16 +148,6 @@ def test_recipes_start_as_a_user_starts_them(recipe, weights, backend, dry_run, 
 TINY_RUN = ["--eval_size", "2", "--max_steps", "1", "--per_device_train_batch_size", "8", "--disable_tqdm", "true"]
 
 
-def run_recipe(name: str, monkeypatch, *arguments: str) -> None:
-    """A recipe in this process."""
-    monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
-    if name in ("gsm8k_agrpo", "gsm8k_atpo"):
-        method = name.removeprefix("gsm8k_")
-        recipe("gsm8k").train(*recipe("gsm8k").METHODS[method], f"embedded/{name}.yaml")
-    else:
-        recipe(name).main()
-
-
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
@@ -148,14 +155,10 @@ def run_recipe(name: str, monkeypatch, *arguments: str) -> None:
         ("gsm8k_atpo", TINY_RUN),
         ("sft", TINY_RUN),
         ("analyze_trajectories", ["--num_completions", "2"]),
-        ("evaluate_recipe", ["--limit", "2"]),
+        ("evaluate", ["--limit", "2"]),
     ],
 )
 def test_the_name_of_the_block_causal_embedded_model_is_enough(name, arguments, tmp_path, monkeypatch):
-    if name == "evaluate_recipe":  # `evaluate` is also a library
-        spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / "evaluate.py")
-        monkeypatch.setitem(sys.modules, name, importlib.util.module_from_spec(spec))
-        spec.loader.exec_module(sys.modules[name])
     run_recipe(
         name, monkeypatch, "--model_name_or_path", "embedded_sdar", *arguments, "--output_dir", str(tmp_path / "out")
     )
@@ -213,11 +216,11 @@ def test_recipes_train_an_adapter_further(name, tmp_path, monkeypatch, capsys):
     assert (saved["r"], saved["base_model_name_or_path"]) == (4, EMBEDDED_MODEL)
 
 
-def test_a_dataset_without_answers_is_refused_in_one_line(tmp_path):
+def test_a_dataset_without_answers_is_refused(tmp_path, monkeypatch):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"question": "2 + 2?"}\n' * 20)
-    output = launch("recipes/gsm8k_agrpo.py", *QUICK, "--dataset_path", str(rows), fails=True)
-    assert "GSM8K needs `question` and `answer`" in output
+    with pytest.raises(ValueError, match="GSM8K needs `question` and `answer`"):
+        run_recipe("gsm8k_agrpo", monkeypatch, *QUICK, "--dataset_path", str(rows))
 
 
 def recipe(module: str):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.scheduler import AcceleratedScheduler
 from datasets import Dataset, IterableDataset, concatenate_datasets
 from methods import PROMPTS, Method, method_named, step_aware, text_reward
 from peft import LoraConfig
@@ -22,6 +23,7 @@ from transformers import TrainerCallback, get_scheduler
 from trl_diffusion.credit import StepAwareReward
 from trl_diffusion.credit.step_selection import select_all
 from trl_diffusion.trainers import AGRPOConfig, manifest
+from trl_diffusion.trainers.resumed_rates import Rates
 from trl_diffusion.trainers.run_facts import data_facts
 
 AGRPO, ATPO, WD1, UNI_GRPO = (method_named(name) for name in ("agrpo", "atpo", "wd1", "uni_grpo"))
@@ -451,3 +453,36 @@ def test_a_schedule_that_follows_the_evaluations_starts_again_where_the_rate_cha
     assert run(tmp_path / "linear", written, lr_scheduler_type="linear") == linear
     cosine = str(run_to(tmp_path / "cosine", AGRPO))
     assert run(tmp_path / "plateau", cosine, **plateau)[0] == 0.02
+
+
+def test_a_schedule_that_deepspeed_steps_and_loads_itself_has_the_rates_of_its_own_settings():
+    """Its engine loads optimizer and schedule before the trainer comes to do so."""
+    lr_schedules = pytest.importorskip("deepspeed.runtime.lr_schedules")
+
+    def warmup_and_decay(optimizer, rate):
+        return lr_schedules.WarmupDecayLR(optimizer, 8, 0.0, rate, warmup_num_steps=2, warmup_type="linear")
+
+    def halved(optimizer, rate):
+        return LambdaLR(optimizer, lambda step: 0.5**step)
+
+    def make(schedule, rate):
+        optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=rate)
+        return optimizer, schedule(optimizer, rate)
+
+    def next_rates(optimizer, schedule, count: int) -> list[float]:
+        rates = []
+        for _ in range(count):
+            rates.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        return rates
+
+    for kind in (warmup_and_decay, halved):
+        interrupted, its_schedule = make(kind, 0.02)
+        next_rates(interrupted, its_schedule, 3)
+        resumed, schedule = make(kind, 0.1)
+        rates = Rates(resumed, AcceleratedScheduler(schedule, [resumed]))
+        resumed.load_state_dict(interrupted.state_dict())
+        schedule.load_state_dict(its_schedule.state_dict())
+        rates.resume(None, 3, anew=True)
+        assert next_rates(resumed, schedule, 4) == next_rates(*make(kind, 0.1), 7)[3:]

@@ -44,17 +44,30 @@ ENDLESS: dict[str, Any] = {"vocab_size": 6, "num_tokens": 5, "end_token_ids": [5
 # ---------------------------------------------------------------- forward units
 
 
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "inner updates": {"num_iterations": 2, "denoising_steps": 8},
+    "several updates from a rollout": {"steps_per_generation": 4},
+    "several rollouts for an update": {"steps_per_generation": 1, "per_device_train_batch_size": 4},
+}
+# One method for every way to go through views.
+REPRESENTATIVE = ("agrpo", "diffu_grpo", "espo", "tracerl")
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("name", "settings"),
     [
-        {},
-        {"num_iterations": 2, "denoising_steps": 8},
-        {"steps_per_generation": 4},
-        {"steps_per_generation": 1, "per_device_train_batch_size": 4},
+        pytest.param(
+            method.name,
+            settings,
+            id=f"{method.name}, {schedule}",
+            marks=[] if schedule == "plain" or method.name in REPRESENTATIVE else pytest.mark.thorough,
+        )
+        for method in METHODS
+        if method.credit != "process_reward"
+        for schedule, settings in SCHEDULES.items()
     ],
-    ids=["plain", "inner updates", "several updates from a rollout", "several rollouts for an update"],
 )
-@pytest.mark.parametrize("name", [method.name for method in METHODS if method.credit != "process_reward"])
 def test_forward_units_are_those_that_a_run_logs(name, settings, tmp_path, monkeypatch):
     method = method_named(name)
     # different ones of one length: shares of columns depend on it, and rows with the same prompt share its pass

@@ -278,7 +278,9 @@ def test_format_rewards(task):
         ("<answer>2/(3-3)</answer>", (0, 1, 0)),
         ("<answer>5/(3-3)*2</answer>", (0, 1, 0)),
         ("<answer>a+b</answer>", (0, 0, 0)),
-        ("<answer>3+5=8*2=16</answer>", (0, 0, 0)),
+        # every side of an equation is read: this one states expressions, none of them of the three numbers
+        ("<answer>3+5=8*2=16</answer>", (0, 1, 0)),
+        ("<answer>3+5=8=8=8=16</answer>", (0, 0, 0)),
         ("(3+5)*2", (0, 0, 0)),
     ],
 )

@@ -21,7 +21,7 @@ from trl_diffusion.trainers.noised_grpo import PromptNoiseConfig
 
 @dataclass
 class WD1Config(CompletionLossConfig, PromptNoiseConfig):
-    """The defaults of wd1 (2507.08838), which are d1's.
+    """The defaults of wd1 (2507.08838): d1's, but for `num_iterations`, which is ours.
 
     Raises:
         ValueError: if the rewards are to be scaled, or settings do not fit together.
