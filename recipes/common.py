@@ -20,11 +20,10 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback, Trainer
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from trl_diffusion.adapters.renaming import base_of, is_adapter
 from trl_diffusion.evaluation import AccuracyCallback, ConfusionZoneCallback, evaluate_accuracy
-from trl_diffusion.models.adapters import base_of, is_adapter
 from trl_diffusion.models.embedded import EMBEDDED_MODELS, embedded_arguments
 from trl_diffusion.trainers import DiffusionGRPOTrainer
-from trl_diffusion.trainers.startup_report import print_report
 
 CONFIGS = Path(__file__).parent / "configs"
 # Metrics worth a line while training; the rest is in the logs.
@@ -151,7 +150,7 @@ def run(
         quantization_config=quantization_config,
     )
     if script_args.dry_run:
-        print_report(trainer)
+        trainer.print_report()
         trainer.end()
         return
     trainer.remove_callback(ProgressCallback)

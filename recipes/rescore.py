@@ -33,9 +33,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from trl_diffusion.evaluation import wilson_interval
-from trl_diffusion.tasks import TASKS, Task, d1, gsm8k
-from trl_diffusion.tasks.answers import last_answer
-from trl_diffusion.tasks.latex import how_same
+from trl_diffusion.tasks import TASKS, Task, gsm8k
+from trl_diffusion.tasks import d1_scores as d1
+from trl_diffusion.tasks.parsing.answers import last_answer
+from trl_diffusion.tasks.parsing.latex import how_same
 from trl_diffusion.tasks.rows import read_rows
 from trl_diffusion.tasks.sudoku import stated_grid
 

@@ -42,7 +42,6 @@ from transformers.trainer_utils import IntervalStrategy
 from trl_diffusion.tasks import TASKS
 from trl_diffusion.tasks.rows import is_file, read_rows
 from trl_diffusion.trainers import SFTConfig, SFTTrainer
-from trl_diffusion.trainers.sft_report import print_sft_report
 
 
 @dataclass
@@ -148,7 +147,7 @@ def main() -> None:
         quantization_config=quantization_config,
     )
     if script_args.dry_run:
-        print_sft_report(trainer)
+        trainer.print_report()
         trainer.end()
         return
     trainer.remove_callback(ProgressCallback)

@@ -33,10 +33,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from transformers import TrainerCallback
 
-import trl_diffusion.trainers.diffusion_grpo as base
+import trl_diffusion.trainers.base.trainer as base
 from trl_diffusion.evaluation import Accuracy, AccuracyCallback, evaluate_accuracy
 from trl_diffusion.models import LLaDAModelLM
-from trl_diffusion.trainers import TrajectoryGRPOTrainer, step_aware_probe
+from trl_diffusion.runtime import step_aware_probe
+from trl_diffusion.trainers import TrajectoryGRPOTrainer
 
 
 @dataclass(frozen=True)

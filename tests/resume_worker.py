@@ -37,10 +37,10 @@ from peft import LoraConfig
 from tiny import tiny_model
 from transformers import BitsAndBytesConfig, TrainerCallback, TrainerState
 
-import trl_diffusion.trainers.diffusion_grpo as base
+import trl_diffusion.trainers.base.trainer as base
 from trl_diffusion.evaluation import Accuracy, AccuracyCallback
 from trl_diffusion.models import LLaDAModelLM
-from trl_diffusion.trainers import manifest
+from trl_diffusion.runtime import manifest
 
 SAVE_STEPS = 2
 TIMES = ("step_time", "seconds", "runtime", "per_second")  # what may differ in a log, by the end of its name

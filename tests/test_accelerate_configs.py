@@ -19,8 +19,8 @@ from launching import free_port
 from methods import method_named
 from tiny import tiny_model
 
+from trl_diffusion.runtime.launch import check_backend, check_reference_loading, fit_to_cpu
 from trl_diffusion.trainers import AGRPOConfig
-from trl_diffusion.trainers.backends import check_backend, check_reference_loading, fit_to_cpu
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "recipes" / "accelerate_configs"

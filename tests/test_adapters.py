@@ -18,11 +18,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from trl import ModelConfig, get_peft_config
 
+from trl_diffusion.adapters.coverage import LoraCoverage, lora_coverage
+from trl_diffusion.adapters.targets import native_lora_config
 from trl_diffusion.evaluation import load_model
 from trl_diffusion.models import DreamModel, LLaDAModelLM, SDARForCausalLM, export_adapter, import_adapter
 from trl_diffusion.models.embedded import EMBEDDED_MODEL
-from trl_diffusion.models.lora import LoraCoverage, lora_coverage
-from trl_diffusion.models.lora_targets import native_lora_config
 from trl_diffusion.trainers.sft import SFTConfig, SFTTrainer
 
 AGRPO = method_named("agrpo")

@@ -28,8 +28,8 @@ from measure import Measured, Mode, Part, Work  # noqa: E402
 from networks import SHAPES, Shape, make_network  # noqa: E402
 
 from trl_diffusion.likelihood import Views, score_views  # noqa: E402
+from trl_diffusion.runtime.cost import network_shape  # noqa: E402
 from trl_diffusion.sampling import SamplingConfig, row_generators, sample  # noqa: E402
-from trl_diffusion.trainers.cost import network_shape  # noqa: E402
 
 CPU = torch.device("cpu")
 ROWS = 20_000
@@ -232,6 +232,7 @@ def run(script, monkeypatch, folder: Path, *arguments: str) -> dict[str, dict]:
     return written
 
 
+@pytest.mark.slow
 def test_rollout_benchmark(monkeypatch, tmp_path):
     result = run(rollout, monkeypatch, tmp_path, *SAMPLING)["tiny_low_confidence"]
     modes = {mode["name"]: mode for mode in result["modes"]}
@@ -256,6 +257,8 @@ def test_scoring_benchmark(monkeypatch, tmp_path):
     assert full["flop"] > 2 * results["tiny_0.25_without_gradient"]["modes"][0]["flop"]
 
 
+@pytest.mark.slow
+@pytest.mark.thorough
 def test_update_benchmark(monkeypatch, tmp_path):
     results = run(update, monkeypatch, tmp_path, *SAMPLING, "--views", "3", "--iterations", "2")
     agrpo, diffu = results["tiny_AGRPO"], results["tiny_diffu-GRPO"]

@@ -9,7 +9,8 @@ import torch
 from test_sampling import network
 from tiny import coded_prompts, forwards_of, tiny_sdar
 
-from trl_diffusion.sampling import SamplingConfig, buckets, row_generators, sample
+from trl_diffusion.sampling import SamplingConfig, row_generators, sample
+from trl_diffusion.sampling import batching as buckets
 
 
 def cost(parts: list[list[int]], lengths: list[int], canvas: int, each: int) -> int:

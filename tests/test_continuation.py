@@ -12,7 +12,7 @@ from enumeration import enumerate_paths
 from test_sampling import Enumeration, always, network, p_value
 from tiny import END, MASK, TAIL, A, B, canvas_logits, coded_prompts, coded_row, forwards_of, tiny_model
 
-from trl_diffusion.credit.probe_states import probe_state
+from trl_diffusion.credit.step_aware_states import probe_state
 from trl_diffusion.models import family_of
 from trl_diffusion.sampling import CanvasState, SamplingConfig, Trajectory, row_generators, sample
 from trl_diffusion.sampling.config import UNMASKING

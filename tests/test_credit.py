@@ -15,7 +15,7 @@ from tiny import END, MASK, TAIL, A, B
 from trl_diffusion.credit import draw_steps, eligible_steps, step_probabilities, taken_steps
 from trl_diffusion.models import DiffusionFamily
 from trl_diffusion.sampling import SamplingConfig, row_generators
-from trl_diffusion.sampling.noise import uniforms
+from trl_diffusion.streams import uniforms
 
 FAMILY = DiffusionFamily("tiny", MASK, 5, (TAIL, END), TAIL)
 DRAWS = 20_000

@@ -18,9 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from trl_diffusion.credit.step_draws import draw_steps
 from trl_diffusion.credit.step_selection import SELECTORS, StepSignals
+from trl_diffusion.distribution import cumulative_shares, running_sum, sum_before
 from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.sampling.config import UNMASKING
-from trl_diffusion.sampling.distribution import cumulative_shares, running_sum, sum_before
 
 # By torch.use_deterministic_algorithms: always, or with floats, or with weights, or with indices.
 ALWAYS = {"histc", "histogram", "put_", "put", "kthvalue", "nll_loss", "ctc_loss"}

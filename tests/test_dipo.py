@@ -12,9 +12,9 @@ from test_likelihood_enumeration import gradient, reward_of
 from tiny import END, MASK, TAIL, A, B, tiny_sdar, without_ends
 from trainer_helpers import parameters_of, rollout_of
 
-from trl_diffusion.likelihood.noise_plans import block_steps
+from trl_diffusion.likelihood.plans import block_steps
 from trl_diffusion.trainers import AGRPOTrainer, DiPOConfig, TraceRLConfig
-from trl_diffusion.trainers.noised_grpo import NoisedGRPOTrainer
+from trl_diffusion.trainers.base.masked import NoisedGRPOTrainer
 
 DIPO, TRACERL = method_named("dipo"), method_named("tracerl, block")
 

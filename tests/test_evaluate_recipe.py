@@ -217,6 +217,7 @@ metric_list:
 """
 
 
+@pytest.mark.thorough
 def test_lm_eval_counts_as_this_recipe_does(alone, tmp_path):
     pytest.importorskip("lm_eval")
     (tmp_path / "tasks").mkdir()

@@ -32,7 +32,7 @@ from trl_diffusion.evaluation import (
     write_results,
 )
 from trl_diffusion.evaluation.decoding import encode_prompt, fixed_batches, left_pad
-from trl_diffusion.evaluation.likelihood_bound import is_greedy, log_likelihood_bound
+from trl_diffusion.evaluation.lm_eval.likelihood_bound import is_greedy, log_likelihood_bound
 from trl_diffusion.evaluation.results import console_table, describe_decoding, plot, summarise
 from trl_diffusion.evaluation.samples import SampleStore, read_lines
 from trl_diffusion.models.embedded import EMBEDDED_MODEL

@@ -147,7 +147,7 @@ def test_torch_dtype_is_refused(tmp_path):
 def test_eight_bits_are_pointed_out_at_start(tmp_path, caplog, bits):
     pytest.importorskip("bitsandbytes")
     args = AGRPO.make(tmp_path, max_completion_length=32, denoising_steps=16, block_length=8).args
-    with caplog.at_level(logging.WARNING, "trl_diffusion.trainers.checks"):
+    with caplog.at_level(logging.WARNING, "trl_diffusion.runtime.arguments"):
         AGRPOTrainer(
             EMBEDDED_MODEL,
             text_reward,

@@ -21,9 +21,9 @@ from trainer_helpers import parameters_of, rollout_of
 from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCallback
 
 from trl_diffusion.credit import StepAwareReward
-from trl_diffusion.sampling.distribution import draw
+from trl_diffusion.distribution import draw
+from trl_diffusion.runtime.reward_guard import RewardError, TimeLimit, all_tied
 from trl_diffusion.trainers import AGRPOTrainer
-from trl_diffusion.trainers.reward_guard import RewardError, TimeLimit, all_tied
 
 AGRPO, SAPO = method_named("agrpo"), method_named("sapo")
 TIMEOUT = 600  # seconds; on two idle cores a launch takes about 20
@@ -519,6 +519,7 @@ def test_all_processes_skip_what_one_of_them_cannot_use(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_deepspeed_stops_before_the_step_and_refuses_to_skip(tmp_path):
     for seen in launch("cpu_zero2", "raise", tmp_path):
         assert seen["processes"] == 2 and "DeepSpeed" in seen["refused"]
@@ -527,4 +528,4 @@ def test_deepspeed_stops_before_the_step_and_refuses_to_skip(tmp_path):
 
 
 def test_warnings_reach_the_console_without_any_set_up():
-    assert logging.getLogger("trl_diffusion.trainers.reward_guard").getEffectiveLevel() <= logging.WARNING
+    assert logging.getLogger("trl_diffusion.runtime.reward_guard").getEffectiveLevel() <= logging.WARNING

@@ -28,7 +28,7 @@ from trl_diffusion.likelihood import (
     stack_views,
     upper_bound_per_token,
 )
-from trl_diffusion.likelihood.noise_plans import random_subsets, random_text, with_complements
+from trl_diffusion.likelihood.plans import random_subsets, random_text, with_complements
 from trl_diffusion.trainers.coupled_grpo import coupled_statistic
 
 PROMPT, LENGTH = (A, B, A), 5

@@ -37,6 +37,7 @@ from transformers import (
 )
 from trl.trainer.utils import create_model_from_path
 
+from trl_diffusion.adapters.coverage import LoraCoverage, coverage_table, lora_coverage
 from trl_diffusion.models import (
     DreamConfig,
     DreamModel,
@@ -48,7 +49,6 @@ from trl_diffusion.models import (
     score_targets,
 )
 from trl_diffusion.models.llada import native_weight_name
-from trl_diffusion.models.lora import LoraCoverage, coverage_table, lora_coverage
 from trl_diffusion.models.scoring_head import ScoringHead
 
 CLASSES = {"llada": LLaDAModelLM, "dream": DreamModel, "sdar": SDARForCausalLM}

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare, kstest
 
-from trl_diffusion.likelihood.noise_plans import (
+from trl_diffusion.likelihood.plans import (
     NoisePlan,
     bernoulli,
     block_random,

@@ -16,12 +16,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trl_diffusion.tasks import TASKS, d1, latex
-from trl_diffusion.tasks.answers import last_answer, tagged_answer
-from trl_diffusion.tasks.arithmetic import evaluate_expression, parse_expression
-from trl_diffusion.tasks.number import parse_number
+from trl_diffusion.tasks import TASKS
+from trl_diffusion.tasks import d1_scores as d1
+from trl_diffusion.tasks.parsing import latex
+from trl_diffusion.tasks.parsing.answers import last_answer, tagged_answer
+from trl_diffusion.tasks.parsing.arithmetic import evaluate_expression, parse_expression
+from trl_diffusion.tasks.parsing.number import parse_number
+from trl_diffusion.tasks.parsing.text import readable
 from trl_diffusion.tasks.sudoku import cells_correct, extract_grid, stated_grid
-from trl_diffusion.tasks.text import readable
 
 ROWS = {
     "gsm8k": {"answer": "1234"},

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import cache
 from itertools import combinations, product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from tiny import END, MASK, TAIL
 from trainer_helpers import hidden_by_row, largest_log_ratio, losses_seen, parameters_of, rollout_of
 from transformers import TrainerCallback
 
-import trl_diffusion.trainers.diffusion_grpo as base
+import trl_diffusion.trainers.base.trainer as base
 from trl_diffusion.sampling import Trajectory, row_generators
 
 
@@ -277,16 +278,22 @@ def test_2_views_cover_every_eligible_token_as_often_as_they_claim(method, tmp_p
     COVERAGE[method.views](method, tmp_path)
 
 
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one micro-batch": {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1},
+    "groups over micro-batches": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8},
+    "more left padding": {"pad_to_multiple_of": 16},
+    "row order": {"order": "reversed"},
+}
+SEVERAL = LAYOUTS["groups over micro-batches"] | LAYOUTS["more left padding"] | LAYOUTS["row order"]
+
+
 @methods(4)
 @pytest.mark.parametrize(
     "other",
     [
-        {"per_device_train_batch_size": 16, "gradient_accumulation_steps": 1},
-        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8},
-        {"pad_to_multiple_of": 16},
-        {"order": "reversed"},
+        pytest.param(SEVERAL, id="all of it"),
+        *(pytest.param(layout, id=name, marks=pytest.mark.thorough) for name, layout in LAYOUTS.items()),
     ],
-    ids=["one micro-batch", "groups over micro-batches", "more left padding", "row order"],
 )
 def test_4_the_update_does_not_depend_on_how_rows_are_laid_out(method, other, reference_update, tmp_path, monkeypatch):
     reference = reference_update(method)

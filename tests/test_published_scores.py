@@ -14,7 +14,8 @@ from trl_diffusion.evaluation import Measurement, Problems, join_processes, load
 from trl_diffusion.evaluation.samples import read_lines
 from trl_diffusion.models.embedded import EMBEDDED_MODEL
 from trl_diffusion.sampling import SamplingConfig
-from trl_diffusion.tasks import TASKS, d1
+from trl_diffusion.tasks import TASKS
+from trl_diffusion.tasks import d1_scores as d1
 
 ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"

@@ -20,9 +20,9 @@ from trainer_helpers import rollout_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
+from trl_diffusion.adapters.coverage import LoraCoverage, coverage_table, lora_coverage
 from trl_diffusion.evaluation import evaluate_accuracy
 from trl_diffusion.models.embedded import EMBEDDED_MODEL
-from trl_diffusion.models.lora import LoraCoverage, coverage_table, lora_coverage
 from trl_diffusion.models.quantised_linear import ExactLinear4bit
 from trl_diffusion.models.scoring_head import ScoringHead
 from trl_diffusion.tasks.gsm8k import correctness_reward, format_reward
@@ -264,6 +264,7 @@ def test_the_config_for_llada_8b_is_agrpos_over_a_double_quantised_base():
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_qlora_learns_on_the_embedded_model(tmp_path):
     """A short run with the embedded config's adapter and learning rate; the docs have the whole runs."""
     training, _, quantisation, lora = parsed("embedded/gsm8k_agrpo_qlora.yaml")

@@ -367,6 +367,7 @@ def test_help_works_with_and_without_a_method(monkeypatch, capsys):
         assert stopped.value.code in (0, None) and shown in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_memory_benchmark_runs():
     command = ["recipes/benchmarks/memory.py", "--views", "1", "2", "--updates", "1", "--vocabulary", "600"]
     command += ["--hidden", "32", "--layers", "1", "--canvas", "16"]

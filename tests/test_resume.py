@@ -26,7 +26,8 @@ from transformers import Trainer
 from trl import TrlParser
 
 from trl_diffusion.evaluation import AccuracyCallback, ConfusionZoneCallback
-from trl_diffusion.trainers import AGRPOConfig, manifest
+from trl_diffusion.runtime import manifest
+from trl_diffusion.trainers import AGRPOConfig
 
 AGRPO, ATPO = method_named("agrpo"), method_named("atpo")
 CASES = cases()
@@ -80,7 +81,8 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(case, killed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.thorough), 3])
+@pytest.mark.thorough
+@pytest.mark.parametrize("zero", [2, 3])
 def test_a_run_on_two_processes_whose_ranks_are_killed(zero, killed):
     resumed, whole, output = outcome(killed, "agrpo on two processes", zero)
     assert "checkpoint-6: it has no manifest" in output
@@ -93,7 +95,8 @@ def test_a_run_on_two_processes_whose_ranks_are_killed(zero, killed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.thorough), 3])
+@pytest.mark.thorough
+@pytest.mark.parametrize("zero", [2, 3])
 def test_other_rates_take_effect_under_deepspeed(zero, killed):
     resumed, whole, output = outcome(killed, "other rates on two processes", zero)
     assert "`learning_rate` was 0.02 and is 0.1; `lr_scheduler_type` was cosine and is linear" in output

@@ -22,9 +22,10 @@ from transformers import TrainerCallback, get_scheduler
 
 from trl_diffusion.credit import StepAwareReward
 from trl_diffusion.credit.step_selection import select_all
-from trl_diffusion.trainers import AGRPOConfig, manifest
-from trl_diffusion.trainers.resumed_rates import Rates
-from trl_diffusion.trainers.run_facts import data_facts
+from trl_diffusion.runtime import manifest
+from trl_diffusion.runtime.resumed_rates import Rates
+from trl_diffusion.runtime.run_facts import data_facts
+from trl_diffusion.trainers import AGRPOConfig
 
 AGRPO, ATPO, WD1, UNI_GRPO = (method_named(name) for name in ("agrpo", "atpo", "wd1", "uni_grpo"))
 # The checkpoint after five updates is one update into a rollout batch.

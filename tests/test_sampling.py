@@ -31,11 +31,11 @@ from tiny import (
 )
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
+from trl_diffusion.distribution import draw, truncate
 from trl_diffusion.models import DreamModel, score_targets
 from trl_diffusion.sampling import SamplingConfig, row_generators, sample, sampler
 from trl_diffusion.sampling.config import UNMASKING
-from trl_diffusion.sampling.distribution import draw, truncate
-from trl_diffusion.sampling.noise import uniforms
+from trl_diffusion.streams import uniforms
 
 WORD_IDS = range(4)
 ENDS = {TAIL, END}

@@ -13,9 +13,9 @@ from tiny import MASK, TAIL, coded_prompts, forwards_of, tiny_model, tiny_sdar
 from trainer_helpers import largest_log_ratio, losses_seen
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from trl_diffusion.evaluation.likelihood_bound import is_greedy, log_likelihood_bound
+from trl_diffusion.evaluation.lm_eval.likelihood_bound import is_greedy, log_likelihood_bound
 from trl_diffusion.likelihood import noised_views, score_views, stack_views, trajectory_views
-from trl_diffusion.likelihood.noise_plans import block_steps
+from trl_diffusion.likelihood.plans import block_steps
 from trl_diffusion.models import SDARConfig, SDARForCausalLM
 from trl_diffusion.models.block_attention import block_causal_bias
 from trl_diffusion.sampling import SamplingConfig, Trajectory, row_generators, sample

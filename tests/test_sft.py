@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, T
 
 from trl_diffusion.models import LLaDAConfig, LLaDAModelLM
 from trl_diffusion.models.embedded import EMBEDDED_MODEL, EMBEDDED_SDAR_MODEL
+from trl_diffusion.runtime.sft_report import scored_positions, sft_report, update_cost
 from trl_diffusion.sampling import row_generators
 from trl_diffusion.tasks.word_problems import load_word_problems
 from trl_diffusion.trainers import sft
 from trl_diffusion.trainers.sft import SFTConfig, SFTTrainer, draw_noise, masked_loss, tokenize_dataset
-from trl_diffusion.trainers.sft_report import scored_positions, sft_report, update_cost
 
 CANVAS = 16
 ROWS = [
@@ -393,7 +393,7 @@ def test_an_update_that_is_not_finite_can_be_skipped(tokenizer, tmp_path, monkey
 
 def report_of(trainer) -> str:
     console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(sft_report(trainer))
+    console.print(sft_report(trainer.as_run()))
     return console.export_text()
 
 
@@ -429,7 +429,7 @@ def test_the_report_costs_an_update_as_it_is_counted(network, tmp_path, monkeypa
         return torch.arange(length).remainder(2).bool().expand(len(rows), -1), torch.full((len(rows),), 0.5)
 
     monkeypatch.setattr(sft, "draw_noise", half_of_the_canvas)  # as it is on average, with one row a micro-batch
-    forward_units, flop = update_cost(trainer)
+    forward_units, flop = update_cost(trainer.as_run())
     with FlopCounterMode(display=False) as counter:
         trainer.train()
     assert counter.get_total_flops() == pytest.approx(flop, rel=2e-3)

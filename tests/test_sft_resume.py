@@ -15,7 +15,7 @@ from tiny import tiny_model, tiny_tokenizer
 from trainer_helpers import parameters_of
 from trl import TrlParser
 
-from trl_diffusion.trainers import manifest
+from trl_diffusion.runtime import manifest
 from trl_diffusion.trainers.sft import SFTConfig, SFTTrainer
 
 # Eight rows, two in a micro-batch and four in an update: an epoch has two updates.

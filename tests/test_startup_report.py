@@ -22,10 +22,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_diffusion.credit import StepAwareReward
 from trl_diffusion.models.embedded import EMBEDDED_MODEL
+from trl_diffusion.runtime import cost
+from trl_diffusion.runtime.report import startup_report
 from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.tasks.word_problems import load_word_problems
-from trl_diffusion.trainers import DiffusionGRPOTrainer, cost
-from trl_diffusion.trainers.startup_report import startup_report
+from trl_diffusion.trainers import DiffusionGRPOTrainer
 
 ROOT = Path(__file__).parent.parent
 LORA = LoraConfig(r=8, target_modules="all-linear", lora_dropout=0.0)
@@ -33,7 +34,7 @@ LORA = LoraConfig(r=8, target_modules="all-linear", lora_dropout=0.0)
 
 def shown(trainer, width: int = 200) -> str:
     console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(startup_report(trainer))
+    console.print(startup_report(trainer.as_run()))
     return console.export_text()
 
 
@@ -75,7 +76,7 @@ def test_forward_units_are_those_that_a_run_logs(name, settings, tmp_path, monke
     updates = {"max_steps": 2, "learning_rate": 0.01}
     views = method.many_views if "num_iterations" in settings else method.few_views
     trainer = method.make(tmp_path, model=method.network(**ENDLESS), **updates | views | settings)
-    expected = cost.forward_units(trainer)
+    expected = cost.forward_units(trainer.as_run())
     trainer.train()
     assert trainer.forward_units == pytest.approx(2 * expected.total)
     if name in ("agrpo", "atpo", "diffu_grpo"):
@@ -84,7 +85,7 @@ def test_forward_units_are_those_that_a_run_logs(name, settings, tmp_path, monke
 
 def test_texts_that_end_early_cost_less(tmp_path):
     trainer = method_named("agrpo").make(tmp_path)
-    expected = cost.forward_units(trainer)
+    expected = cost.forward_units(trainer.as_run())
     trainer.train()
     assert expected.training < trainer.forward_units < expected.total
 
@@ -100,7 +101,7 @@ def test_continuations_cost_at_most_what_is_said(state, baseline, tmp_path):
 
     method = replace(method_named("sapo"), wrap=probe)
     trainer = method.make(tmp_path, model=method.network(**ENDLESS), logging_steps=1)
-    expected = cost.forward_units(trainer)
+    expected = cost.forward_units(trainer.as_run())
     trainer.train()
     probed = trainer.state.log_history[0]["step_aware/forward_units"]
     assert 0 < probed <= expected.probe
@@ -139,7 +140,7 @@ def test_flop_are_those_that_torch_counts(method, settings, tmp_path):
     """Exactly in full training. Not counted: behind a frozen embedding the first layer's input gradient (0.5 %), with
     checkpointing the last product of each layer, which is not computed again (1.7 %)."""
     trainer = embedded_trainer(method, tmp_path, **settings)
-    expected = cost.update_flop(trainer)
+    expected = cost.update_flop(trainer.as_run())
     with FlopCounterMode(display=False) as counter:
         trainer.train()
     exact = not {"peft_config", "gradient_checkpointing"} & settings.keys()
@@ -149,10 +150,10 @@ def test_flop_are_those_that_torch_counts(method, settings, tmp_path):
 def test_prompts_are_padded_to_the_longest_of_a_rollout(tmp_path):
     trainer = method_named("agrpo").make(tmp_path)  # four prompts at a time
     assert [len(prompt.split()) for prompt in trainer.train_dataset["prompt"]] == [2, 3, 1, 4, 2, 1, 2, 3]
-    assert cost.prompt_length(trainer) == (4 + 3) / 2
+    assert trainer.prompt_length() == (4 + 3) / 2
     stream = trainer.train_dataset.to_iterable_dataset()
     trainer.train_dataset = stream
-    assert cost.prompt_length(trainer) == (4 + 3) / 2
+    assert trainer.prompt_length() == (4 + 3) / 2
 
 
 def test_flop_of_one_pass():
@@ -184,7 +185,7 @@ def test_positions_of_the_head(unmasking, record_signals, positions):
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
 def test_memory_is_that_of_the_tensors(optim, peft_config, tmp_path):
     trainer = embedded_trainer("diffu_grpo", tmp_path, peft_config, optim=optim, num_iterations=2)
-    expected = cost.memory(trainer)
+    expected = cost.memory(trainer.as_run())
     assert cost.parameter_count(trainer.model) == sum(weight.numel() for weight in trainer.model.parameters())
     assert expected.weights == 4 * sum(weight.numel() for weight in trainer.model.parameters())
     assert expected.reference == (0 if peft_config else expected.weights)
@@ -200,7 +201,7 @@ def test_memory_is_that_of_the_tensors(optim, peft_config, tmp_path):
 
 def test_an_optimizer_that_is_not_known_is_said_to_be(tmp_path):
     trainer = method_named("agrpo").make(tmp_path, optim="adafactor")
-    assert cost.memory(trainer).optimizer is None
+    assert cost.memory(trainer.as_run()).optimizer is None
     assert "optimizer unknown" in shown(trainer)
 
 
@@ -289,6 +290,7 @@ def test_a_dry_run_of_a_recipe_neither_samples_nor_trains(name, trainer, config,
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_dry_run_on_two_processes_reports_once_and_exits_with_0(tmp_path):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -327,10 +329,10 @@ def test_a_dry_run_checks_the_number_of_rows(tmp_path, monkeypatch):
 def test_shards_and_whole_weights_are_counted_together(tmp_path):
     """Under ZeRO-3 the weights of the base are in shards when the report is made, and those of an adapter are not."""
     trainer = method_named("agrpo").make(tmp_path, peft_config=LORA)
-    count, memory = cost.parameter_count(trainer.model), cost.memory(trainer)
+    count, memory = cost.parameter_count(trainer.model), cost.memory(trainer.as_run())
     for parameter in trainer.model.parameters():
         if not parameter.requires_grad:  # as DeepSpeed leaves them
             parameter.ds_numel = parameter.numel()
             parameter.data = parameter.data.new_empty(0)
-    assert cost.parameter_count(trainer.model) == count and cost.memory(trainer) == memory
+    assert cost.parameter_count(trainer.model) == count and cost.memory(trainer.as_run()) == memory
     assert 0 < count == sum(map(cost.numel, trainer.model.parameters()))

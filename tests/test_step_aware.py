@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 
 import pandas as pd
@@ -17,15 +18,15 @@ from tiny import END, MASK, TAIL, A, B, tiny_model, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from trl import GRPOConfig, GRPOTrainer
 
-import trl_diffusion.trainers.step_aware_probe as probe_module
+import trl_diffusion.runtime.step_aware_probe as probe_module
 from trl_diffusion.credit import StepAwareReward
-from trl_diffusion.credit.probe_states import probe_points, probe_state, settled
 from trl_diffusion.credit.step_aware import group_success_rate
+from trl_diffusion.credit.step_aware_states import probe_points, probe_state, settled
 from trl_diffusion.models import DiffusionFamily
+from trl_diffusion.runtime.step_aware_probe import StepAwareProbe, _Continuations
 from trl_diffusion.sampling import CanvasState, SamplingConfig, Trajectory, row_generators, sample
+from trl_diffusion.streams import Purpose
 from trl_diffusion.trainers import DiffuGRPOConfig, DiffuGRPOTrainer
-from trl_diffusion.trainers.random_streams import PROBE_ROLLOUT, PROBE_STATE
-from trl_diffusion.trainers.step_aware_probe import StepAwareProbe, _Continuations
 
 FAMILY = DiffusionFamily("tiny", MASK, 5, (TAIL, END), TAIL)
 NAN = float("nan")
@@ -759,7 +760,9 @@ class Reference:
         if not self.probed(row):
             return None
         shared = row // 4 if self.settings.state_shared_by == "group" else row
-        first, second = row_generators(self.trainer.args.seed, PROBE_STATE, self.rollout, rows=[shared])[0].random(2)
+        first, second = row_generators(self.trainer.args.seed, Purpose.PROBE_STATE, self.rollout, rows=[shared])[
+            0
+        ].random(2)
         point = self.point(row, 0.1 + 0.8 * first)
         if point == 0:
             return None
@@ -808,7 +811,7 @@ class Reference:
         )
         for repeat in range(self.settings.num_rollouts):
             stream = row_generators(
-                args.seed, PROBE_ROLLOUT, self.rollout, which, rows=[row * self.settings.num_rollouts + repeat]
+                args.seed, Purpose.PROBE_ROLLOUT, self.rollout, which, rows=[row * self.settings.num_rollouts + repeat]
             )
             state = CanvasState(torch.tensor([canvas]), torch.tensor([length]))
             drawn = sample(self.trainer.model, torch.tensor([prompt]), None, config, stream, state=state)
@@ -979,7 +982,7 @@ def test_evaluation_continues_nothing(tmp_path, monkeypatch):
     assert not any("step_aware" in name for name in result)
 
 
-def test_the_completions_table_has_the_process_rewards(tmp_path):
+def test_the_completions_table_has_the_process_rewards(tmp_path, monkeypatch):
     trainer = DIFFU.make(
         tmp_path,
         reward=step_aware(text_reward, success_threshold=2.0, state="keep"),
@@ -990,14 +993,14 @@ def test_the_completions_table_has_the_process_rewards(tmp_path):
         num_completions_to_print=0,
     )
     trainer.eval_dataset = Dataset.from_dict({"prompt": PROMPTS[:2]})
-    seen, advantages = [], trainer._probe.advantages
+    seen, measure = [], StepAwareProbe.measure
 
-    def spy(rows, trajectory, finished, rollout):
-        changed = advantages(rows, trajectory, finished, rollout)
-        seen.append((changed - rows["advantages"]).tolist())
-        return changed
+    def spy(self, rows, *others):
+        probed = measure(self, rows, *others)
+        seen.append((probed.advantages - rows["advantages"]).tolist())
+        return probed
 
-    trainer._probe.advantages = spy
+    monkeypatch.setattr(StepAwareProbe, "measure", spy)
     trainer.train()
     for step in (1, 2):
         table = pd.read_parquet(tmp_path / "completions" / f"completions_{step:05d}.parquet")
@@ -1085,21 +1088,19 @@ def test_where_weights_are_sharded_a_process_keeps_step(tmp_path, monkeypatch):
     calls = recorded_continuations(monkeypatch)
     gather = trainer.accelerator.gather
 
-    def any_process():
-        blocks = []
+    blocks = Counter()
 
-        def ask(here: bool) -> bool:
-            blocks.append(here)
-            return here or len(blocks) <= 3
-
-        return ask
+    def any_process(here: bool) -> bool:
+        sampling = trainer.last_rollout is None, len(calls)
+        blocks[sampling] += 1
+        return here or blocks[sampling] <= 3
 
     def gather_with_another(values):
         if isinstance(values, torch.Tensor) and values.shape == (1,) and values.dtype == torch.long:
             return torch.cat([values, torch.tensor([40])])
         return gather(values)
 
-    monkeypatch.setattr(trainer, "_any_process", any_process)
+    monkeypatch.setattr(trainer, "_any_process", lambda: any_process)
     monkeypatch.setattr(trainer.accelerator, "gather", gather_with_another)
     rows = trainer._generate_and_score_completions(batch())
     assert torch.equal(rows["advantages"], expected)
@@ -1128,10 +1129,10 @@ def test_two_step_aware_rewards_are_refused(tmp_path):
 
 
 def test_a_tokenizer_that_parses_completions_is_refused(tmp_path):
-    trainer = DIFFU.make(tmp_path, reward=step_aware(text_reward))
-    trainer._tokenizer.response_schema = {"type": "object"}
+    tokenizer = tiny_tokenizer()
+    tokenizer.response_schema = {"type": "object"}
     with pytest.raises(ValueError, match=r"judges continuations as plain text\. Remove the tokenizer's response"):
-        StepAwareProbe.of(trainer)
+        StepAwareProbe.of([step_aware(text_reward)], tokenizer)
 
 
 def test_columns_of_the_wrapped_and_of_the_success_function_are_needed(tmp_path):

@@ -15,7 +15,8 @@ from trl_diffusion.evaluation import wilson_interval
 from trl_diffusion.evaluation.metrics import metric_path
 from trl_diffusion.evaluation.metrics.task_metric import summarize
 from trl_diffusion.models.embedded import EMBEDDED_MODEL
-from trl_diffusion.tasks import TASKS, countdown, gsm8k, math500, prompts, rows, sudoku, word_problems
+from trl_diffusion.tasks import TASKS, countdown, gsm8k, math500, rows, sudoku, word_problems
+from trl_diffusion.tasks import d1_prompts as prompts
 from trl_diffusion.tasks.split import held_out
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -326,7 +326,8 @@ def overridden() -> set[str]:
     return found
 
 
-NOT_OURS = {"_abc_impl"}  # made by Python
+# Made by Python, and by transformers when it is first asked for.
+NOT_OURS = {"_abc_impl", "_can_set_experts_implementation_cached_value"}
 
 
 def touched() -> set[str]:

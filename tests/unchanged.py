@@ -23,7 +23,10 @@ from transformers import PrinterCallback, TrainerCallback
 UPDATES = {"max_steps": 3, "learning_rate": 0.01, "logging_steps": 1}
 MORE = {
     "agrpo": [{"cache": "prefix"}, {"gradient_checkpointing": True}],
-    "diffu_grpo": [{"loss_type": "dr_grpo", "beta": 0.1, "num_iterations": 2}, {"confidence_threshold": 0.5, "unmasking": "max_prob"}],
+    "diffu_grpo": [
+        {"loss_type": "dr_grpo", "beta": 0.1, "num_iterations": 2},
+        {"confidence_threshold": 0.5, "unmasking": "max_prob"},
+    ],
     "espo": [{"beta": 0.1, "num_iterations": 2}],
     "dmpo": [{"num_iterations": 2}],
     "tracerl": [{"num_iterations": 2}],

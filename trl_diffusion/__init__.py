@@ -1,5 +1,17 @@
 """Reinforcement learning of diffusion language models on Hugging Face TRL."""
 
+from typing import Any
+
 from trl_diffusion import models as models  # registers the native model classes with transformers
 
 __version__ = "0.1.0.dev0"
+
+
+def __getattr__(name: str) -> Any:
+    # Trainers and configs, for `from trl_diffusion import AGRPOTrainer`; TRL's trainers are slow to load.
+    if name.endswith(("Trainer", "Config")):
+        from trl_diffusion import trainers
+
+        if name in trainers.__all__:
+            return getattr(trainers, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

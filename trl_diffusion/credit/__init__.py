@@ -1,6 +1,6 @@
 """Which advantages completions get, which denoising steps learn, and how much."""
 
-from trl_diffusion.credit.prompt_groups import (
+from trl_diffusion.credit.advantages import (
     effective_sample_size,
     group_softmax,
     leave_one_out,
@@ -10,7 +10,7 @@ from trl_diffusion.credit.prompt_groups import (
     target_log_weights,
 )
 from trl_diffusion.credit.step_aware import StepAwareReward
-from trl_diffusion.credit.step_draws import StepDraws, draw_steps, eligible_steps, step_probabilities, taken_steps
+from trl_diffusion.credit.step_draws import StepDraws, draw_steps, eligible_steps, step_probabilities
 from trl_diffusion.credit.step_selection import (
     SELECTORS,
     StepSelection,
@@ -20,6 +20,7 @@ from trl_diffusion.credit.step_selection import (
     selected_draws,
     step_signals,
 )
+from trl_diffusion.likelihood.plans import taken_steps
 
 __all__ = [
     "SELECTORS",

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from trl.trainer.utils import get_callable_name
 
-from trl_diffusion.credit.probe_states import STATES
+from trl_diffusion.credit.step_aware_states import STATES
 
 CITATION = textwrap.dedent("""\
     @article{xie2025step,
@@ -53,7 +53,7 @@ class StepAwareReward:
         success_threshold: a completion succeeded if the wrapped reward is at least this.
         num_rollouts: N, continuations per completion.
         num_mask_tokens: masked positions that a state is continued on, as far as the canvas has room.
-        state: `block`, `keep` or `prefix`, see `trl_diffusion.credit.probe_states`.
+        state: `block`, `keep` or `prefix`, see `trl_diffusion.credit.step_aware_states`.
         state_shared_by: the state is taken at one random fraction per `group` or per `completion`.
         baseline: what the continuations are compared with: `group`, the success rate of the group; or
             `earlier_state`, that of continuations from an earlier random state of the same completion (the paper's

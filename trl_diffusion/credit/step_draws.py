@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from trl_diffusion.models import DiffusionFamily
-from trl_diffusion.sampling.distribution import cumulative_shares
+from trl_diffusion.distribution import cumulative_shares
+from trl_diffusion.family import DiffusionFamily
 
 STEP_SCOPES = ("paper", "exact")
 STEP_REDUCTIONS = ("mean", "sum")
@@ -63,19 +63,6 @@ def eligible_steps(
     positions = torch.arange(completion_ids.size(1), device=completion_ids.device)
     counts = (completion_ids != family.tail_token_id) | (positions < length.unsqueeze(1))
     return unmask_step.masked_fill(~counts, -1).max(1).values.long() + 1
-
-
-def taken_steps(unmask_step: torch.Tensor, num_steps: int) -> torch.Tensor:
-    """The denoising steps that committed a token, bool [B, S].
-
-    Parallel unmasking may finish a block before its last step, so there can be gaps.
-
-    Args:
-        unmask_step: int [B, L], -1 where nothing was sampled.
-        num_steps: S.
-    """
-    taken = torch.zeros(len(unmask_step), num_steps + 1, dtype=torch.bool, device=unmask_step.device)
-    return taken.scatter(1, unmask_step.long() + 1, True)[:, 1:]
 
 
 def step_probabilities(

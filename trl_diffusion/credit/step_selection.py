@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from trl_diffusion.credit.step_draws import StepDraws
-from trl_diffusion.sampling.distribution import cumulative_shares
+from trl_diffusion.distribution import cumulative_shares
 
 SIGNAL_AVERAGES = ("batch", "group", "running")
 

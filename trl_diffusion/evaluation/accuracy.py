@@ -13,8 +13,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_diffusion.evaluation.decoding import decode_completions, encode_prompt, left_pad
-from trl_diffusion.models import family_of
-from trl_diffusion.models.positions import check_fits
+from trl_diffusion.family import family_of
+from trl_diffusion.sampling.positions import check_fits
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_diffusion.models import family_of
+from trl_diffusion.family import family_of
 from trl_diffusion.sampling import SamplingConfig, sample
 from trl_diffusion.tokenization import encode_prompt as encode_prompt  # its import path
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_diffusion.models import family_of
-from trl_diffusion.models.adapters import base_of, is_adapter, load_adapter
+from trl_diffusion.adapters.renaming import base_of, is_adapter, load_adapter
+from trl_diffusion.family import family_of
 from trl_diffusion.models.embedded import EMBEDDED_MODELS
 
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -21,8 +21,8 @@ from trl_diffusion import __version__
 from trl_diffusion.evaluation.decoding import Decoded, decode_batch, encode_prompt, fixed_batches
 from trl_diffusion.evaluation.results import Result, summarise
 from trl_diffusion.evaluation.samples import Sample, SampleStore
-from trl_diffusion.models.positions import check_fits
 from trl_diffusion.sampling import SamplingConfig, row_generators
+from trl_diffusion.sampling.positions import check_fits
 from trl_diffusion.tasks.task import Score
 
 

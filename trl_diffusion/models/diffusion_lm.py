@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.utils import ModulesToSaveWrapper
@@ -12,15 +12,15 @@ from transformers import GenerationConfig
 from transformers.utils import ModelOutput
 from transformers.utils.quantization_config import QuantizationMethod
 
+from trl_diffusion.distribution import score_targets
+from trl_diffusion.family import DiffusionFamily, HasFamily
 from trl_diffusion.models.block_attention import block_causal_bias
-from trl_diffusion.models.family import DiffusionFamily
 from trl_diffusion.models.layers import CACHE_KEYWORD
-from trl_diffusion.models.scoring_head import ScoringHead, score_targets
+from trl_diffusion.models.scoring_head import ScoringHead
 from trl_diffusion.models.whole_weights import WholeWeights
-from trl_diffusion.models.window_cache import WindowCache
-
-if TYPE_CHECKING:
-    from trl_diffusion.sampling import DiffusionGenerateOutput, Trajectory
+from trl_diffusion.sampling import DiffusionGenerateOutput, SamplingConfig, Trajectory, generation
+from trl_diffusion.sampling.prompts import checked_prompts
+from trl_diffusion.sampling.window_cache import WindowCache
 
 
 @dataclass
@@ -83,7 +83,7 @@ def require_dense(model_type: str, keys: dict[str, Any]) -> None:
             )
 
 
-class DiffusionLM(WholeWeights):
+class DiffusionLM(HasFamily, WholeWeights):
     """Mixin that turns a stock `…ForCausalLM` with `config.is_causal = False` into a diffusion language model.
 
     Attention is full unless a class sets `attention_block`, the block size of block-causal attention. The mixin adds
@@ -357,9 +357,6 @@ class DiffusionLM(WholeWeights):
             ValueError: for settings that diffusion sampling does not have or that contradict each other, prompts
                 that are not padded on the left, or prompt and canvas of more positions than the model has.
         """
-        from trl_diffusion.sampling import SamplingConfig, generation  # sampling imports models
-        from trl_diffusion.sampling.prompts import checked_prompts
-
         if input_ids is None:
             raise ValueError("generate() needs at least one token of a prompt as `input_ids`; got none.")
         input_ids, attention_mask, _ = checked_prompts(input_ids, attention_mask)

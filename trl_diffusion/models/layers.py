@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaModel, eager_attention_forward, rotate_half
 
-from trl_diffusion.models.window_cache import WindowCache
+from trl_diffusion.sampling.window_cache import WindowCache
 
 # transformers 5.24 renamed the keyword by which networks and their layers hand the cache on.
 CACHE_KEYWORD = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"

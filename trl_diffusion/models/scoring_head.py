@@ -7,21 +7,17 @@ from hidden states to scores, and once more in the backward pass, so memory does
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from trl_diffusion.models.family import DiffusionFamily
+from trl_diffusion.distribution import SMALLEST, at_columns, log_distribution, target_columns
+from trl_diffusion.family import DiffusionFamily
 
 # Logits in a chunk (4 bytes each). On a CPU few enough for its cache, yet enough rows for the matrix product to be
 # efficient; elsewhere more, because every chunk reads the whole weight.
 _CPU_CHUNK, _CHUNK = 2**22, 2**26
-
-# In place of a log-probability of −inf, so that 0 · log 0 is 0: its exponential is 0.
-_SMALLEST = -1e4
 
 
 class ScoringHead(nn.Linear):
@@ -59,54 +55,6 @@ class ScoringHead(nn.Linear):
         return _score_in_chunks(hidden, self.weight, targets, support, temperature, family)
 
 
-def score_targets(
-    logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0, support: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each target and entropy of its distribution, at a temperature, on a support.
-
-    Args:
-        logits: float32 [..., V]; -inf for ids that are never sampled.
-        targets: long [...].
-        temperature: divides the logits; > 0.
-        support: int [..., C], the ids that could be drawn, -1 for none; every id if not given.
-
-    Returns:
-        (log-probabilities [...], entropies [...] in nats), float32. The log-probability of a target outside of its
-        support is -inf.
-
-    Raises:
-        ValueError: if the temperature is not positive and finite.
-    """
-    log_probs = _log_softmax(logits, temperature, support)
-    entropy = -(log_probs.exp() * log_probs.clamp(min=_SMALLEST)).sum(-1)
-    return _at(log_probs, *_columns(targets, support)), entropy
-
-
-def _log_softmax(logits: torch.Tensor, temperature: float, support: torch.Tensor | None) -> torch.Tensor:
-    """Log-probabilities of the ids, [..., V], or of the support, [..., C]."""
-    if not 0 < temperature < math.inf:
-        raise ValueError(
-            f"Tokens are scored at a finite temperature above 0, got {temperature}. A greedy trajectory records the "
-            "log-probabilities of temperature 1, so score it with temperature=1.0."
-        )
-    if support is not None:
-        logits = logits.gather(-1, support.clamp(min=0).long()).masked_fill(support < 0, -torch.inf)
-    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
-
-
-def _columns(targets: torch.Tensor, support: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The column of `_log_softmax` that holds each target, and whether there is one: long and bool [..., 1]."""
-    targets = targets.unsqueeze(-1)
-    if support is None:
-        return targets, torch.ones_like(targets, dtype=torch.bool)
-    hit = support == targets
-    return hit.int().argmax(-1, keepdim=True), hit.any(-1, keepdim=True)
-
-
-def _at(log_probs: torch.Tensor, column: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
-    return log_probs.gather(-1, column).masked_fill(~there, -torch.inf).squeeze(-1)
-
-
 @torch.compiler.disable  # the number of chunks changes from pass to pass, and each would be compiled anew
 def _score_in_chunks(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
     return _Score.apply(*arguments)
@@ -119,14 +67,14 @@ class _Score(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, support, temperature, family):
         ctx.temperature, ctx.family = temperature, family
         ctx.set_materialize_grads(False)  # entropies seldom have a gradient, and it costs
-        column, there = _columns(targets, support)
+        column, there = target_columns(targets, support)
         log_probs, entropy = torch.empty(2, len(hidden), dtype=torch.float32, device=hidden.device)
         cast_weight, parts, chunk = weight.to(hidden.dtype), _parts(hidden, weight), None
         for part in parts:
             chunk = None  # the last one is not needed beside the next
             chunk = _chunk(hidden[part], cast_weight, _rows(support, part), temperature, family)
-            log_probs[part] = _at(chunk, column[part], there[part])
-            chunk.clamp_(min=_SMALLEST)
+            log_probs[part] = at_columns(chunk, column[part], there[part])
+            chunk.clamp_(min=SMALLEST)
             entropy[part] = -chunk.exp().mul_(chunk).sum(-1)
         kept = chunk if len(parts) == 1 else None
         ctx.save_for_backward(hidden, weight, support, column, log_probs, entropy, kept)
@@ -171,7 +119,7 @@ def _rows(values: torch.Tensor | None, part: slice) -> torch.Tensor | None:
 
 def _chunk(hidden, weight, support, temperature, family) -> torch.Tensor:
     logits = F.linear(hidden, weight).float()
-    return _log_softmax(family.exclude_never_sampled(logits), temperature, support)
+    return log_distribution(family.exclude_never_sampled(logits), temperature, support)
 
 
 def _gradient(log_probs, column, entropy, grad_log_probs, grad_entropy) -> torch.Tensor:
@@ -186,7 +134,7 @@ def _gradient(log_probs, column, entropy, grad_log_probs, grad_entropy) -> torch
     """
     factor = -grad_log_probs.unsqueeze(1)
     if grad_entropy is not None:
-        factor = factor - grad_entropy.unsqueeze(1) * (log_probs.clamp(min=_SMALLEST) + entropy.unsqueeze(1))
+        factor = factor - grad_entropy.unsqueeze(1) * (log_probs.clamp(min=SMALLEST) + entropy.unsqueeze(1))
     return log_probs.exp().mul_(factor).scatter_add_(1, column, grad_log_probs.unsqueeze(1))
 
 

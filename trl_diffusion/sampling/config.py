@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from trl_diffusion.models import DiffusionFamily
+from trl_diffusion.family import DiffusionFamily
 
 UNMASKING = ("random", "max_prob", "entropy", "margin", "low_confidence")
 CACHES = ("auto", "none", "prefix", "dual", "block")

@@ -10,12 +10,12 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils import ModelOutput, logging
 
-from trl_diffusion.models import DiffusionFamily, family_of
+from trl_diffusion.family import DiffusionFamily, family_of
+from trl_diffusion.sampling.canvas import CanvasState
 from trl_diffusion.sampling.config import SamplingConfig
-from trl_diffusion.sampling.noise import row_generators
 from trl_diffusion.sampling.sampler import sample
-from trl_diffusion.sampling.state import CanvasState
 from trl_diffusion.sampling.trajectory import Trajectory
+from trl_diffusion.streams import row_generators
 
 logger = logging.get_logger(__name__)
 

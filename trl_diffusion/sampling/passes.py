@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from trl_diffusion.models import DiffusionFamily, WindowCache
+from trl_diffusion.family import DiffusionFamily
 from trl_diffusion.sampling.config import SamplingConfig
+from trl_diffusion.sampling.window_cache import WindowCache
 
 
 class Passes:

@@ -13,16 +13,16 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from transformers import PreTrainedModel
 
-from trl_diffusion.models import DiffusionFamily, family_of, score_targets
-from trl_diffusion.models.positions import check_fits
-from trl_diffusion.sampling.buckets import prompt_buckets
+from trl_diffusion.distribution import draw, score_targets, sum_before, truncate
+from trl_diffusion.family import DiffusionFamily, family_of
+from trl_diffusion.sampling.batching import prompt_buckets
+from trl_diffusion.sampling.canvas import CanvasState
 from trl_diffusion.sampling.config import SamplingConfig
-from trl_diffusion.sampling.distribution import draw, sum_before, truncate
-from trl_diffusion.sampling.noise import uniforms
 from trl_diffusion.sampling.passes import PASSES
+from trl_diffusion.sampling.positions import check_fits
 from trl_diffusion.sampling.prompts import checked_prompts
-from trl_diffusion.sampling.state import CanvasState
 from trl_diffusion.sampling.trajectory import Trajectory
+from trl_diffusion.streams import uniforms
 
 # What sums of entropies are multiples of.
 _NATS = 2.0**-40

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from trl_diffusion.tasks import d1, prompts
-from trl_diffusion.tasks.answers import last_answer, tagged_answer
-from trl_diffusion.tasks.arithmetic import Expression, evaluate_expression, parse_expression
+from trl_diffusion.tasks import d1_prompts as prompts
+from trl_diffusion.tasks import d1_scores as d1
+from trl_diffusion.tasks.parsing.answers import last_answer, tagged_answer
+from trl_diffusion.tasks.parsing.arithmetic import Expression, evaluate_expression, parse_expression
+from trl_diffusion.tasks.parsing.text import Completion, completion_text
 from trl_diffusion.tasks.rows import check_split, is_file, read_rows
 from trl_diffusion.tasks.split import held_out
 from trl_diffusion.tasks.task import Task
-from trl_diffusion.tasks.text import Completion, completion_text
 
 __all__ = [
     "TASK",
@@ -121,7 +122,7 @@ def read_countdown(
         split: of the Hub's data, `"test"` is 256 problems that a hash holds out, `"train"` all that it does not; a
             file is taken whole.
         limit: keep the first rows only.
-        prompt: `"plain"`, `"d1"` or `"d1_train"`; see `trl_diffusion.tasks.prompts`.
+        prompt: `"plain"`, `"d1"` or `"d1_train"`; see `trl_diffusion.tasks.d1_prompts`.
         exclude: a file whose problems (numbers in any order, and target) are left out, for example d1's test file
             when training.
         count: how many numbers a problem has; others are left out.

@@ -13,12 +13,13 @@ from typing import Any
 
 from datasets import Dataset
 
-from trl_diffusion.tasks import d1, prompts
-from trl_diffusion.tasks.answers import last_answer
-from trl_diffusion.tasks.number import parse_number
+from trl_diffusion.tasks import d1_prompts as prompts
+from trl_diffusion.tasks import d1_scores as d1
+from trl_diffusion.tasks.parsing.answers import last_answer
+from trl_diffusion.tasks.parsing.number import parse_number
+from trl_diffusion.tasks.parsing.text import Completion, completion_text
 from trl_diffusion.tasks.rows import check_split, read_rows
 from trl_diffusion.tasks.task import Task
-from trl_diffusion.tasks.text import Completion, completion_text
 
 HUB_ID = "openai/gsm8k"
 INSTRUCTION = "Solve the problem step by step. End with a last line `#### n`, where n is the answer as a number."
@@ -42,7 +43,7 @@ def load_gsm8k(
         split: split of the data set on the Hub; a local file has only one, which is taken whatever the split.
         instruction: put before every question of the plain prompt; an empty string for none.
         limit: keep the first rows only.
-        prompt: `"plain"`, `"d1"` (d1's evaluation) or `"d1_train"`; see `trl_diffusion.tasks.prompts`.
+        prompt: `"plain"`, `"d1"` (d1's evaluation) or `"d1_train"`; see `trl_diffusion.tasks.d1_prompts`.
 
     Returns:
         Columns `prompt` (one user message; with `"d1"` also the beginning of an answer), `answer` (the gold number as
@@ -92,7 +93,7 @@ def extract_answer(text: str) -> str | None:
 
 
 def same_answer(given: str | None, gold: str) -> bool:
-    """Whether two answers are the same number; see `trl_diffusion.tasks.number` for what is read as one.
+    """Whether two answers are the same number; see `trl_diffusion.tasks.parsing.number` for what is read as one.
 
     Args:
         given: the stated answer, or `None`.

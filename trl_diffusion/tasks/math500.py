@@ -8,12 +8,13 @@ from typing import Any
 
 from datasets import Dataset
 
-from trl_diffusion.tasks import d1, prompts
-from trl_diffusion.tasks.answers import last_answer
-from trl_diffusion.tasks.latex import same_latex
+from trl_diffusion.tasks import d1_prompts as prompts
+from trl_diffusion.tasks import d1_scores as d1
+from trl_diffusion.tasks.parsing.answers import last_answer
+from trl_diffusion.tasks.parsing.latex import same_latex
+from trl_diffusion.tasks.parsing.text import Completion, completion_text
 from trl_diffusion.tasks.rows import check_split, read_rows
 from trl_diffusion.tasks.task import Task
-from trl_diffusion.tasks.text import Completion, completion_text
 
 TRAIN_ID = "EleutherAI/hendrycks_math"
 TEST_ID = "HuggingFaceH4/MATH-500"
@@ -46,7 +47,7 @@ def load_math(
             and capitals. MATH-500 if neither it nor `path_or_id` is given; a training file of one's own is only
             checked against what is given here.
         limit: keep the first rows only.
-        prompt: `"plain"`, `"d1"` or `"d1_train"`; see `trl_diffusion.tasks.prompts`.
+        prompt: `"plain"`, `"d1"` or `"d1_train"`; see `trl_diffusion.tasks.d1_prompts`.
 
     Returns:
         Columns `prompt`, `answer` (LaTeX), `problem`, `completion` (one assistant message: the solution).

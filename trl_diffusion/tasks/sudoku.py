@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
-from trl_diffusion.tasks import d1, prompts
-from trl_diffusion.tasks.answers import tagged_answer
+from trl_diffusion.tasks import d1_prompts as prompts
+from trl_diffusion.tasks import d1_scores as d1
+from trl_diffusion.tasks.parsing.answers import tagged_answer
+from trl_diffusion.tasks.parsing.text import Completion, completion_text, readable
 from trl_diffusion.tasks.rows import check_split, read_rows
 from trl_diffusion.tasks.split import held_out
 from trl_diffusion.tasks.task import Task
-from trl_diffusion.tasks.text import Completion, completion_text, readable
 
 INSTRUCTION = (
     "Fill in the 4x4 Sudoku so that every row, column and 2x2 box has the digits 1 to 4. It is given as 16 digits, "
@@ -158,7 +159,7 @@ def read_sudoku(
         split: `None` for the whole file; `"train"` or `"test"` for the part that `load_sudoku` with
             `disjoint_by="solution"` counts to that split.
         limit: keep the first rows only.
-        prompt: `"plain"`, `"d1"` or `"d1_train"`; see `trl_diffusion.tasks.prompts`.
+        prompt: `"plain"`, `"d1"` or `"d1_train"`; see `trl_diffusion.tasks.d1_prompts`.
         exclude: solutions whose rows are left out.
 
     Returns:

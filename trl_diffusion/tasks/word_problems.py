@@ -13,7 +13,7 @@ from itertools import product
 import numpy as np
 from datasets import Dataset
 
-from trl_diffusion.tasks import prompts
+from trl_diffusion.tasks import d1_prompts as prompts
 from trl_diffusion.tasks.gsm8k import correctness_reward, format_reward, score
 from trl_diffusion.tasks.split import held_out
 from trl_diffusion.tasks.task import Task

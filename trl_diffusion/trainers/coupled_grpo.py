@@ -17,8 +17,8 @@ import torch
 
 from trl_diffusion.credit import leave_one_out
 from trl_diffusion.likelihood import NoisePlan, Scores
-from trl_diffusion.likelihood.noise_plans import bernoulli, concatenate, full_mask, with_complements
-from trl_diffusion.trainers.noised_grpo import MaskRateConfig, NoisedGRPOTrainer
+from trl_diffusion.likelihood.plans import bernoulli, concatenate, full_mask, with_complements
+from trl_diffusion.trainers.base.masked import MaskRateConfig, NoisedGRPOTrainer
 
 
 @dataclass

@@ -13,7 +13,7 @@ import textwrap
 from dataclasses import dataclass, field
 
 from trl_diffusion.likelihood import NoisePlan
-from trl_diffusion.trainers.noised_grpo import NoisedGRPOTrainer, PromptNoiseConfig
+from trl_diffusion.trainers.base.masked import NoisedGRPOTrainer, PromptNoiseConfig
 
 
 @dataclass

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from trl_diffusion.trainers.replay import ReplayConfig, ReplayTrainer
+from trl_diffusion.trainers.base.replay import ReplayConfig, ReplayTrainer
 
 
 @dataclass

@@ -17,10 +17,11 @@ from torch.nn.functional import logsigmoid
 
 from trl_diffusion.credit import effective_sample_size, group_softmax, scored_in_group, target_log_weights
 from trl_diffusion.likelihood import NoisePlan, elbo_of_pairs, mean_of_targets
-from trl_diffusion.likelihood.noise_plans import bernoulli, with_complements
-from trl_diffusion.trainers.completion_loss import CompletionLossConfig, CompletionLossTrainer
-from trl_diffusion.trainers.cost import CompletionCost, updates_per_rollout
-from trl_diffusion.trainers.noised_grpo import MaskRateConfig
+from trl_diffusion.likelihood.plans import bernoulli, with_complements
+from trl_diffusion.runtime.cost import updates_per_rollout
+from trl_diffusion.runtime.run import CompletionCost
+from trl_diffusion.trainers.base.completion_loss import CompletionLossConfig, CompletionLossTrainer
+from trl_diffusion.trainers.base.masked import MaskRateConfig
 
 CHOICES = {"objective": ("cross_entropy", "wddo"), "weight_baseline": ("group", "individual", "model", "none")}
 
@@ -132,7 +133,7 @@ class DMPOTrainer(CompletionLossTrainer):
     def completion_cost(self) -> CompletionCost:
         cost, views, args = super().completion_cost(), self._num_views(), self.args
         weights = views if args.alpha != 0.0 or args.weight_baseline == "model" else 0
-        refreshed = views * (updates_per_rollout(self) - 1) if args.weight_baseline == "model" else 0
+        refreshed = views * (updates_per_rollout(args) - 1) if args.weight_baseline == "model" else 0
         return replace(cost, old=cost.old + weights + refreshed, reference=views if args.alpha != 0.0 else 0)
 
     def _noise(self, mode, update, trajectory, rows, scope) -> NoisePlan:

@@ -17,7 +17,7 @@ import torch
 
 from trl_diffusion.credit import leave_one_out
 from trl_diffusion.likelihood import NoisePlan, elbo_of_pairs
-from trl_diffusion.trainers.completion_loss import CompletionLossConfig, CompletionLossTrainer
+from trl_diffusion.trainers.base.completion_loss import CompletionLossConfig, CompletionLossTrainer
 
 
 @dataclass

@@ -18,6 +18,7 @@ import torch
 from accelerate.utils import DistributedType, set_seed
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
+from rich.console import Console
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -30,16 +31,11 @@ from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
 from trl.trainer.utils import create_model_from_path, get_config_model_id
 
+from trl_diffusion.adapters.precision import load_to_train, native_peft_config, share_checkpointing_kwargs
+from trl_diffusion.adapters.renaming import is_adapter
+from trl_diffusion.family import DiffusionFamily, family_of
 from trl_diffusion.likelihood import noised_views, score_views
-from trl_diffusion.models import DiffusionFamily, family_of
-from trl_diffusion.models.adapters import is_adapter
-from trl_diffusion.models.positions import check_fits
-from trl_diffusion.sampling import row_generators
-from trl_diffusion.tokenization import encode_prompt as prompt_token_ids  # noqa: F401  # the import path it had
-from trl_diffusion.trainers.adapter_setup import load_to_train, native_peft_config, share_checkpointing_kwargs
-from trl_diffusion.trainers.backends import check_backend, check_device_map, fit_to_cpu
-from trl_diffusion.trainers.checkpoints import Checkpoints, ResumeConfig
-from trl_diffusion.trainers.checks import (
+from trl_diffusion.runtime.arguments import (
     check_adapter,
     check_arguments,
     check_load_arguments,
@@ -48,12 +44,17 @@ from trl_diffusion.trainers.checks import (
     check_trainable,
     named_eval_datasets,
 )
-from trl_diffusion.trainers.guards import UpdateGuardConfig
-from trl_diffusion.trainers.model_card import PortableCards, card_arguments, complete_card
-from trl_diffusion.trainers.sft_data import check_texts, make_collator, tokenize_dataset
-from trl_diffusion.trainers.sft_data import completion_content as completion_content  # the import path it had
-from trl_diffusion.trainers.sft_report import print_sft_report
-from trl_diffusion.trainers.update_guard import GuardedUpdates
+from trl_diffusion.runtime.checkpoints import Checkpoints, ResumeConfig
+from trl_diffusion.runtime.guards import UpdateGuardConfig
+from trl_diffusion.runtime.launch import check_backend, check_device_map, fit_to_cpu
+from trl_diffusion.runtime.model_card import PortableCards, card_arguments, complete_card
+from trl_diffusion.runtime.sft_report import SFTRun, sft_report
+from trl_diffusion.runtime.update_guard import GuardedUpdates
+from trl_diffusion.sampling import row_generators
+from trl_diffusion.sampling.positions import check_fits
+from trl_diffusion.tokenization import encode_prompt as prompt_token_ids  # noqa: F401  # the import path it had
+from trl_diffusion.trainers.base.sft_data import check_texts, make_collator, tokenize_dataset
+from trl_diffusion.trainers.base.sft_data import completion_content as completion_content  # the import path it had
 
 # Keeps the noise of training and of evaluation apart.
 _TRAIN, _EVAL = 0, 1
@@ -201,8 +202,17 @@ class SFTTrainer(PortableCards, Checkpoints, GuardedUpdates, _BaseTrainer):  # t
     def train(self, *args, **kwargs):
         """TRL's `train`. With the progress bar (`disable_tqdm=False`) the start-up report is printed first."""
         if self.train_dataset is not None and not self.args.disable_tqdm:
-            print_sft_report(self)
+            self.print_report()
         return super().train(*args, **kwargs)
+
+    def print_report(self) -> None:
+        """Print the start-up report, on the main process only."""
+        if self.accelerator.is_main_process:
+            Console().print(sft_report(self.as_run()))
+
+    def as_run(self) -> SFTRun:
+        """The values that the start-up report and the estimates of cost follow from."""
+        return SFTRun.of(self, self.family, rows=self.train_dataset, evaluates=self.eval_dataset is not None)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """transformers' `log`, with the mean of what was counted since the last one."""

@@ -15,9 +15,9 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from trl_diffusion.likelihood import NoisePlan, mean_of_targets, upper_bound_per_token
-from trl_diffusion.likelihood.noise_plans import block_random, random_text
-from trl_diffusion.trainers.completion_loss import CompletionLossConfig, CompletionLossTrainer
-from trl_diffusion.trainers.noised_grpo import PromptNoiseConfig
+from trl_diffusion.likelihood.plans import block_random, random_text
+from trl_diffusion.trainers.base.completion_loss import CompletionLossConfig, CompletionLossTrainer
+from trl_diffusion.trainers.base.masked import PromptNoiseConfig
 
 CHOICES = {
     "noise": ("block_random", "random"),

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from trl_diffusion.trainers.quiet import no_luspo_hint
-from trl_diffusion.trainers.replay import ReplayConfig, ReplayTrainer
+from trl_diffusion.trainers.base.quiet import no_luspo_hint
+from trl_diffusion.trainers.base.replay import ReplayConfig, ReplayTrainer
 
 
 @dataclass

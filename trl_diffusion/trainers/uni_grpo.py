@@ -13,8 +13,8 @@ import textwrap
 from dataclasses import dataclass, field
 
 from trl_diffusion.likelihood import NoisePlan
-from trl_diffusion.likelihood.noise_plans import bernoulli
-from trl_diffusion.trainers.noised_grpo import MaskRateConfig, NoisedGRPOTrainer
+from trl_diffusion.likelihood.plans import bernoulli
+from trl_diffusion.trainers.base.masked import MaskRateConfig, NoisedGRPOTrainer
 
 
 @dataclass

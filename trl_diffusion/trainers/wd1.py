@@ -15,8 +15,8 @@ import torch
 
 from trl_diffusion.credit import opposed_softmax
 from trl_diffusion.likelihood import NoisePlan
-from trl_diffusion.trainers.completion_loss import CompletionLossConfig, CompletionLossTrainer
-from trl_diffusion.trainers.noised_grpo import PromptNoiseConfig
+from trl_diffusion.trainers.base.completion_loss import CompletionLossConfig, CompletionLossTrainer
+from trl_diffusion.trainers.base.masked import PromptNoiseConfig
 
 
 @dataclass

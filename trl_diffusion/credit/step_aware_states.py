@@ -1,0 +1,81 @@
+"""Partly denoised states of finished rollouts, from which Step-Aware PO (2510.01544) lets completions be continued.
+
+The paper appends a fixed number of masks to what was written by a random time; where exactly is not published, so the
+three kinds of states here are our reading:
+
+- `block`: the blocks finished by then, and masks on the rollout's own block grid.
+- `keep`: the canvas as it was before a denoising step, whole.
+- `prefix`: what was written without a gap from the left at that step (nothing, if the first position was still
+  masked), and masks. Within a block this is not a state that the rollout passes through, so continuing it does not
+  follow the rollout's distribution.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from trl_diffusion.family import DiffusionFamily
+from trl_diffusion.sampling import CanvasState, Trajectory
+
+STATES = ("block", "keep", "prefix")
+
+
+def probe_points(
+    trajectory: Trajectory, family: DiffusionFamily, kind: str, block_length: int, fraction: torch.Tensor
+) -> torch.Tensor:
+    """How far along each rollout its state is taken: a number of blocks (`block`) or of denoising steps.
+
+    A point lies strictly between the empty canvas and the end of the completion, as near to the fraction as that
+    allows; it is 0 where there is no such point.
+
+    Args:
+        trajectory: of B completions.
+        family: for the end set.
+        kind: one of `STATES`.
+        block_length: positions per block.
+        fraction: float [B] in [0, 1], of the completion's length (`block`) or of its steps.
+
+    Returns:
+        Long [B].
+    """
+    if kind == "block":
+        length = family.effective_length(trajectory.completion_ids)
+        last = (length + block_length - 1) // block_length - 1
+        point = (fraction * length / block_length).round().long()
+    else:
+        last = trajectory.steps_taken - 1
+        point = (fraction * trajectory.steps_taken).floor().long()
+    return point.clamp(min=1).minimum(last)
+
+
+def probe_state(
+    trajectory: Trajectory, family: DiffusionFamily, kind: str, block_length: int, points: torch.Tensor, masks: int
+) -> CanvasState:
+    """The state of each rollout at a point.
+
+    Args:
+        trajectory: of B completions.
+        family: for the mask token.
+        kind: one of `STATES`.
+        block_length: positions per block.
+        points: long [B], see `probe_points`.
+        masks: masked positions to append, as far as there is room; `keep` has what the rollout had.
+    """
+    ids, points = trajectory.completion_ids, points.unsqueeze(1)
+    canvas_length = ids.size(1)
+    positions = torch.arange(canvas_length, device=ids.device)
+    hidden = (trajectory.unmask_step >= points) | (trajectory.unmask_step < 0)
+    if kind == "keep":
+        return CanvasState(ids.masked_fill(hidden, family.mask_token_id), torch.full_like(ids[:, 0], canvas_length))
+    without_gap = hidden.cummax(1).values.logical_not().sum(1, keepdim=True)
+    written = points * block_length if kind == "block" else without_gap
+    length = (written.squeeze(1) + masks).clamp(max=canvas_length)
+    return CanvasState(ids.masked_fill(positions >= written, family.mask_token_id), length)
+
+
+def settled(state: CanvasState, family: DiffusionFamily) -> torch.Tensor:
+    """Bool [B]: nothing is masked before the first end token (or at all), so no continuation changes the text."""
+    masked = state.canvas == family.mask_token_id
+    masked &= torch.arange(masked.size(1), device=masked.device) < state.length.unsqueeze(1)
+    before_end = family.is_end(state.canvas).int().cummax(1).values == 0
+    return ~(masked & before_end).any(1)

@@ -1,0 +1,162 @@
+"""The distribution a token is drawn from, and the draw itself."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+# A draw of exactly 1 would fall behind the last token.
+_LARGEST_UNIFORM = 1.0 - 2.0**-50
+
+# Entries of a part of a large vocabulary.
+_PART = 512
+
+# What shares of a distribution are multiples of: the finest that float64 holds exactly up to 1.
+_SHARE = 2.0**-52
+
+# In place of a log-probability of −inf, so that 0 · log 0 is 0: its exponential is 0.
+SMALLEST = -1e4
+
+
+def running_sum(values: torch.Tensor, resolution: float) -> torch.Tensor:
+    """Sums of the values up to and including each one, along the last dimension, in multiples of `resolution`.
+
+    The values are rounded to integers and added as such. So no sum depends on the order of addition, equal sums are
+    equal on every device, and what is not negative never decreases. PyTorch's `cumsum` of floats has none of this on
+    a GPU, and raises there under `full_determinism=True`.
+
+    Args:
+        values: float [..., K], finite.
+        resolution: a power of 2; at least 2⁻⁶² times the largest sum.
+
+    Returns:
+        Float64 [..., K].
+    """
+    return (values.double() / resolution).round().long().cumsum(-1).double() * resolution
+
+
+def sum_before(values: torch.Tensor, resolution: float) -> torch.Tensor:
+    """The same sums without the value itself: 0 at the first."""
+    return torch.nn.functional.pad(running_sum(values, resolution)[..., :-1], (1, 0))
+
+
+def cumulative_shares(masses: torch.Tensor) -> torch.Tensor:
+    """The share of the total mass that lies up to and including each entry, float64 [..., K]; the last is about 1.
+
+    Args:
+        masses: float [..., K], at least 0 and not all 0.
+    """
+    return running_sum(_shares(masses), _SHARE)
+
+
+def _shares(masses: torch.Tensor) -> torch.Tensor:
+    masses = masses.double()
+    return masses / masses.sum(-1, keepdim=True)
+
+
+def truncate(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tempered log-probabilities of the `top_k` ids, cut to the smallest set with probability `top_p`.
+
+    The token that crosses `top_p` is kept, as transformers does.
+
+    Args:
+        logits: float32 [..., V], never-sampled ids at -inf.
+        temperature: > 0.
+        top_k: ≥ 1.
+        top_p: in (0, 1].
+
+    Returns:
+        (log-probabilities [..., K], most likely first, -inf where cut; ids int32 [..., K], -1 where cut) with
+        K = min(top_k, V).
+    """
+    scores, ids = (logits / temperature).topk(min(top_k, logits.size(-1)), dim=-1)
+    cut = scores == -torch.inf
+    if top_p < 1:  # at 1 nothing is cut, also where rounding has the likely ids add up to 1
+        cut |= sum_before(_shares(scores.softmax(-1)), _SHARE) >= top_p
+    scores = scores.masked_fill(cut, -torch.inf)
+    return scores.log_softmax(-1), ids.int().masked_fill(cut, -1)
+
+
+def draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Draw one index per distribution by inverting its cumulative distribution.
+
+    One uniform per token instead of one per vocabulary entry lets every completion have its own random stream. The
+    probabilities are float32 and their running sum is finer, because a float32 sum over 10⁵ entries loses the tail.
+    Over a large vocabulary the part that holds the index is found first, from the sums of all parts.
+
+    Args:
+        probabilities: float32 [..., K], not all 0.
+        uniform: float64 [...], in [0, 1).
+
+    Returns:
+        Long [...], an index of non-zero probability.
+    """
+    size = probabilities.size(-1)
+    threshold = uniform.clamp(max=_LARGEST_UNIFORM)
+    if size <= _PART:
+        return _invert(probabilities, threshold)[0]
+    if size % _PART:
+        probabilities = torch.nn.functional.pad(probabilities, (0, -size % _PART))
+    parts = probabilities.unflatten(-1, (-1, _PART))
+    part, threshold = _invert(parts.sum(-1), threshold)
+    inside = parts.gather(-2, part[..., None, None].expand(*part.shape, 1, _PART)).squeeze(-2)
+    return part * _PART + _invert(inside, threshold)[0]
+
+
+def _invert(masses: torch.Tensor, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The index whose share of the total mass holds a threshold in [0, 1), and where in this share it lies."""
+    cumulative = cumulative_shares(masses)
+    point = threshold.unsqueeze(-1) * cumulative[..., -1:]
+    index = torch.searchsorted(cumulative, point, right=True).clamp(max=masses.size(-1) - 1)
+    before = torch.nn.functional.pad(cumulative, (1, 0)).gather(-1, index)
+    inside = (point - before) / (cumulative.gather(-1, index) - before)
+    return index.squeeze(-1), inside.squeeze(-1).clamp(0.0, _LARGEST_UNIFORM)
+
+
+def score_targets(
+    logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0, support: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each target and entropy of its distribution, at a temperature, on a support.
+
+    Args:
+        logits: float32 [..., V]; -inf for ids that are never sampled.
+        targets: long [...].
+        temperature: divides the logits; > 0.
+        support: int [..., C], the ids that could be drawn, -1 for none; every id if not given.
+
+    Returns:
+        (log-probabilities [...], entropies [...] in nats), float32. The log-probability of a target outside of its
+        support is -inf.
+
+    Raises:
+        ValueError: if the temperature is not positive and finite.
+    """
+    log_probs = log_distribution(logits, temperature, support)
+    entropy = -(log_probs.exp() * log_probs.clamp(min=SMALLEST)).sum(-1)
+    return at_columns(log_probs, *target_columns(targets, support)), entropy
+
+
+def log_distribution(logits: torch.Tensor, temperature: float, support: torch.Tensor | None) -> torch.Tensor:
+    """Log-probabilities of the ids, [..., V], or of the support, [..., C]."""
+    if not 0 < temperature < math.inf:
+        raise ValueError(
+            f"Tokens are scored at a finite temperature above 0, got {temperature}. A greedy trajectory records the "
+            "log-probabilities of temperature 1, so score it with temperature=1.0."
+        )
+    if support is not None:
+        logits = logits.gather(-1, support.clamp(min=0).long()).masked_fill(support < 0, -torch.inf)
+    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+
+
+def target_columns(targets: torch.Tensor, support: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The column of `log_distribution` that holds each target, and whether there is one: long and bool [..., 1]."""
+    targets = targets.unsqueeze(-1)
+    if support is None:
+        return targets, torch.ones_like(targets, dtype=torch.bool)
+    hit = support == targets
+    return hit.int().argmax(-1, keepdim=True), hit.any(-1, keepdim=True)
+
+
+def at_columns(log_probs: torch.Tensor, column: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+    return log_probs.gather(-1, column).masked_fill(~there, -torch.inf).squeeze(-1)

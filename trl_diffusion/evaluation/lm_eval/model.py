@@ -1,0 +1,321 @@
+"""Our models inside EleutherAI's lm-evaluation-harness: the model `trl_diffusion`.
+
+The harness has no entry point for models of other packages: it finds those that are registered before it looks.
+`python -m trl_diffusion.evaluation.lm_eval` is its command with this one registered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
+from tqdm.auto import tqdm
+
+from trl_diffusion.evaluation.decoding import decode_batch, fixed_batches
+from trl_diffusion.evaluation.lm_eval.likelihood_bound import is_greedy, log_likelihood_bound
+from trl_diffusion.evaluation.loading import load_model, weights_checksum
+from trl_diffusion.evaluation.processes import join_processes
+from trl_diffusion.family import family_of
+from trl_diffusion.sampling import SamplingConfig, row_generators
+from trl_diffusion.sampling.positions import check_fits
+
+logger = logging.getLogger(__name__)
+
+
+@register_model("trl_diffusion")
+class DiffusionHarnessLM(TemplateLM):
+    """A diffusion language model for the lm-evaluation-harness.
+
+    `generate_until` decodes by diffusion and cuts the text at the first stop string. With one process and the same
+    prompts, batch size and decoding it gives the completions of `recipes/evaluate.py`. `loglikelihood` returns a
+    Monte-Carlo estimate of a lower bound, see `log_likelihood_bound`; `loglikelihood_rolling` is refused.
+
+    Args:
+        pretrained: model on the Hub or in a folder.
+        adapter: PEFT adapter on the Hub or in a folder.
+        revision: revision of the model on the Hub.
+        dtype: type of the weights; `auto` for the checkpoint's.
+        attn_implementation: as in transformers.
+        allow_other_base: accept an adapter whose config names another base.
+        canvas_length: positions to write; the task's `max_gen_toks`, in whole blocks, if not given.
+        denoising_steps: network evaluations per canvas; half the canvas if not given.
+        block_length: positions per block.
+        unmasking: see `trl_diffusion.sampling.SamplingConfig`, also for the next four. Temperature, top-k and top-p
+            are the task's (`--gen_kwargs`).
+        confidence_threshold: commit every position whose largest probability reaches this.
+        entropy_bound: commit positions up to this much entropy, in nats.
+        cache: keys and values to reuse between steps.
+        cache_refresh: steps between two full passes with an approximate cache.
+        mc_num: noised copies of each continuation in `loglikelihood`.
+        seed: seed of sampling and of the noised copies.
+        batch_size: completions decoded together.
+        max_batch_size: only for the harness's automatic batch size, which is refused.
+        device: `cpu` to stay there. Several processes, or one without a GPU, take what accelerate gives them.
+
+    Raises:
+        ValueError: for `batch_size=auto`.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        adapter: str | None = None,
+        revision: str | None = None,
+        dtype: str = "auto",
+        attn_implementation: str | None = None,
+        allow_other_base: bool = False,
+        canvas_length: int | None = None,
+        denoising_steps: int | None = None,
+        block_length: int = 32,
+        unmasking: str = "max_prob",
+        confidence_threshold: float | None = None,
+        entropy_bound: float | None = None,
+        cache: str = "auto",
+        cache_refresh: int = 0,
+        mc_num: int = 128,
+        seed: int = 0,
+        batch_size: int | str = 1,
+        max_batch_size: int | None = None,
+        device: str | None = None,
+    ):
+        super().__init__()
+        if not str(batch_size).isdecimal() or int(batch_size) < 1:
+            raise ValueError(
+                f"batch_size must be a whole number, got {batch_size!r}: a batch size found by trial would change "
+                "results from machine to machine."
+            )
+        self.batch_size, self.seed, self.mc_num = int(batch_size), seed, mc_num
+        self.canvas_length, self.denoising_steps = canvas_length, denoising_steps
+        self.block_length = block_length
+        self.rules: dict[str, Any] = {
+            "unmasking": unmasking,
+            "confidence_threshold": confidence_threshold,
+            "entropy_bound": entropy_bound,
+            "cache": cache,
+            "cache_refresh": cache_refresh,
+        }
+        self.state = join_processes(use_cpu=device == "cpu")
+        self._rank, self._world_size = self.state.process_index, self.state.num_processes
+        self._device = self.state.device
+        if device is not None and self.state.device.type != "cpu" and self.world_size == 1:
+            self._device = torch.device(device)
+        elif device not in (None, str(self.state.device)):
+            logger.warning("Running on %s; the harness proposed %s.", self.state.device, device)
+        self.facts = {"pretrained": pretrained, "adapter": adapter, "revision": revision}
+        self.model, self.tokenizer = load_model(
+            pretrained,
+            adapter,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            device=self._device,
+            allow_other_base=allow_other_base,
+        )
+
+    # What the harness asks about
+
+    @property
+    def eot_token_id(self) -> int:
+        return family_of(self.model).tail_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self.eot_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes beside its results."""
+        decoding = {key: getattr(self, key) for key in ("canvas_length", "denoising_steps", "block_length")}
+        return {
+            **self.facts,
+            "weights": weights_checksum(self.model),
+            "model_dtype": str(self.model.dtype),
+            **decoding,
+            **self.rules,
+            "mc_num": self.mc_num,
+            "sampling_seed": self.seed,
+        }
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        )
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        if add_special_tokens is None:  # a chat template writes them itself
+            bos = self.tokenizer.bos_token
+            add_special_tokens = bos is None or not string.startswith(bos)
+        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Token ids of a context and its continuation; spaces between them belong to the continuation."""
+        text = context + continuation
+        context = context.rstrip(" ")
+        whole, context_ids = self.tok_encode(text), self.tok_encode(context)
+        if whole[: len(context_ids)] == context_ids:
+            return context_ids, whole[len(context_ids) :]
+        # A token reaches over the boundary; cutting the whole text there, as the harness does, loses a part.
+        return context_ids, self.tok_encode(text[len(context) :], add_special_tokens=False)
+
+    # Several processes: the harness gives each its share of the rows
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.world_size == 1:
+            return tensor
+        parts = [torch.empty_like(tensor.reshape(-1)) for _ in range(self.world_size)]
+        torch.distributed.all_gather(parts, tensor.reshape(-1))
+        return torch.cat(parts)
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        if self.world_size == 1:
+            return [obj]
+        gathered: list[Any] | None = [None] * self.world_size if self.rank == dst else None
+        torch.distributed.gather_object(obj, gathered, dst=dst)
+        return gathered
+
+    def barrier(self) -> None:
+        self.state.wait_for_everyone()
+
+    # Requests
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Completions, each cut at its first stop string."""
+        groups: dict[str, list[int]] = defaultdict(list)
+        for position, request in enumerate(requests):
+            # Only rows of one task, decoded in one way, share batches.
+            groups[f"{request.task_name} {sorted(request.args[1].items())}"].append(position)
+        texts = [""] * len(requests)
+        for positions in groups.values():
+            completed = self._complete([requests[position] for position in positions], disable_tqdm)
+            for position, text in zip(positions, completed, strict=True):
+                texts[position] = text
+        return texts
+
+    def _complete(self, requests: list[Instance], disable_tqdm: bool) -> list[str]:
+        options = dict(normalize_gen_kwargs(requests[0].args[1]))
+        stops = [stop for stop in options.pop("until") if stop]
+        config = self._decoding(options)
+        task = requests[0].task_name or "these requests"
+        prompts = [self.tok_encode(request.args[0]) for request in requests]
+        check_fits(self.model, max(map(len, prompts)), config.canvas_length, task)
+        indices = self._indices(requests)
+        texts = [""] * len(requests)
+        for batch in tqdm(
+            fixed_batches([len(prompt) for prompt in prompts], self.batch_size),
+            desc=f"Decoding {task}",
+            disable=disable_tqdm or self.rank != 0,
+        ):
+            generators = row_generators(self.seed, rows=[indices[item] for item in batch])
+            decoded = decode_batch(self.model, self.tokenizer, [prompts[item] for item in batch], config, generators)
+            for item, completion in zip(batch, decoded, strict=True):
+                texts[item] = _cut(completion.text, stops)
+                self.cache_hook.add_partial("generate_until", requests[item].args, texts[item])
+        return texts
+
+    def _decoding(self, options: dict[str, Any]) -> SamplingConfig:
+        """The task's generation options and the model's, as a `SamplingConfig`."""
+        budget, sampled = options.pop("max_gen_toks"), options.pop("do_sample")
+        temperature = float(options.pop("temperature", 1.0)) if sampled else 0.0
+        top_k, top_p = int(options.pop("top_k", 0)), float(options.pop("top_p", 1.0))
+        options.pop("temperature", None)
+        if options:
+            raise ValueError(
+                f"The task sets generation options that diffusion decoding does not have: {options}. Remove them from "
+                "the task's generation_kwargs."
+            )
+        canvas = self.canvas_length or -(-budget // self.block_length) * self.block_length
+        return SamplingConfig(
+            canvas_length=canvas,
+            denoising_steps=self.denoising_steps or canvas // 2,
+            block_length=self.block_length,
+            temperature=temperature,
+            top_k=top_k if sampled else 0,
+            top_p=top_p if sampled else 1.0,
+            record_support=False,
+            **self.rules,
+        )
+
+    def _indices(self, requests: list[Instance]) -> list[int]:
+        """Row · repeats + number of the repeat, which keys each completion's random stream."""
+        seen: dict[int, int] = defaultdict(int)
+        indices = []
+        for request in requests:
+            row, repeats = request.doc_id or 0, request.repeats or 1
+            indices.append(row * repeats + seen[row] % repeats)
+            seen[row] += 1
+        return indices
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
+    ) -> list[tuple[float, bool]]:
+        contexts = [context for _, context, _ in requests]
+        continuations = [continuation for _, _, continuation in requests]
+        for context, continuation in zip(contexts, continuations, strict=True):
+            if not context or not continuation:
+                raise ValueError(
+                    "A loglikelihood request needs at least one token of context and one of continuation; its texts "
+                    f"have {len(context)} and {len(continuation)}."
+                )
+            check_fits(self.model, len(context), len(continuation), "a loglikelihood request")
+        answers: list[tuple[float, bool]] = []
+        # A few requests at a time, for the progress bar and the harness's cache.
+        bar = tqdm(total=len(requests), desc="Scoring", disable=disable_tqdm or self.rank != 0)
+        for start in range(0, len(requests), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            # The stream is keyed by the tokens, so that an estimate does not depend on what else is asked.
+            generators = [
+                row_generators(self.seed, *_key(context + continuation), rows=[len(context)])[0]
+                for context, continuation in zip(contexts[part], continuations[part], strict=True)
+            ]
+            bounds = log_likelihood_bound(
+                self.model, contexts[part], continuations[part], generators, self.mc_num, self.batch_size
+            )
+            greedy = [is_greedy(self.model, *pair) for pair in zip(contexts[part], continuations[part], strict=True)]
+            for (texts, _, _), answer in zip(requests[part], zip(bounds, greedy, strict=True), strict=True):
+                self.cache_hook.add_partial("loglikelihood", texts, answer)
+                answers.append(answer)
+            bar.update(len(bounds))
+        bar.close()
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Refused.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "loglikelihood_rolling (perplexity of whole documents) has no counterpart in a diffusion language model, "
+            "which predicts no token from those to its left alone. Choose tasks of type generate_until, "
+            "multiple_choice or loglikelihood."
+        )
+
+
+def _key(token_ids: Sequence[int]) -> tuple[int, int]:
+    """Two 32-bit integers from token ids."""
+    digest = hashlib.blake2b(repr(list(token_ids)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:], "big")
+
+
+def _cut(text: str, stops: Sequence[str]) -> str:
+    """The text before the first stop string."""
+    return text[: min((at for at in map(text.find, stops) if at >= 0), default=len(text))]

@@ -1,0 +1,86 @@
+"""What the rest of the library needs to know about a diffusion language model, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class DiffusionFamily:
+    """Facts of a diffusion language model (dLLM) that sampling and scoring depend on.
+
+    Args:
+        name: model type, as in the checkpoint's `config.json` (for example `"llada"`).
+        mask_token_id: the mask token *m* that stands for a position not written yet.
+        num_tokens: ids `>= num_tokens` are rows of the embedding without a token; they are never sampled.
+        end_token_ids: the end set, ids that end a text (for LLaDA `<|eot_id|>` and `<|endoftext|>`).
+        tail_token_id: the end id that fills a canvas behind a finished text (`<|endoftext|>`).
+        logit_shift: 0 if the logits at position i predict the token at i, 1 if they predict the token at i + 1.
+        attention_block: `None` for full attention, else the block size of block-causal attention.
+    """
+
+    name: str
+    mask_token_id: int
+    num_tokens: int
+    end_token_ids: tuple[int, ...]
+    tail_token_id: int
+    logit_shift: int = 0
+    attention_block: int | None = None
+
+    def exclude_never_sampled(self, logits: torch.Tensor) -> torch.Tensor:
+        """Set the logits of the mask token and of unused ids to -inf, in place.
+
+        Args:
+            logits: float tensor [..., V].
+
+        Returns:
+            The same tensor.
+        """
+        logits[..., self.mask_token_id] = -torch.inf
+        logits[..., self.num_tokens :] = -torch.inf
+        return logits
+
+    def is_end(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Which ids belong to the end set: bool tensor, same shape as `token_ids`."""
+        return torch.isin(token_ids, torch.tensor(self.end_token_ids, device=token_ids.device))
+
+    def effective_length(self, completion_ids: torch.Tensor) -> torch.Tensor:
+        """Number of tokens up to and including the first end id (the canvas length if there is none).
+
+        Args:
+            completion_ids: long tensor [B, L].
+
+        Returns:
+            Long tensor [B].
+        """
+        is_end = self.is_end(completion_ids)
+        length = completion_ids.size(1)
+        return torch.where(is_end.any(1), is_end.int().argmax(1) + 1, length)
+
+
+class HasFamily:
+    """Base of the native models; by it the code that only needs the family recognises them."""
+
+    @property
+    def family(self) -> DiffusionFamily:
+        raise NotImplementedError
+
+
+def family_of(model: Any) -> DiffusionFamily:
+    """The `DiffusionFamily` of a native model, also inside of a PEFT wrapper.
+
+    Raises:
+        TypeError: if the model is not one of this library's diffusion language models.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(base, HasFamily):
+        raise TypeError(
+            f"{type(base).__name__} is not a diffusion language model known to trl_diffusion. Load one of the "
+            "supported families (llada, Dream, sdar) by name with AutoModelForCausalLM after `import trl_diffusion`; "
+            "if this is such a checkpoint, make sure that its config.json has the family's `model_type` and that "
+            "`architectures` does not name a stock transformers class."
+        )
+    return base.family

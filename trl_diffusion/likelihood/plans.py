@@ -1,0 +1,233 @@
+"""Noise plans: which positions of a completion its views hide, and which of those they are asked for.
+
+Every function is pure: the noise comes in as uniform numbers, which the trainer draws from the completion's private
+stream. Plans compose: `with_complements`, `concatenate`, `repeat` and `NoisePlan.only` take plans and return plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass
+class NoisePlan:
+    """V noised views of each of B completions.
+
+    Args:
+        hidden: bool [B, V, L], positions that are masked.
+        targets: bool [B, V, L], the hidden positions to score.
+        share: float32 [B, V], the share of positions meant to be hidden: the rate of independent masks, or count ÷ L.
+        prompt_hidden: bool [B, V, P], tokens of the prompt that are masked; `None` for none.
+    """
+
+    hidden: torch.Tensor
+    targets: torch.Tensor
+    share: torch.Tensor
+    prompt_hidden: torch.Tensor | None = None
+
+    def only(self, positions: torch.Tensor) -> NoisePlan:
+        """The same views, asked for these positions alone (bool [B, L])."""
+        return replace(self, targets=self.targets & positions.unsqueeze(1))
+
+
+def full_mask(batch: int, views: int, length: int, device: torch.device | str = "cpu") -> NoisePlan:
+    """The whole canvas masked, every position scored (mean field, 2504.12216)."""
+    hidden = torch.ones(batch, views, length, dtype=torch.bool, device=device)
+    return NoisePlan(hidden, hidden, torch.ones(batch, views, device=device))
+
+
+def bernoulli(rate_noise: torch.Tensor, noise: torch.Tensor, low: float, high: float) -> NoisePlan:
+    """Every position masked independently at a rate t ~ U(low, high) of the view's own.
+
+    Args:
+        rate_noise: uniform [B, V].
+        noise: uniform [B, V, L].
+        low: smallest rate.
+        high: largest rate.
+    """
+    rate = low + (high - low) * rate_noise
+    hidden = noise < rate.unsqueeze(-1)
+    return NoisePlan(hidden, hidden, rate.float())
+
+
+def uniform_counts(noise: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
+    """Counts k ~ U{1..most} from uniform noise [B, V] and the largest counts [B, 1]; long [B, V]."""
+    return (noise * most).long().clamp(max=most - 1) + 1
+
+
+def stratified_counts(offsets: torch.Tensor, rows: torch.Tensor, num_rows: int, length: int) -> torch.Tensor:
+    """Counts k ~ U{0..L}, spread evenly over the completions of all processes (ESPO, 2512.03759).
+
+    Row j gets k0 + round(j (L + 1) / R) modulo L + 1: uniform for each row, with strata over the R rows.
+
+    Args:
+        offsets: long [V], k0 in 0..L, uniform; the same on every process.
+        rows: long [B], global row of each completion.
+        num_rows: R, completions of all processes.
+        length: canvas length L.
+
+    Returns:
+        Long [B, V].
+    """
+    # halves up: `round` takes them to even numbers, which would fill every other stratum three times and the rest once
+    step = (rows.double() * (length + 1) / num_rows + 0.5).floor().long()
+    return (offsets + step.unsqueeze(1)) % (length + 1)
+
+
+def random_subsets(counts: torch.Tensor, noise: torch.Tensor, allowed: torch.Tensor | None = None) -> NoisePlan:
+    """Uniform subsets of given sizes.
+
+    Args:
+        counts: long [B, V], at most the number of allowed positions.
+        noise: uniform [B, V, L].
+        allowed: bool [B, V or 1, L], positions to choose from; all if not given.
+    """
+    if allowed is not None:
+        noise = noise.masked_fill(~allowed, 2.0)
+    rank = noise.argsort(-1).argsort(-1)
+    hidden = rank < counts.unsqueeze(-1)
+    return NoisePlan(hidden, hidden, counts / noise.size(-1))
+
+
+def with_complements(plan: NoisePlan) -> NoisePlan:
+    """Every view followed by the one that hides what it shows; V doubles."""
+
+    def pairs(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        return torch.stack([first, second], dim=2).flatten(1, 2)
+
+    hidden = pairs(plan.hidden, ~plan.hidden)
+    return NoisePlan(hidden, hidden, pairs(plan.share, 1 - plan.share))
+
+
+def prompt_noise(noise: torch.Tensor, probability: float, prompt_mask: torch.Tensor) -> torch.Tensor:
+    """Tokens of the prompt to mask, each with the same probability (2504.12216).
+
+    Args:
+        noise: uniform [B, P, V], counted from the right end of the prompt, so that padding does not move it.
+        probability: of each token.
+        prompt_mask: [B, P], 0 on the padding, which is never masked.
+
+    Returns:
+        Bool [B, V, P].
+    """
+    return (noise.flip(1).transpose(1, 2) < probability) & prompt_mask.bool().unsqueeze(1)
+
+
+def random_text(count_noise: torch.Tensor, noise: torch.Tensor, length: torch.Tensor) -> NoisePlan:
+    """k ~ U{1..n} of the n positions of the text masked, and all behind it (SPG's `random`, 2510.09541).
+
+    Args:
+        count_noise: uniform [B, V].
+        noise: uniform [B, V, L].
+        length: long [B], n.
+    """
+    behind = torch.arange(noise.size(-1), device=noise.device) >= length.view(-1, 1, 1)
+    plan = random_subsets(uniform_counts(count_noise, length.unsqueeze(1)), noise, ~behind)
+    return replace(plan, hidden=plan.hidden | behind)
+
+
+def block_random(
+    block_noise: torch.Tensor,
+    count_noise: torch.Tensor,
+    noise: torch.Tensor,
+    length: torch.Tensor,
+    block_length: int,
+    context_probability: float = 0.0,
+) -> NoisePlan:
+    """One block of the text in the making (SPG, 2510.09541): earlier blocks shown, later ones masked.
+
+    Of the block's positions up to the end of the text, k ~ U{1..size} are masked and scored. Positions of earlier
+    blocks are masked too with `context_probability`, and not scored.
+
+    Args:
+        block_noise: uniform [B, V].
+        count_noise: uniform [B, V].
+        noise: uniform [B, V, L].
+        length: long [B], n, at least 1.
+        block_length: divides L.
+        context_probability: of masking a position of an earlier block.
+    """
+    positions = torch.arange(noise.size(-1), device=noise.device)
+    length = length.view(-1, 1)
+    blocks = (length + block_length - 1) // block_length
+    start = ((block_noise * blocks).long().clamp(max=blocks - 1) * block_length).unsqueeze(-1)
+    end = (start + block_length).minimum(length.unsqueeze(-1))
+    inside = (positions >= start) & (positions < end)
+    counts = uniform_counts(count_noise, (end - start).squeeze(-1))
+    plan = random_subsets(counts, noise, inside)
+    context = (positions < start) & (noise < context_probability)
+    return replace(plan, hidden=plan.hidden | (positions >= end) | context)
+
+
+def trajectory_groups(unmask_step: torch.Tensor, num_steps: int, shrink: int) -> NoisePlan:
+    """TraceRL's views (2509.06949): the canvas before each group of denoising steps, whose tokens are the targets.
+
+    Groups are of successive steps that the completion took. With parallel unmasking a block may end before its last
+    step; the steps left out do not count, as in the release.
+
+    Args:
+        unmask_step: int [B, L], -1 where nothing was sampled.
+        num_steps: S.
+        shrink: steps per view.
+
+    Returns:
+        A plan with ⌈S / shrink⌉ views; those after a completion's last group have no targets.
+    """
+    views = -(-num_steps // shrink)
+    first = (torch.arange(views, device=unmask_step.device) * shrink).view(1, -1, 1)
+    number = taken_steps(unmask_step, num_steps).cumsum(1) - 1  # of each step among those that were taken
+    step = number.gather(1, unmask_step.clamp(min=0).long()).masked_fill(unmask_step < 0, -1).unsqueeze(1)
+    hidden = (step >= first) | (step < 0)
+    targets = (step >= first) & (step < first + shrink)
+    return NoisePlan(hidden, targets, hidden.float().mean(-1))
+
+
+def block_steps(unmask_step: torch.Tensor, steps_per_block: int, shrink: int) -> NoisePlan:
+    """Views for block-causal attention (2509.06949, 2512.22234): every block before a group of its own steps.
+
+    View k hides, in every block, what the block's steps from k · shrink on wrote; the tokens of the first `shrink` of
+    them are the targets. Beside the finished completion (see `Views`) this replays the same steps of all blocks at
+    once, and with `shrink=1` each token is scored on what the sampler saw.
+
+    Args:
+        unmask_step: int [B, L], block · `steps_per_block` + step within it; -1 where nothing was sampled.
+        steps_per_block: denoising steps of a block.
+        shrink: steps per view.
+
+    Returns:
+        A plan with ⌈steps_per_block / shrink⌉ views.
+    """
+    within_block = torch.where(unmask_step < 0, -1, unmask_step % steps_per_block)
+    return trajectory_groups(within_block, steps_per_block, shrink)
+
+
+def concatenate(plans: Sequence[NoisePlan]) -> NoisePlan:
+    """The views of several plans, one after the other; either all or none mask prompts."""
+    prompts = [plan.prompt_hidden for plan in plans if plan.prompt_hidden is not None]
+    return NoisePlan(
+        torch.cat([plan.hidden for plan in plans], 1),
+        torch.cat([plan.targets for plan in plans], 1),
+        torch.cat([plan.share for plan in plans], 1),
+        torch.cat(prompts, 1) if prompts else None,
+    )
+
+
+def repeat(plan: NoisePlan, times: int) -> NoisePlan:
+    """The same views `times` times."""
+    return concatenate([plan] * times)
+
+
+def taken_steps(unmask_step: torch.Tensor, num_steps: int) -> torch.Tensor:
+    """The denoising steps that committed a token, bool [B, S].
+
+    Parallel unmasking may finish a block before its last step, so there can be gaps.
+
+    Args:
+        unmask_step: int [B, L], -1 where nothing was sampled.
+        num_steps: S.
+    """
+    taken = torch.zeros(len(unmask_step), num_steps + 1, dtype=torch.bool, device=unmask_step.device)
+    return taken.scatter(1, unmask_step.long() + 1, True)[:, 1:]

@@ -1,0 +1,377 @@
+"""Checkpoints from which a run goes on as if it had never stopped.
+
+transformers saves weights, optimizer, schedule, random generators and its own state. Missing there are the loss and
+the time since the last log, and any way to tell a checkpoint that was written to its end from one that was not (see
+`trl_diffusion.runtime.manifest`). What a GRPO run needs besides is in `trl_diffusion.runtime.rollout_checkpoints`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DeepSpeedSchedulerWrapper, gather_object
+from datasets import Dataset
+from peft import PeftModel, PeftType
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from trl_diffusion.family import DiffusionFamily
+from trl_diffusion.runtime.manifest import damage, discard, fault, read_manifest, rotate, seal, survey
+from trl_diffusion.runtime.resumed_rates import Rates, SavedSchedule
+from trl_diffusion.runtime.run_facts import (
+    Change,
+    Facts,
+    adapter_facts,
+    changes,
+    data_facts,
+    model_facts,
+    setting_facts,
+    trained_weights,
+    unknown,
+    weights_checksum,
+)
+
+logger = logging.getLogger(__name__)
+# Settings with which a schedule that follows measurements starts again.
+_RATE_SETTINGS = ("`learning_rate`", "`lr_scheduler_type`", "`lr_scheduler_kwargs`")
+
+
+@dataclass
+class ResumeConfig:
+    """The field by which a run is resumed; part of every config of this library.
+
+    Args:
+        resume_from_checkpoint: for recipes, what they pass to `train`; on the command line it needs no value.
+    """
+
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Go on from this checkpoint; without a value, from the last whole one in `output_dir`, or from "
+            "the start if there is none.",
+            "nargs": "?",
+            "const": "last",
+        },
+    )
+
+
+class Checkpoints(Trainer):
+    """Saves and restores a run at any optimizer step; stands before TRL's trainer in the method resolution order.
+
+    A resumed run takes the same steps and writes the same log as one that was never interrupted, but for times. On one
+    CPU process that is so bit for bit.
+    """
+
+    state_file = "run_state"  # of each process; its index and `.pt` follow
+    args: Any
+    model: Any  # transformers types it as optional
+    lr_scheduler: Any
+    processing_class: Any
+    family: DiffusionFamily
+    _facts: Facts
+    _model_facts: Facts | None = None
+    _rates: Rates
+    _rates_anew = False
+    _pending: dict[str, Any] | None = None
+    _seconds_before = 0.0
+    _started = 0.0
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """TRL's `train`.
+
+        Args:
+            resume_from_checkpoint: a checkpoint; or `True` (or `"last"`) for the last one of `output_dir` that is
+                whole. Torn ones are skipped with a warning, and if there is none, training starts from the beginning.
+            *args: see `transformers.Trainer.train`.
+            **kwargs: see `transformers.Trainer.train`.
+
+        Raises:
+            ValueError: if the checkpoint named is torn, or was written by a run with other settings, another model,
+                adapter or data set, or another number of processes; the message names what changed.
+        """
+        checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
+        self._pending, self._seconds_before, self._started = None, 0.0, time.time()
+        if checkpoint is None:
+            return super().train(None, *args, **kwargs)
+        callback = _TakeBackPending(self)
+        self.add_callback(callback)
+        # The interrupted run has evaluated at its start.
+        eval_on_start, self.args.eval_on_start = self.args.eval_on_start, False
+        try:
+            return super().train(str(checkpoint), *args, **kwargs)
+        finally:
+            self.remove_callback(callback)
+            self.args.eval_on_start = eval_on_start
+
+    # ---------------------------------------------------------------- which checkpoint
+
+    def _checkpoint_to_resume(self, asked: str | bool | None) -> Path | None:
+        """The checkpoint to go on from, the same on every process."""
+        output_dir = Path(self.args.output_dir)
+        self._facts = self._collect_facts()
+        if asked is None or asked is False:
+            whole, torn = survey(output_dir)
+            if (whole or torn) and self.is_world_process_zero():
+                logger.warning(
+                    "%s holds checkpoints of an earlier run, which this run does not resume and may overwrite.",
+                    output_dir,
+                )
+            return None
+        checkpoint = self._last_checkpoint(output_dir) if asked in (True, "", "last") else Path(str(asked))
+        if checkpoint is None:
+            if self.is_world_process_zero():
+                logger.warning("No whole checkpoint in %s: training starts from the beginning.", output_dir)
+            return None
+        if not all(gather_object([checkpoint.is_dir()])):
+            raise ValueError(
+                f"resume_from_checkpoint={asked!r} is not a folder. Give a checkpoint's folder, or True for the last "
+                f"whole one in {output_dir}."
+            )
+        faults = [why for why in gather_object([fault(checkpoint)]) if why is not None] or self._damage(checkpoint)
+        if faults:
+            raise ValueError(
+                f"{checkpoint} {faults[0]}: it was not written to its end, or changed since, and the run cannot go on "
+                "from it. Give another one, or resume_from_checkpoint=True for the last one that is whole."
+            )
+        self._check_fits(checkpoint)
+        return checkpoint
+
+    def _last_checkpoint(self, output_dir: Path) -> Path | None:
+        whole, torn = survey(output_dir)
+        for folder, why in torn.items():
+            self._say_skipped(folder, why)
+        # Nodes may have folders of their own: one that is whole everywhere is wanted.
+        of_processes = gather_object([[folder.name for folder in whole]])
+        for name in of_processes[0]:
+            if all(name in others for others in of_processes):
+                damaged = self._damage(output_dir / name)
+                if not damaged:
+                    return output_dir / name
+                self._say_skipped(output_dir / name, damaged[0])
+        return None
+
+    def _damage(self, checkpoint: Path) -> list[str]:
+        """What is wrong with the contents of a checkpoint, found by one process of every node."""
+        found = damage(checkpoint) if self.is_local_process_zero() else None
+        return [why for why in gather_object([found]) if why is not None]
+
+    def _say_skipped(self, folder: Path, why: str) -> None:
+        if self.is_local_process_zero():
+            logger.warning("Skipping %s: it %s.", folder, why)
+
+    # ---------------------------------------------------------------- does it fit
+
+    def _collect_facts(self) -> Facts:
+        """What the manifest keeps of this run, see `trl_diffusion.runtime.run_facts`."""
+        if self._model_facts is None:  # training changes what stands here
+            self._model_facts = self._collect_model_facts()
+        data = data_facts(self.train_dataset, self.processing_class.chat_template)
+        return {**self._model_facts, "settings": setting_facts(self.args), "data": data}
+
+    def _collect_model_facts(self) -> Facts:
+        model: Any = self.accelerator.unwrap_model(self.model)
+        adapters = model.peft_config if isinstance(model, PeftModel) else {}
+        base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        fixed = self._fixed_weights()
+        run = {
+            "trainer": type(self).__name__,
+            "family": self.family.name,
+            "network": type(base).__name__,
+            "adapter": ", ".join(PeftType(config.peft_type).value for config in adapters.values()) or None,
+            "set of trained weights": trained_weights(model),
+            "optimizer": None if self.optimizer is None else _description(self.optimizer),
+            "way of distribution": self._distribution(),
+        }
+        checksum = weights_checksum(fixed, self._whole) if fixed else None
+        return {"run": run, "model": model_facts(base, checksum), "adapter": adapter_facts(adapters)}
+
+    def _fixed_weights(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """The weights that checkpoints do not hold and that have to be those of the first start, by name."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not isinstance(model, PeftModel):
+            return []
+        return [(name, weight) for name, weight in model.named_parameters() if not weight.requires_grad]
+
+    def _distribution(self) -> str | None:
+        """The kind of files that the backend writes; processes are counted elsewhere."""
+        if self.is_deepspeed_enabled:
+            return f"DeepSpeed ZeRO-{self.accelerator.state.deepspeed_plugin.zero_stage}"
+        return "FSDP" if self.is_fsdp_enabled else None
+
+    def _whole(self, parameter: torch.nn.Parameter):
+        """Under ZeRO-3 a parameter is gathered for the context, and what the first process writes to it is kept."""
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        if plugin is None or plugin.zero_stage != 3:
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+
+    def _check_fits(self, checkpoint: Path) -> None:
+        before = read_manifest(checkpoint)
+        if before.get("processes") != self.accelerator.num_processes:
+            raise ValueError(
+                f"{checkpoint} was written by {before.get('processes')} processes; this run has "
+                f"{self.accelerator.num_processes}. Resume with as many processes as wrote it."
+            )
+        # the first process decides: others may not hold the weights yet
+        changed = gather_object([changes(before, self._facts)])[0]
+        if refused := [change for change in changed if not change.allowed]:
+            raise ValueError(
+                f"{checkpoint} was written by a run in which {_listed(refused)}. What it holds (drawn completions and "
+                "their log-probabilities, places in the random streams and in the data, the optimizer's averages) is "
+                "wrong with the new values. Set them back; or start a new run from the saved weights, with this "
+                "folder as the model, another output_dir and without resume_from_checkpoint."
+            )
+        self._rates_anew = any(change.name in _RATE_SETTINGS for change in changed)
+        if self.is_world_process_zero():
+            self._report(checkpoint, changed, unknown(before, self._facts))
+
+    def _report(self, checkpoint: Path, changed: list[Change], not_compared: list[str]) -> None:
+        if changed:
+            logger.warning("Resuming %s with other settings: %s.", checkpoint, _listed(changed))
+        if not_compared:
+            logger.warning(
+                "%s was written by an earlier version, which did not record everything that must stay. Make sure that "
+                "these are as they were: %s.",
+                checkpoint,
+                ", ".join(not_compared),
+            )
+        if not isinstance(self.train_dataset, Dataset):
+            logger.warning("The training data are a stream; whether it is the same one cannot be checked.")
+
+    # ---------------------------------------------------------------- write
+
+    def _save_checkpoint(self, model, trial):
+        if self.args.save_only_model:  # nothing to resume from
+            super()._save_checkpoint(model, trial)
+            return
+        run_dir = Path(self._get_output_dir(trial=trial))
+        folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            discard(folder)  # what a killed run left
+        self.accelerator.wait_for_everyone()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._write_state(folder)
+        # transformers would delete old checkpoints before this one is whole
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if not self.args.push_to_hub:  # else it was sealed before it was pushed
+            self._seal(folder)
+        if self.args.should_save and limit is not None and limit > 0:
+            best = self.state.best_model_checkpoint
+            rotate(run_dir, limit, keep={folder} if best is None else {folder, Path(best)})
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if not self.args.save_only_model:
+            self._seal(Path(checkpoint_folder))  # so that the uploaded copy is whole, too
+        if self.args.hub_always_push:
+            self._finish_current_push()  # transformers would overwrite the files that are still being uploaded
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def _seal(self, folder: Path) -> None:
+        self.accelerator.wait_for_everyone()  # all have written
+        if self.args.should_save:
+            seal(folder, processes=self.accelerator.num_processes, **self._facts)
+
+    def _write_state(self, folder: Path) -> None:
+        """Write what transformers does not save."""
+        torch.save(self._run_state(), folder / self._state_name())
+
+    def _run_state(self) -> dict[str, Any]:
+        """What this process must remember; plain values and tensors."""
+        return {
+            "loss": self._tr_loss.cpu(),
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "seconds": self._seconds_before + time.time() - self._started,
+        }
+
+    def _state_name(self) -> str:
+        return f"{self.state_file}_{self.accelerator.process_index}.pt"
+
+    # ---------------------------------------------------------------- restore
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        # PEFT loads adapters as float32, also those that TRL trains in bfloat16
+        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        for name, parameter in self.model.named_parameters():
+            if parameter.dtype != dtypes[name]:
+                parameter.data = parameter.data.to(dtypes[name])
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        schedule = super().create_scheduler(num_training_steps, optimizer)
+        if optimizer is None:  # the call after everything is wrapped; DeepSpeed has the schedule made beforehand
+            self._rates = Rates(self.optimizer, schedule)
+        return schedule
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None:
+            return
+        # The schedule is not loaded, which would bring back the rates of the interrupted run, but moved to its place.
+        schedule, saved = self.lr_scheduler, SavedSchedule()
+        if not isinstance(schedule, DeepSpeedSchedulerWrapper):
+            self.lr_scheduler = saved
+        super()._load_optimizer_and_scheduler(checkpoint)
+        self.lr_scheduler = schedule
+        self._rates.resume(saved.state, self.state.global_step, anew=self._rates_anew)
+        # by way of the CPU: torch.load does not know accelerate's device `cpu:0`
+        state = torch.load(Path(checkpoint) / self._state_name(), map_location="cpu", weights_only=True)
+        self._take_back(state, Path(checkpoint))
+
+    def _take_back(self, state: dict[str, Any], checkpoint: Path) -> None:
+        """Take back what `_write_state` wrote."""
+        self._pending = state
+
+    def take_back_pending(self) -> None:
+        """Loss since the last log and time spent before; transformers sets them to zero when training starts."""
+        assert self._pending is not None
+        self._tr_loss = self._pending["loss"].to(self.args.device)
+        self._total_loss_scalar = self._pending["total_loss"]
+        self._globalstep_last_logged = self._pending["last_logged"]
+        self._seconds_before = self._pending["seconds"]
+        self._pending, self._started = None, time.time()
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs):
+        position = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs
+        )
+        # transformers takes these from the checkpoint, whatever the settings are
+        self.state.compute_steps(self.args, max_steps)
+        # A run that was killed after its last update is at its end; transformers would take one step more.
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else position
+
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        # Loss, time and throughput of the whole run, not of its last part.
+        self._initial_global_step = 0
+        return super()._finalize_training(trial, num_train_samples, start_time - self._seconds_before)
+
+
+class _TakeBackPending(TrainerCallback):
+    """Calls `Checkpoints.take_back_pending` when it is time."""
+
+    def __init__(self, trainer: Checkpoints):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.take_back_pending()
+
+
+def _listed(changed: list[Change]) -> str:
+    return "; ".join(map(str, changed))
+
+
+def _description(optimizer: torch.optim.Optimizer) -> str:
+    """An optimizer that was handed over: its class, and how many tensors each of its groups has."""
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    return f"{type(optimizer).__name__} of groups of {sizes} tensors"

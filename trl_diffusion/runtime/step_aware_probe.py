@@ -1,0 +1,308 @@
+"""What a trainer does with a `StepAwareReward`: continue completions, and add the process reward to the advantages."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from trl.data_utils import is_conversational
+
+from trl_diffusion.credit import StepAwareReward
+from trl_diffusion.credit.step_aware import group_success_rate
+from trl_diffusion.credit.step_aware_states import probe_points, probe_state, settled
+from trl_diffusion.family import DiffusionFamily
+from trl_diffusion.runtime.rollouts import FinishedBatch, RolloutEngine
+from trl_diffusion.sampling import CanvasState, SamplingConfig, Trajectory, row_generators, sample
+from trl_diffusion.streams import Purpose, uniforms
+
+# The state lies at a random fraction of the completion within these limits.
+_FRACTIONS = (0.1, 0.9)
+
+
+@dataclass(frozen=True)
+class Probed:
+    """What was measured on one rollout.
+
+    Args:
+        advantages: [B], of this process's completions, with the process reward.
+        process_rewards: one per completion of all processes, `None` for those not probed.
+        metrics: by name.
+        forward_units: that the continuations cost all processes.
+    """
+
+    advantages: torch.Tensor
+    process_rewards: list[float | None]
+    metrics: dict[str, float]
+    forward_units: float
+
+
+@dataclass(frozen=True)
+class StepAwareProbe:
+    """Measures process rewards during training.
+
+    Args:
+        settings: the step-aware reward.
+        index: place of the `StepAwareReward` among the reward functions.
+        family: of the model.
+        sampling: how completions are sampled, and so how they are continued.
+        seed: of the run.
+        group: completions per prompt.
+        tokenizer: decodes continuations.
+        accelerator: of the run.
+    """
+
+    settings: StepAwareReward
+    index: int
+    family: DiffusionFamily
+    sampling: SamplingConfig
+    seed: int
+    group: int
+    tokenizer: Any
+    accelerator: Accelerator
+
+    @classmethod
+    def of(cls, reward_functions: Sequence, tokenizer: Any, **values: Any) -> StepAwareProbe | None:
+        """The probe for the step-aware reward among a trainer's reward functions, if there is one.
+
+        Raises:
+            ValueError: if there are several, or the tokenizer parses completions into something that is not plain
+                text.
+        """
+        found = [(reward, i) for i, reward in enumerate(reward_functions) if isinstance(reward, StepAwareReward)]
+        if not found:
+            return None
+        if any(getattr(tokenizer, name, None) for name in ("response_template", "response_schema")):
+            raise ValueError(
+                f"{type(tokenizer).__name__} parses completions into structured messages; StepAwareReward judges "
+                "continuations as plain text. Remove the tokenizer's response template."
+            )
+        if len(found) > 1:
+            raise ValueError(
+                f"{len(found)} of the reward functions are StepAwareReward; which one defines success is unclear. "
+                "Wrap one function and pass the others as they are."
+            )
+        return cls(*found[0], tokenizer=tokenizer, **values)
+
+    def measure(
+        self,
+        rows: dict[str, torch.Tensor],
+        trajectory: Trajectory,
+        finished: FinishedBatch,
+        rollout: int,
+        engine: RolloutEngine,
+        trainer_state: Any,
+    ) -> Probed:
+        """Continue completions and measure how often that succeeds.
+
+        Args:
+            rows: `prompt_ids` and `prompt_mask` [B, P], `advantages` and `global_row` [B].
+            trajectory: of the completions.
+            finished: the completions and their rewards.
+            rollout: number of the rollout, for the random streams.
+            engine: the policy.
+            trainer_state: transformers' state of the run, which reward functions are given.
+        """
+        start = time.perf_counter()
+        settings, accelerator, group = self.settings, self.accelerator, self.group
+        first = accelerator.process_index * len(finished.prompts)
+        mine = slice(first, first + len(finished.prompts))  # this process's rows in what is gathered
+        success = self._finished_success(finished, finished.rewards[mine, self.index], trainer_state)
+        all_success, all_advantages = accelerator.gather((success, rows["advantages"]))
+        baseline = group_success_rate(all_success, group, settings.leave_one_out)[mine]
+
+        # Subtracting the mean of equal rewards leaves rounding noise; such groups are ties.
+        groups = finished.rewards.view(-1, group, finished.rewards.size(1))
+        scored = ~groups.isnan().all(2, keepdim=True)
+        groups = groups.nan_to_num()
+        highest, lowest = (groups.masked_fill(~scored, limit) for limit in (-torch.inf, torch.inf))
+        tied = (highest.amax(1) <= lowest.amin(1)).all(1).repeat_interleave(group)[mine]
+        probed = settings.probed(rows["advantages"].masked_fill(tied, 0.0), success)
+        # TRL empties the mask of a completion that `mask_truncated_completions` drops.
+        probed &= rows["completion_mask"].any(1)
+        if settings.baseline == "group":
+            probed &= ~baseline.isnan()  # nobody left to compare with
+        continuations = _Continuations(self, rows, trajectory, finished, rollout, engine, trainer_state)
+        process_reward = continuations.process_reward(probed, success, baseline)
+        all_rewards = accelerator.gather(process_reward)
+        advantages = settings.advantages(all_advantages, all_rewards, group)[mine]
+        metrics = self._metrics(all_rewards, all_success, continuations)
+        metrics["step_aware/seconds"] = time.perf_counter() - start
+        listed = [None if math.isnan(value) else value for value in all_rewards.tolist()]
+        return Probed(advantages, listed, metrics, metrics["step_aware/forward_units"])
+
+    def forwards_at_most(self) -> int:
+        """Forward passes per completion if every one is continued, on whole canvases."""
+        config, settings = self.sampling, self.settings
+        steps = config.denoising_steps
+        if settings.state != "keep":
+            # masks that begin inside of a block (`prefix`) reach into one more
+            blocks = -(-settings.num_mask_tokens // config.block_length) + (settings.state == "prefix")
+            steps = min(steps, blocks * config.steps_per_block)
+        return steps * settings.num_rollouts * (2 if settings.baseline == "earlier_state" else 1)
+
+    def _finished_success(self, finished: FinishedBatch, rewards: torch.Tensor, trainer_state: Any) -> torch.Tensor:
+        """Success of the finished texts, float64 [B], from rewards that TRL has computed."""
+        known = [None if math.isnan(reward) else reward for reward in rewards.tolist()]
+        columns = finished.columns(list(range(len(known))))
+        texts = finished.prompts, finished.completions, finished.completion_ids
+        return self.success(*texts, columns, trainer_state, known)
+
+    def success(self, prompts, completions, completion_ids, columns, trainer_state, rewards=None) -> torch.Tensor:
+        """Success of completions, float64 on the run's device; NaN if it cannot be told."""
+        success = self.settings.successes(
+            prompts,
+            completions,
+            rewards=rewards,
+            completion_ids=completion_ids,
+            **columns,
+            trainer_state=trainer_state,
+            # What a reward function logs is about the finished texts, one entry each.
+            log_extra=_ignore,
+            log_metric=_ignore,
+        )
+        return success.to(self.accelerator.device)
+
+    def _metrics(self, process_reward, success, continuations: _Continuations) -> dict[str, float]:
+        probed = ~process_reward.isnan()
+        counts = torch.tensor([continuations.units, continuations.rows], device=process_reward.device)
+        units, rows = self.accelerator.reduce(counts, reduction="sum").tolist()
+        found = {
+            "step_aware/probed_share": probed.double().mean().item(),
+            "step_aware/success_rate": success.nanmean().item(),
+            "step_aware/forward_units": units,
+            "step_aware/continuations": rows,
+            "step_aware/sync_forwards": continuations.sync_forwards,
+        }
+        if probed.any():
+            values = process_reward[probed]
+            found["step_aware/process_reward_mean"] = values.mean().item()
+            found["step_aware/process_reward_std"] = values.std(correction=0).item()
+            pair = torch.stack([values, success[probed]])
+            # Probing only what succeeded leaves nothing to correlate with.
+            if (pair.std(1, correction=0) > 0).all():
+                found["step_aware/success_correlation"] = torch.corrcoef(pair)[0, 1].item()
+        return found
+
+
+class _Continuations:
+    """The continuations of one rollout batch, and what they cost this process."""
+
+    def __init__(
+        self,
+        probe: StepAwareProbe,
+        rows: dict[str, torch.Tensor],
+        trajectory: Trajectory,
+        finished: FinishedBatch,
+        rollout: int,
+        engine: RolloutEngine,
+        trainer_state: Any,
+    ):
+        self.probe, self.settings, self.engine, self.trainer_state = probe, probe.settings, engine, trainer_state
+        self.batch, self.trajectory, self.finished, self.rollout = rows, trajectory, finished, rollout
+        self.config = dataclasses.replace(probe.sampling, record_signals=False)
+        self.units, self.rows, self.sync_forwards = 0.0, 0, 0
+
+    def process_reward(self, probed: torch.Tensor, success: torch.Tensor, baseline: torch.Tensor) -> torch.Tensor:
+        """R [B], NaN for completions that are not probed or have no state between the empty canvas and their end."""
+        fractions = self._fractions()
+        family, kind, block = self.probe.family, self.settings.state, self.config.block_length
+        low, high = _FRACTIONS
+        points = probe_points(self.trajectory, family, kind, block, low + (high - low) * fractions[:, 0])
+        reached = self._success_rates(probed & (points > 0), points, success, which=0)
+        if self.settings.baseline == "earlier_state":
+            earlier = (fractions[:, 1] * points).floor().long()
+            before = self._success_rates(probed & (earlier > 0), earlier, success, which=1)
+            baseline = torch.where(earlier > 0, before, baseline)
+        return reached - baseline
+
+    def _fractions(self) -> torch.Tensor:
+        """Uniform draws [B, 2], shared by a group or not, the same on every process."""
+        keys = self.batch["global_row"]
+        if self.settings.state_shared_by == "group":
+            keys = keys // self.probe.group
+        generators = row_generators(self.probe.seed, Purpose.PROBE_STATE, self.rollout, rows=keys.tolist())
+        return uniforms(generators, 2).to(keys.device)
+
+    def _success_rates(self, asked: torch.Tensor, points, success: torch.Tensor, which: int) -> torch.Tensor:
+        """Success rates [B] of N continuations each from the completions' own states, NaN where not asked for."""
+        settings, family = self.settings, self.probe.family
+        state = probe_state(
+            self.trajectory,
+            family,
+            settings.state,
+            self.config.block_length,
+            points,
+            settings.num_mask_tokens,
+        )
+        known = settled(state, family)
+        rates = torch.where(asked & known, success, torch.full_like(success, float("nan")))
+        chosen = (asked & ~known).nonzero().squeeze(1)
+        count = settings.num_rollouts
+        drawn = self._continue(chosen.repeat_interleave(count), state, which)
+        if len(chosen):
+            # A continuation whose success cannot be told is left out.
+            rates[chosen] = drawn.view(-1, count).nanmean(1)
+        return rates
+
+    def _continue(self, rows: torch.Tensor, state: CanvasState, which: int) -> torch.Tensor:
+        """Success, float64 [R], of one continuation for each of the `rows` (each stands N times)."""
+        lockstep = self.engine.any_process is not None
+        most = int(self.probe.accelerator.gather(torch.tensor([len(rows)], device=rows.device)).max())
+        drawn = []
+        if most > 0:
+            with self.engine.policy() as model:
+                size = len(self.batch["global_row"])
+                # Where weights are sharded, a process without rows left runs the forwards of the others.
+                for start in range(0, most if lockstep else len(rows), size):
+                    drawn.append(self._sample(model, rows, slice(start, start + size), state, which))
+        if len(rows) == 0:
+            return torch.zeros(0, dtype=torch.float64, device=rows.device)
+        return self._judge(rows, torch.cat(drawn))
+
+    def _sample(self, model, rows: torch.Tensor, part: slice, state: CanvasState, which: int) -> torch.Tensor:
+        """Canvases [r, L] continued from the states of a part of the rows; a part may be empty."""
+        count = self.settings.num_rollouts
+        own = rows[part]
+        repeat = torch.arange(len(rows), device=rows.device)[part] % count
+        streams = (self.batch["global_row"][own] * count + repeat).tolist()
+        start = CanvasState(state.canvas[own], state.length[own])
+        if len(own) == 0:
+            own, streams = rows.new_zeros(1), [0]
+            start = CanvasState(self.trajectory.completion_ids[:1], state.length[:1])  # finished: never written to
+        trajectory = sample(
+            model,
+            self.batch["prompt_ids"][own],
+            self.batch["prompt_mask"][own],
+            self.config,
+            row_generators(self.probe.seed, Purpose.PROBE_ROLLOUT, self.rollout, which, rows=streams),
+            any_process=self.engine.any_process,
+            state=start,
+        )
+        prompts = self.batch["prompt_mask"][own].sum(1)
+        share = (prompts + start.length) / (prompts + self.config.canvas_length)
+        self.units += (trajectory.row_units * share).sum().item()
+        self.sync_forwards += trajectory.sync_forwards
+        self.rows += len(rows[part])
+        return trajectory.completion_ids[: len(rows[part])]
+
+    def _judge(self, rows: torch.Tensor, canvases: torch.Tensor) -> torch.Tensor:
+        """Success of continued canvases [R, L], as the reward and success functions see it."""
+        lengths = self.probe.family.effective_length(canvases).tolist()
+        completion_ids = [ids[:n] for ids, n in zip(canvases.tolist(), lengths, strict=True)]
+        texts = [str(self.probe.tokenizer.decode(ids, skip_special_tokens=True)) for ids in completion_ids]
+        index = rows.tolist()
+        prompts = [self.finished.prompts[row] for row in index]
+        conversational = is_conversational({"prompt": prompts[0]})
+        completions = [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts
+        columns = self.finished.columns(index)
+        return self.probe.success(prompts, completions, completion_ids, columns, self.trainer_state)
+
+
+def _ignore(*args, **kwargs) -> None:
+    """In place of the logging that TRL offers to reward functions."""

@@ -1,0 +1,1 @@
+"""Reading answers: numbers, arithmetic, LaTeX, and where in a text the answer stands."""

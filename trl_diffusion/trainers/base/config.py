@@ -1,0 +1,197 @@
+"""The config that every method's has: TRL's, how the canvas is written, and the guards' policies."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from trl_diffusion.runtime.checkpoints import ResumeConfig
+from trl_diffusion.runtime.guards import GuardConfig
+from trl_diffusion.runtime.launch import fit_to_cpu
+from trl_diffusion.sampling import SamplingConfig
+
+
+@dataclass
+class DiffusionGRPOConfig(GuardConfig, ResumeConfig, GRPOConfig):
+    """What every method's config has: TRL's `GRPOConfig`, how the canvas is written, and the guards' policies.
+
+    TRL's `max_completion_length` is the canvas length L, `temperature`, `top_k` and `top_p` are those of the sampler.
+
+    Args:
+        denoising_steps: S, steps in which the canvas is written.
+        block_length: positions per block; blocks are written from left to right.
+        unmasking: how positions are chosen, see `trl_diffusion.sampling.SamplingConfig`.
+        record_signals: record entropy and confidence margin of every denoising step of the training rollouts. It
+            costs no forward pass, but with `unmasking="random"` the LM head runs at every masked position of the
+            active block.
+        confidence_threshold: commit every position whose largest probability reaches this, see `SamplingConfig`.
+        entropy_bound: commit positions up to this much entropy in nats, see `SamplingConfig`.
+        cache: keys and values that the rollout reuses, see `SamplingConfig`. What `auto` reuses is exact; under
+            `prefix` and `dual` completions are those of another policy, close to the network's.
+        cache_refresh: steps between two full passes with `prefix` and `dual`; 0 for one at the start of a block.
+        per_device_train_batch_size: completions of a micro-batch on each process. If not given, whole groups of
+            `num_generations`: as many as 8 completions hold, at least one.
+        per_device_eval_batch_size: the same for evaluations, with `num_generations_eval` if that is given.
+        num_mc_samples: Monte-Carlo views per completion and update. Memory does not grow with it, but for methods
+            that need a completion's views together (ESPO, coupled-GRPO, SPG, WDDO).
+
+    Raises:
+        ValueError: if settings do not fit together, or one cannot work with diffusion sampling.
+    """
+
+    denoising_steps: int = field(
+        default=128,
+        metadata={"help": "Denoising steps in which the canvas of `max_completion_length` positions is written."},
+    )
+    block_length: int = field(
+        default=32, metadata={"help": "Positions per block; blocks are written from left to right."}
+    )
+    unmasking: str = field(
+        default="random",
+        metadata={
+            "help": "How positions to commit are chosen: random, max_prob, entropy, margin, or LLaDA's (biased) "
+            "low_confidence."
+        },
+    )
+    record_signals: bool = field(
+        default=False, metadata={"help": "Record entropy and confidence margin of every denoising step."}
+    )
+    confidence_threshold: float | None = field(
+        default=None,
+        metadata={"help": "Commit every position whose largest probability reaches this; with unmasking=max_prob."},
+    )
+    entropy_bound: float | None = field(
+        default=None,
+        metadata={"help": "Commit positions up to this much entropy, in nats; with unmasking=entropy."},
+    )
+    cache: str = field(
+        default="auto",
+        metadata={
+            "help": "Keys and values that the rollout reuses: auto (what is exact), none, prefix or dual "
+            "(approximate), or block (exact, for block-causal attention)."
+        },
+    )
+    cache_refresh: int = field(
+        default=0, metadata={"help": "Steps between two full passes with cache=prefix or dual; 0 for one per block."}
+    )
+    num_mc_samples: int = field(
+        default=8, metadata={"help": "Monte-Carlo views (noised canvases) per completion and update."}
+    )
+    max_completion_length: int = field(default=256, metadata={"help": "Length of the canvas in tokens."})
+    per_device_train_batch_size: int = field(
+        default=0,
+        metadata={
+            "help": "Completions of a micro-batch on each process; if not given (0), groups of num_generations up to "
+            "8 completions, at least one group."
+        },
+    )
+    per_device_eval_batch_size: int = field(
+        default=0,
+        metadata={
+            "help": "Completions of an evaluation batch on each process; if not given (0), groups of "
+            "num_generations_eval (or num_generations) up to 8 completions, at least one group."
+        },
+    )
+    disable_dropout: bool = field(
+        default=True,
+        metadata={"help": "Turn dropout off, so that ratios start at 1; with dropout they measure its noise."},
+    )
+
+    def __post_init__(self):
+        fit_to_cpu(self)
+        group = self.num_generations or 1
+        evaluated = self.num_generations_eval or group
+        self.per_device_train_batch_size = self.per_device_train_batch_size or _whole_groups(group)
+        self.per_device_eval_batch_size = self.per_device_eval_batch_size or _whole_groups(evaluated)
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        micro_batches = self.steps_per_generation or self.gradient_accumulation_steps
+        completions = self.generation_batch_size or self.per_device_train_batch_size * micro_batches * processes
+        if self.num_generations and completions % self.num_generations:
+            raise ValueError(
+                f"num_generations ({self.num_generations}) must divide the rollout batch of {completions} completions "
+                f"(per_device_train_batch_size {self.per_device_train_batch_size} × {micro_batches} micro-batches × "
+                f"{processes} processes): change one of these."
+            )
+        super().__post_init__()
+        self.sampling_config()
+        if self.num_mc_samples < 1:
+            raise ValueError(f"num_mc_samples must be at least 1, got {self.num_mc_samples}.")
+        self.check_guards()
+        self._refuse_what_cannot_work()
+
+    def sampling_config(self) -> SamplingConfig:
+        """How completions are drawn."""
+        return SamplingConfig(
+            canvas_length=self.max_completion_length,
+            denoising_steps=self.denoising_steps,
+            block_length=self.block_length,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            unmasking=self.unmasking,
+            record_signals=self.record_signals,
+            confidence_threshold=self.confidence_threshold,
+            entropy_bound=self.entropy_bound,
+            cache=self.cache,
+            cache_refresh=self.cache_refresh,
+        )
+
+    @property
+    def weighted_views(self) -> bool:
+        """Whether views carry weights other than 1."""
+        return False
+
+    def require_token_ratios(self) -> None:
+        """For methods whose views score a part of the completion each.
+
+        Raises:
+            ValueError: if `importance_sampling_level` or `loss_type` ask for the ratio of whole sequences.
+        """
+        of_tokens = {"importance_sampling_level": self.importance_sampling_level == "token"}
+        of_tokens["loss_type"] = self.loss_type != "vespo"  # its weights are functions of the sequence's ratio
+        for name, fits in of_tokens.items():
+            if not fits:
+                raise ValueError(
+                    f"{type(self).__name__} scores a part of the tokens per view, which has no sequence-level ratio; "
+                    f"got {name}={getattr(self, name)!r}. Set importance_sampling_level='token' and a loss_type other "
+                    "than 'vespo', or use ESPO, whose ratio is that of sequences."
+                )
+
+    def _refuse_what_cannot_work(self) -> None:
+        autoregressive = "it generates one token after the other; completions here are drawn by diffusion"
+        refused = {
+            "use_vllm": (self.use_vllm, autoregressive),
+            "use_transformers_continuous_batching": (self.use_transformers_continuous_batching, autoregressive),
+            "cache_implementation": (self.cache_implementation is not None, autoregressive),
+            "generation_kwargs": (
+                self.generation_kwargs is not None,
+                "they configure `transformers` generation; use the fields of this config",
+            ),
+            "min_p": (self.min_p is not None, "the sampler has no min_p; use top_k and top_p"),
+            "repetition_penalty": (
+                self.repetition_penalty != 1.0,
+                "the penalised distribution is not the one that is scored",
+            ),
+            "max_tool_calling_iterations": (
+                self.max_tool_calling_iterations is not None,
+                "tools need several turns; a rollout here is one canvas",
+            ),
+            "use_liger_kernel": (self.use_liger_kernel, "it replaces the forward pass that scores noised views"),
+            "hub_token": (
+                self.hub_token is not None,
+                "it would be saved in training_args.bin and pushed with it; use `hf auth login` or HF_TOKEN",
+            ),
+            "temperature=0": (self.temperature == 0, "greedy completions of one prompt are all equal"),
+        }
+        for name, (is_set, reason) in refused.items():
+            if is_set:
+                raise ValueError(
+                    f"{type(self).__name__} does not support `{name}`: {reason}. Leave it at its default."
+                )
+
+
+def _whole_groups(size: int) -> int:
+    """Completions of a batch of whole groups of a size: as many as fit into 8, TRL's default, but at least one."""
+    return size * max(8 // size, 1)

@@ -1,0 +1,202 @@
+"""Callbacks: held-out accuracy before, during and after training, and the confusion zones of rollouts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import Trainer, TrainerCallback
+from trl.models import unwrap_model_for_generation
+
+from trl_diffusion.evaluation.accuracy import Accuracy, wilson_interval
+from trl_diffusion.evaluation.confusion_zones import confusion_zone_figure, failure_auc, signal_frame
+from trl_diffusion.runtime.rollouts import FinishedBatch
+from trl_diffusion.runtime.zero3 import finish_trace
+from trl_diffusion.trainers.base.trainer import DiffusionGRPOTrainer
+from trl_diffusion.trainers.base.trajectory import TrajectoryGRPOTrainer
+
+
+class AccuracyCallback(TrainerCallback):
+    """Measures accuracy when training begins and ends, and every few updates between.
+
+    Logs it as `eval_accuracy`, `eval_correct` and `eval_total`. A resumed run takes what was measured before from its
+    log, and does not measure at its beginning again.
+
+    Processes share the rows, except under FSDP, where all must run the same forwards and so decode the same rows.
+
+    Args:
+        trainer: the trainer it is added to.
+        dataset: the held-out rows.
+        measure: `(model, dataset=rows) -> Accuracy`, for example `evaluate_accuracy` with its other arguments bound.
+        every: updates between measurements; 0 for none in between.
+
+    Attributes:
+        history: (update, accuracy) of the run, in the order measured.
+    """
+
+    def __init__(self, trainer: Trainer, dataset: Dataset, measure: Callable[..., Accuracy], every: int = 0):
+        self.trainer, self.dataset, self.measure, self.every = trainer, dataset, measure, every
+        self.history: list[tuple[int, Accuracy]] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.history = [
+            (entry["step"], _accuracy(entry["eval_correct"], entry["eval_total"]))
+            for entry in state.log_history
+            if "eval_total" in entry
+        ]
+        if not self.history:
+            self._measure(state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
+            self._measure(state.global_step)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._measure(state.global_step)
+
+    def _measure(self, step: int) -> None:
+        trainer: Any = self.trainer
+        accelerator = trainer.accelerator
+        with unwrap_model_for_generation(
+            trainer.model_wrapped,
+            accelerator,
+            gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+        ) as model:
+            finish_trace(accelerator, model)
+            if accelerator.num_processes == 1 or trainer.is_fsdp_enabled:
+                accuracy = self.measure(model, dataset=self.dataset)
+            else:
+                mine = range(accelerator.process_index, len(self.dataset), accelerator.num_processes)
+                counts = torch.zeros(2, dtype=torch.long, device=accelerator.device)
+                if mine:
+                    own = self.measure(model, dataset=self.dataset.select(mine))
+                    counts += torch.tensor([own.correct, own.total], device=counts.device)
+                correct, total = accelerator.reduce(counts, reduction="sum").tolist()
+                accuracy = _accuracy(correct, total)
+        self.history.append((step, accuracy))
+        # TRL files what is logged under "train" or "eval" by the mode of the model.
+        training = trainer.model.training
+        trainer.model.eval()
+        trainer.log({"eval_accuracy": accuracy.value, "eval_correct": accuracy.correct, "eval_total": accuracy.total})
+        trainer.model.train(training)
+
+
+def _accuracy(correct: int, total: int) -> Accuracy:
+    return Accuracy(correct, total, *wilson_interval(correct, total))
+
+
+class ConfusionZoneCallback(TrainerCallback):
+    """Draws the confusion zones of the latest rollout every few updates, without a forward pass.
+
+    Writes `confusion_zones/update_….png` and `.parquet` (see `signal_frame`; completions of all processes) below the
+    trainer's `output_dir`, marks the steps that a step selector chose last, logs `confusion_zones/auc_entropy`,
+    `…_confidence_margin` and `…_roec` (not where all completions succeeded or failed), and sends the image to wandb
+    and trackio where `report_to` names them.
+
+    Args:
+        trainer: the trainer it is added to, with `record_signals=True` or a step selector.
+        every: updates between figures.
+        success: tells which completions succeeded; called like a reward function, returns one truth value per
+            completion, or `None` if it cannot say. Give this or `success_threshold`.
+        success_threshold: a completion succeeded if its reward is at least this.
+        reward: which of the trainer's reward functions the threshold is for.
+
+    Raises:
+        TypeError: if the trainer is not one of this library.
+        ValueError: if the trainer does not record signals, or the settings do not fit together.
+    """
+
+    def __init__(
+        self,
+        trainer: DiffusionGRPOTrainer,
+        every: int,
+        *,
+        success: Callable[..., Any] | None = None,
+        success_threshold: float | None = None,
+        reward: int = 0,
+    ):
+        if not isinstance(trainer, DiffusionGRPOTrainer):
+            raise TypeError(
+                f"ConfusionZoneCallback needs the rollouts of a DiffusionGRPOTrainer, got {type(trainer).__name__}."
+            )
+        if not trainer.args.record_signals:
+            raise ValueError(
+                "ConfusionZoneCallback needs the signals of the denoising steps, which this trainer does not record. "
+                "Set record_signals=True in its config."
+            )
+        if every < 1:
+            raise ValueError(f"every must be at least 1 update, got {every}. For no figures leave the callback out.")
+        if (success is None) == (success_threshold is None):
+            raise ValueError(
+                "ConfusionZoneCallback needs to know which completions succeeded: give either `success`, a function, "
+                f"or `success_threshold`, a number; got success={success}, success_threshold={success_threshold}."
+            )
+        if not 0 <= reward < len(trainer.reward_funcs):
+            raise ValueError(f"reward={reward} is not one of the trainer's {len(trainer.reward_funcs)} functions.")
+        self.trainer, self.every = trainer, every
+        self.success, self.success_threshold, self.reward = success, success_threshold, reward
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # Right after a resume the rollout in use is from before it, and not at hand.
+        if state.global_step % self.every == 0 and self.trainer.last_rollout is not None:
+            self._draw(state.global_step)
+
+    def _draw(self, update: int) -> None:
+        trainer = self.trainer
+        assert trainer.last_rollout is not None
+        trajectory, finished = trainer.last_rollout
+        assert trajectory.step_entropy is not None and trajectory.step_margin is not None
+        entropy, margin, steps = trainer.accelerator.gather(
+            (trajectory.step_entropy, trajectory.step_margin, trajectory.steps_taken)
+        )
+        steps_per_block = trainer.args.sampling_config().steps_per_block
+        frame = signal_frame(entropy, margin, steps, self._successes(finished), steps_per_block)
+        for signal, value in failure_auc(frame)["auc"].dropna().items():
+            trainer._metrics["train"][f"confusion_zones/auc_{signal}"].append(value)
+        if trainer.accelerator.is_main_process:
+            selected = trainer.last_selection if isinstance(trainer, TrajectoryGRPOTrainer) else None
+            assert trainer.args.output_dir is not None
+            path = Path(trainer.args.output_dir) / "confusion_zones" / f"update_{update:06d}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            frame.to_parquet(path.with_suffix(".parquet"))
+            image = path.with_suffix(".png")
+            confusion_zone_figure(frame, steps_per_block, selected, f"update {update}").savefig(image)
+            self._send(image, update)
+
+    def _successes(self, finished: FinishedBatch) -> torch.Tensor:
+        """Float64 [B] of the completions of all processes, NaN for unknown."""
+        if self.success_threshold is not None:
+            # Compared in the rewards' own float32: as float64, a reward of 0.9 would miss a threshold of 0.9.
+            rewards = finished.rewards[:, self.reward]
+            return (rewards >= self.success_threshold).double().masked_fill(rewards.isnan(), torch.nan)
+        assert self.success is not None
+        rows = list(range(len(finished.prompts)))
+        values = self.success(
+            prompts=finished.prompts,
+            completions=finished.completions,
+            completion_ids=finished.completion_ids,
+            **finished.columns(rows),
+        )
+        if len(values) != len(rows):
+            raise ValueError(f"`success` must return one value per completion: {len(rows)}, got {len(values)}.")
+        known = [math.nan if value is None else float(bool(value)) for value in values]
+        device = self.trainer.accelerator.device
+        return self.trainer.accelerator.gather(torch.tensor(known, dtype=torch.float64, device=device))
+
+    def _send(self, image: Path, update: int) -> None:
+        """The image to the trackers that the run reports to; imported only then, since neither is required."""
+        # The x axis that transformers' own callbacks for both trackers log.
+        step, report_to = {"train/global_step": update}, self.trainer.args.report_to or []
+        if "wandb" in report_to:
+            import wandb
+
+            if wandb.run is not None:
+                wandb.log({"confusion_zones": wandb.Image(str(image)), **step})
+        if "trackio" in report_to:
+            import trackio
+
+            trackio.log({"confusion_zones": trackio.Image(str(image)), **step})
