@@ -24,25 +24,9 @@ import yaml
 from common import RecipeArguments, parse, run
 from datasets import Dataset
 
-from trl_diffusion import trainers
 from trl_diffusion.tasks.gsm8k import correctness_reward, format_reward, load_gsm8k
 from trl_diffusion.tasks.word_problems import load_word_problems
-from trl_diffusion.trainers import DiffusionGRPOConfig, DiffusionGRPOTrainer
-
-# A new method joins by a line here and its configs/embedded/gsm8k_NAME.yaml.
-METHODS: dict[str, tuple[type[DiffusionGRPOTrainer], type[DiffusionGRPOConfig]]] = {
-    "agrpo": (trainers.AGRPOTrainer, trainers.AGRPOConfig),
-    "atpo": (trainers.ATPOTrainer, trainers.ATPOConfig),
-    "dipo": (trainers.DiPOTrainer, trainers.DiPOConfig),
-    "diffu_grpo": (trainers.DiffuGRPOTrainer, trainers.DiffuGRPOConfig),
-    "dmpo": (trainers.DMPOTrainer, trainers.DMPOConfig),
-    "espo": (trainers.ESPOTrainer, trainers.ESPOConfig),
-    "coupled_grpo": (trainers.CoupledGRPOTrainer, trainers.CoupledGRPOConfig),
-    "wd1": (trainers.WD1Trainer, trainers.WD1Config),
-    "spg": (trainers.SPGTrainer, trainers.SPGConfig),
-    "uni_grpo": (trainers.UniGRPOTrainer, trainers.UniGRPOConfig),
-    "tracerl": (trainers.TraceRLTrainer, trainers.TraceRLConfig),
-}
+from trl_diffusion.trainers import METHODS, DiffusionGRPOConfig, DiffusionGRPOTrainer
 
 
 @dataclass
@@ -142,7 +126,7 @@ def chosen_method(arguments: list[str]) -> str:
 
 def main() -> None:
     name = chosen_method(sys.argv[1:])
-    train(*METHODS[name], f"embedded/gsm8k_{name}.yaml", MethodArguments)
+    train(METHODS[name], METHODS[name].config_class, f"embedded/gsm8k_{name}.yaml", MethodArguments)
 
 
 if __name__ == "__main__":

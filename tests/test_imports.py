@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -77,3 +79,21 @@ def test_no_import_for_annotations_hides_a_circle():
             if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
                 hidden = [ast.unparse(line) for line in node.body if PACKAGE.name in ast.unparse(line)]
                 assert not hidden, f"{module_name(path)}: {hidden}"
+
+
+OPTIONAL = ("deepspeed", "bitsandbytes", "lm_eval", "wandb", "trackio", "liger_kernel", "vllm")
+# Modules that are loaded where their package is there.
+NEED_ONE = ("trl_diffusion.models.quantised_linear", "trl_diffusion.evaluation.lm_eval.model")
+WALK = f"""
+import importlib, pkgutil, sys
+sys.modules.update(dict.fromkeys({OPTIONAL}))  # as if they were not installed
+import trl_diffusion
+for module in pkgutil.walk_packages(trl_diffusion.__path__, "trl_diffusion."):
+    if not module.name.startswith({NEED_ONE}) and not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+"""
+
+
+def test_extras_are_not_needed():
+    found = subprocess.run([sys.executable, "-c", WALK], capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr[-2000:]

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
 from trl_diffusion.models.embedded import EMBEDDED_MODEL, embedded_arguments
-from trl_diffusion.trainers import AGRPOConfig, ATPOConfig, DiffuGRPOConfig
+from trl_diffusion.trainers import METHODS, AGRPOConfig, ATPOConfig, DiffuGRPOConfig
 
 ROOT = Path(__file__).parent.parent
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k_train_first1000.jsonl"
@@ -289,7 +289,7 @@ def test_every_method_has_its_configs():
         folder: {path.stem.removeprefix("gsm8k_") for path in (CONFIGS / folder).glob("gsm8k_*.yaml")}
         for folder in ("embedded", "llada_8b", "sdar_8b")
     }
-    methods = recipe("gsm8k").METHODS
+    methods = METHODS
     expected = {*methods, "agrpo_qlora"}
     assert named == {"embedded": expected, "llada_8b": expected - {"dipo"}, "sdar_8b": {"dipo"}}
     own_script = {path.stem.removeprefix("gsm8k_") for path in (ROOT / "recipes").glob("gsm8k_*.py")}
@@ -308,7 +308,7 @@ def test_the_shared_recipe_trains_the_embedded_model(name, tmp_path, monkeypatch
     assert f"recipes/configs/{'sdar_8b' if name == 'dipo' else 'llada_8b'}/gsm8k_{name}.yaml" in output.replace(
         "\n", ""
     )
-    assert f"{gsm8k.METHODS[name][0]._name}, 2 updates" in output and "gain" in output
+    assert f"{METHODS[name]._name}, 2 updates" in output and "gain" in output
     assert paper in (tmp_path / "README.md").read_text()
     assert [entry["grad_norm"] > 0 for entry in history(tmp_path) if "grad_norm" in entry] == [True, True]
 
@@ -318,7 +318,7 @@ def test_llada_configs_of_the_shared_recipe_name_their_method_and_keep_the_paper
     gsm8k = recipe("gsm8k")
     path = str(CONFIGS / "llada_8b" / f"gsm8k_{name}.yaml")
     assert gsm8k.chosen_method(["--config", path]) == name
-    _, config, model = parsed(f"gsm8k_{name}", "gsm8k", "MethodArguments", gsm8k.METHODS[name][1])
+    _, config, model = parsed(f"gsm8k_{name}", "gsm8k", "MethodArguments", METHODS[name].config_class)
     expected = SHARED[name][1]
     assert {field: getattr(config, field) for field in expected} == expected
     assert (config.max_completion_length, config.block_length, config.unmasking) == (256, 32, "low_confidence")
@@ -328,7 +328,7 @@ def test_llada_configs_of_the_shared_recipe_name_their_method_and_keep_the_paper
 def test_the_sdar_config_names_dipo_and_keeps_the_papers_settings():
     gsm8k = recipe("gsm8k")
     assert gsm8k.chosen_method(["--config", str(CONFIGS / "sdar_8b" / "gsm8k_dipo.yaml")]) == "dipo"
-    _, config, model = parsed("gsm8k_dipo", "gsm8k", "MethodArguments", gsm8k.METHODS["dipo"][1], "sdar_8b")
+    _, config, model = parsed("gsm8k_dipo", "gsm8k", "MethodArguments", METHODS["dipo"].config_class, "sdar_8b")
     assert model.model_name_or_path == "JetLM/SDAR-8B-Chat"
     assert (config.epsilon, config.epsilon_high, config.beta, config.num_iterations) == (0.2, 0.28, 0.0, 1)
     assert (config.block_length, config.sampling_config().steps_per_block, config.num_mc_samples) == (4, 4, 4)
@@ -355,7 +355,7 @@ def test_without_a_known_method_the_names_are_listed(arguments, problem, capsys)
     with pytest.raises(SystemExit) as stopped:
         gsm8k.chosen_method(arguments)
     message = capsys.readouterr().err
-    assert stopped.value.code == 2 and problem in message and ", ".join(gsm8k.METHODS) in message
+    assert stopped.value.code == 2 and problem in message and ", ".join(METHODS) in message
 
 
 def test_help_works_with_and_without_a_method(monkeypatch, capsys):

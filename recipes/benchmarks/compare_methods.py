@@ -91,7 +91,7 @@ class Arm:
     """A method and its settings.
 
     Args:
-        method: a name in `METHODS`.
+        method: a name in `trl_diffusion.trainers.METHODS`.
         baselines: the arms it is compared with.
         settings: fields of its config besides `COMMON`.
         step_aware: arguments of `StepAwareReward`; `None` without.
@@ -244,6 +244,7 @@ def train_and_evaluate(
     from trl_diffusion.credit import StepAwareReward
     from trl_diffusion.evaluation import evaluate_accuracy
     from trl_diffusion.models.embedded import EMBEDDED_MODEL
+    from trl_diffusion.trainers import METHODS
 
     torch.set_num_threads(1)
     disable_progress_bar()
@@ -255,7 +256,8 @@ def train_and_evaluate(
         model, units = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL), 0.0
     else:
         arm = ARMS[arm_name]
-        trainer_class, config = methods()[arm.method]
+        trainer_class = METHODS[arm.method]
+        config = trainer_class.config_class
 
         def reward(completions, **columns):
             columns = {name: values for name, values in columns.items() if isinstance(values, list)}
@@ -315,24 +317,6 @@ def train_and_evaluate(
         "accuracy": {str(steps): accuracy(steps) for steps in EVALUATED_STEPS},
         "sampled_accuracy": accuracy(DENOISING_STEPS, temperature=1.0),
         "curve": curve,
-    }
-
-
-def methods() -> dict[str, tuple[type, type]]:
-    """Trainer and config by name."""
-    from trl_diffusion import trainers
-
-    return {
-        "diffu_grpo": (trainers.DiffuGRPOTrainer, trainers.DiffuGRPOConfig),
-        "agrpo": (trainers.AGRPOTrainer, trainers.AGRPOConfig),
-        "atpo": (trainers.ATPOTrainer, trainers.ATPOConfig),
-        "coupled_grpo": (trainers.CoupledGRPOTrainer, trainers.CoupledGRPOConfig),
-        "dmpo": (trainers.DMPOTrainer, trainers.DMPOConfig),
-        "espo": (trainers.ESPOTrainer, trainers.ESPOConfig),
-        "spg": (trainers.SPGTrainer, trainers.SPGConfig),
-        "tracerl": (trainers.TraceRLTrainer, trainers.TraceRLConfig),
-        "uni_grpo": (trainers.UniGRPOTrainer, trainers.UniGRPOConfig),
-        "wd1": (trainers.WD1Trainer, trainers.WD1Config),
     }
 
 

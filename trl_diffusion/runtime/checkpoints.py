@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DeepSpeedSchedulerWrapper, gather_object
+from accelerate.utils import gather_object
+from accelerate.utils.deepspeed import DeepSpeedSchedulerWrapper  # there also where DeepSpeed is not installed
 from datasets import Dataset
 from peft import PeftModel, PeftType
 from transformers import Trainer, TrainerCallback

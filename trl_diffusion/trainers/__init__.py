@@ -16,7 +16,23 @@ from trl_diffusion.trainers.tracerl import TraceRLConfig, TraceRLTrainer
 from trl_diffusion.trainers.uni_grpo import UniGRPOConfig, UniGRPOTrainer
 from trl_diffusion.trainers.wd1 import WD1Config, WD1Trainer
 
+# Methods by the name that recipes, comparison and tests call them; a method's config is its `config_class`.
+METHODS: dict[str, type[DiffusionGRPOTrainer]] = {
+    "agrpo": AGRPOTrainer,
+    "atpo": ATPOTrainer,
+    "dipo": DiPOTrainer,
+    "diffu_grpo": DiffuGRPOTrainer,
+    "dmpo": DMPOTrainer,
+    "espo": ESPOTrainer,
+    "coupled_grpo": CoupledGRPOTrainer,
+    "wd1": WD1Trainer,
+    "spg": SPGTrainer,
+    "uni_grpo": UniGRPOTrainer,
+    "tracerl": TraceRLTrainer,
+}
+
 __all__ = [
+    "METHODS",
     "AGRPOConfig",
     "AGRPOTrainer",
     "ATPOConfig",
