@@ -31,6 +31,8 @@ from trl_diffusion.likelihood import Views, score_views  # noqa: E402
 from trl_diffusion.runtime.cost import network_shape  # noqa: E402
 from trl_diffusion.sampling import SamplingConfig, row_generators, sample  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 ROWS = 20_000
 KEPT, REJECTED = 1e-3, 1e-6  # p-values: of equal distributions above the first, of different ones below the second
@@ -232,7 +234,6 @@ def run(script, monkeypatch, folder: Path, *arguments: str) -> dict[str, dict]:
     return written
 
 
-@pytest.mark.slow
 def test_rollout_benchmark(monkeypatch, tmp_path):
     result = run(rollout, monkeypatch, tmp_path, *SAMPLING)["tiny_low_confidence"]
     modes = {mode["name"]: mode for mode in result["modes"]}
@@ -257,7 +258,6 @@ def test_scoring_benchmark(monkeypatch, tmp_path):
     assert full["flop"] > 2 * results["tiny_0.25_without_gradient"]["modes"][0]["flop"]
 
 
-@pytest.mark.slow
 @pytest.mark.thorough
 def test_update_benchmark(monkeypatch, tmp_path):
     results = run(update, monkeypatch, tmp_path, *SAMPLING, "--views", "3", "--iterations", "2")

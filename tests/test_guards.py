@@ -25,6 +25,8 @@ from trl_diffusion.distribution import draw
 from trl_diffusion.runtime.reward_guard import RewardError, TimeLimit, all_tied
 from trl_diffusion.trainers import AGRPOTrainer
 
+pytestmark = pytest.mark.slow
+
 AGRPO, SAPO = method_named("agrpo"), method_named("sapo")
 TIMEOUT = 600  # seconds; on two idle cores a launch takes about 20
 
@@ -506,7 +508,6 @@ def launch(processes: str, policy: str, folder: Path) -> list[dict]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.slow
 def test_all_processes_skip_what_one_of_them_cannot_use(tmp_path):
     """The reward function fails, and then the loss is not finite, on the second process alone."""
     zero, one = launch("cpu_ddp", "skip", tmp_path)
@@ -518,7 +519,6 @@ def test_all_processes_skip_what_one_of_them_cannot_use(tmp_path):
     assert zero["checksum"] == one["checksum"]
 
 
-@pytest.mark.slow
 @pytest.mark.thorough
 def test_deepspeed_stops_before_the_step_and_refuses_to_skip(tmp_path):
     for seen in launch("cpu_zero2", "raise", tmp_path):

@@ -25,6 +25,8 @@ from trl_diffusion.tasks.parsing.number import parse_number
 from trl_diffusion.tasks.parsing.text import readable
 from trl_diffusion.tasks.sudoku import cells_correct, extract_grid, stated_grid
 
+pytestmark = pytest.mark.slow
+
 ROWS = {
     "gsm8k": {"answer": "1234"},
     "math500": {"answer": "\\frac{1}{2}"},

@@ -24,6 +24,8 @@ from transformers import TrainerCallback
 import trl_diffusion.trainers.base.trainer as base
 from trl_diffusion.sampling import Trajectory, row_generators
 
+pytestmark = pytest.mark.slow
+
 
 def methods(number: int):
     return pytest.mark.parametrize("method", with_property(number), ids=lambda method: method.name)

@@ -29,6 +29,8 @@ from trl_diffusion.tasks.gsm8k import correctness_reward, format_reward
 from trl_diffusion.tasks.word_problems import load_word_problems
 from trl_diffusion.trainers import AGRPOConfig, AGRPOTrainer
 
+pytestmark = pytest.mark.slow
+
 bnb = pytest.importorskip("bitsandbytes")
 
 AGRPO = method_named("agrpo")
@@ -263,7 +265,6 @@ def test_the_config_for_llada_8b_is_agrpos_over_a_double_quantised_base():
     assert lora == plain[3] and plain[2] is None
 
 
-@pytest.mark.slow
 @pytest.mark.thorough
 def test_qlora_learns_on_the_embedded_model(tmp_path):
     """A short run with the embedded config's adapter and learning rate; the docs have the whole runs."""

@@ -29,6 +29,8 @@ from trl_diffusion.evaluation import AccuracyCallback, ConfusionZoneCallback
 from trl_diffusion.runtime import manifest
 from trl_diffusion.trainers import AGRPOConfig
 
+pytestmark = pytest.mark.slow
+
 AGRPO, ATPO = method_named("agrpo"), method_named("atpo")
 CASES = cases()
 TIMEOUT = 600
@@ -66,7 +68,6 @@ def outcome(killed, case: str, zero: int | None = None) -> tuple[dict, dict, str
     return first, second, output
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", [name for name in CASES if "two processes" not in name])
 def test_a_killed_run_ends_as_the_uninterrupted_one(case, killed):
     resumed, whole, output = outcome(killed, case)
@@ -80,7 +81,6 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(case, killed):
             assert f"Skipping {killed(None)[0] / case}/killed/checkpoint-{kill.step}: it has no manifest" in output
 
 
-@pytest.mark.slow
 @pytest.mark.thorough
 @pytest.mark.parametrize("zero", [2, 3])
 def test_a_run_on_two_processes_whose_ranks_are_killed(zero, killed):
@@ -94,7 +94,6 @@ def test_a_run_on_two_processes_whose_ranks_are_killed(zero, killed):
     assert resumed["accuracy"] == whole["accuracy"]
 
 
-@pytest.mark.slow
 @pytest.mark.thorough
 @pytest.mark.parametrize("zero", [2, 3])
 def test_other_rates_take_effect_under_deepspeed(zero, killed):

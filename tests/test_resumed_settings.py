@@ -27,6 +27,8 @@ from trl_diffusion.runtime.resumed_rates import Rates
 from trl_diffusion.runtime.run_facts import data_facts
 from trl_diffusion.trainers import AGRPOConfig
 
+pytestmark = pytest.mark.slow
+
 AGRPO, ATPO, WD1, UNI_GRPO = (method_named(name) for name in ("agrpo", "atpo", "wd1", "uni_grpo"))
 # The checkpoint after five updates is one update into a rollout batch.
 SHORT = SETTINGS | {"max_steps": 9, "save_steps": 5, "save_total_limit": None}

@@ -28,6 +28,8 @@ from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.tasks.word_problems import load_word_problems
 from trl_diffusion.trainers import DiffusionGRPOTrainer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 LORA = LoraConfig(r=8, target_modules="all-linear", lora_dropout=0.0)
 
@@ -289,7 +291,6 @@ def test_a_dry_run_of_a_recipe_neither_samples_nor_trains(name, trainer, config,
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-@pytest.mark.slow
 @pytest.mark.thorough
 def test_a_dry_run_on_two_processes_reports_once_and_exits_with_0(tmp_path):
     with socket.socket() as listener:
