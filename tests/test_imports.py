@@ -1,4 +1,5 @@
-"""Imports run one way: a part of the package imports parts above it in `FLOORS`, or beside it without a circle."""
+"""Imports run one way: a part of the package imports parts earlier in `FLOORS`, or on the same floor without a
+circle."""
 
 from __future__ import annotations
 
@@ -61,16 +62,16 @@ def test_parts_import_only_what_is_above_them():
 
 
 def test_no_circle_on_a_floor():
-    beside = {}
+    same_floor = {}
     for module, imported in imports():
         mine, theirs = part(module), part(imported)
         if mine != theirs and FLOOR.get(mine, -1) == FLOOR.get(theirs, -2):
-            beside.setdefault(mine, set()).add(theirs)
-    while beside:
-        free = [name for name in beside if not beside[name] & beside.keys()]
-        assert free, f"a circle among {sorted(beside)}"
+            same_floor.setdefault(mine, set()).add(theirs)
+    while same_floor:
+        free = [name for name in same_floor if not same_floor[name] & same_floor.keys()]
+        assert free, f"a circle among {sorted(same_floor)}"
         for name in free:
-            del beside[name]
+            del same_floor[name]
 
 
 def test_no_import_for_annotations_hides_a_circle():

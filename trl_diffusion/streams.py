@@ -10,7 +10,7 @@ import torch
 
 
 class Purpose(IntEnum):
-    """What a stream is for: the first element of its key, so that no two purposes share noise."""
+    """Purpose of a stream, the first element of its key: no two purposes share noise."""
 
     TRAIN_ROLLOUT = 0
     EVAL_ROLLOUT = 1

@@ -1,1 +1,1 @@
-"""What every run has, whatever its method: start checks, launch, checkpoints, guards, cost, report, model card."""
+"""The parts of a run that do not depend on its method: start checks, checkpoints, guards, cost, report, model card."""

@@ -245,7 +245,7 @@ class RewardGuard:
         return rewards
 
     def metrics(self, rewards: torch.Tensor) -> dict[str, float]:
-        """What happened since the last rollout, by the names of metrics.
+        """Errors and missing rewards since the last rollout, by the names of the metrics.
 
         Args:
             rewards: float [rows of all processes, reward functions], NaN for none.

@@ -1,4 +1,4 @@
-"""A run as values: what its cost and its report follow from."""
+"""A run as values, from which its cost and its report are computed."""
 
 from __future__ import annotations
 

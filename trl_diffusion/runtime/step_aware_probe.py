@@ -1,4 +1,4 @@
-"""What a trainer does with a `StepAwareReward`: continue completions, and add the process reward to the advantages."""
+"""Continues completions for a `StepAwareReward` (SAPO) and adds the process reward to their advantages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _FRACTIONS = (0.1, 0.9)
 
 @dataclass(frozen=True)
 class Probed:
-    """What was measured on one rollout.
+    """Process rewards of one rollout.
 
     Args:
         advantages: [B], of this process's completions, with the process reward.

@@ -1,1 +1,1 @@
-"""What the trainers of several methods share."""
+"""Base classes of the methods' trainers."""
