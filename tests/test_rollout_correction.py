@@ -12,7 +12,9 @@ from methods import method_named
 from test_exact_gradient import PROMPT, as_rows, gradient, make_trainer, reward_of, trainer_gradient
 from tiny import forwards_of, tiny_model
 from trainer_helpers import largest_log_ratio, losses_seen, rollout_of
+from trl import GRPOTrainer
 
+from trl_diffusion.likelihood import Scores
 from trl_diffusion.trainers import AGRPOConfig
 
 DUAL = {"cache": "dual", "unmasking": "max_prob", "denoising_steps": 8, "learning_rate": 0.0, "num_iterations": 2}
@@ -256,3 +258,34 @@ def test_tracerl_recomputes_on_its_views(tmp_path, monkeypatch):
     seen = losses_seen(trainer, monkeypatch)
     trainer.train()
     assert largest_log_ratio(seen) <= 1e-4
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo"])
+def test_weights_are_those_of_trl_in_every_loss(loss_type, tmp_path, monkeypatch):
+    """Folded into the advantages they give the loss that TRL weights itself where vLLM has drawn the completions."""
+    method = method_named("diffu_grpo")  # scores whole completions, as vespo needs
+    trainer = method.make(tmp_path, loss_type=loss_type, beta=0.1)
+    rows = rollout_of(trainer, "a b", "b")
+    trainer.current_gradient_accumulation_steps = 2  # set by the training loop
+    read, compute = {}, GRPOTrainer._compute_loss
+
+    def record(self, model, inputs):
+        read.update(inputs)
+        return compute(self, model, inputs)
+
+    monkeypatch.setattr(GRPOTrainer, "_compute_loss", record)
+    targets = rows["completion_mask"].bool()
+    generator = torch.Generator().manual_seed(0)
+    logps, old, reference, importance = torch.rand(4, *targets.shape, generator=generator).unbind()
+    scores = Scores((logps - 1).requires_grad_(), torch.ones_like(logps))
+    passed = (scores, targets, old - 1, reference - 1)
+
+    found = trainer._token_loss(trainer.model, rows, *passed, importance=importance + 0.5)
+    (gradient,) = torch.autograd.grad(found, scores.logps)
+    trainer._token_loss(trainer.model, rows, *passed)
+    trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
+    with trainer._as_trl_reads(scores):
+        expected = compute(trainer, trainer.model, read | {"importance_sampling_ratio": importance + 0.5})
+    (of_trl,) = torch.autograd.grad(expected / trainer._passes(), scores.logps)
+    torch.testing.assert_close(gradient, of_trl, rtol=1e-5, atol=1e-7)
+    assert of_trl.norm() > 1e-3

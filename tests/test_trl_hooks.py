@@ -132,8 +132,6 @@ ATTRIBUTES: dict[str, tuple[type, str]] = {
     "ref_model": (GRPOTrainer, "a copy of the model given, where TRL would load a path"),
     "reward_funcs": (GRPOTrainer, "guarded and step-aware rewards in place of those given"),
     "eos_token_ids": (GRPOTrainer, "all ids that end a text, for TRL's test of truncated completions"),
-    "use_vllm": (GRPOTrainer, "on in the loss of rollouts under an approximate cache, which TRL weights as vLLM's"),
-    "vllm_importance_sampling_correction": (GRPOTrainer, "likewise"),
     "loss_is_scaled_for_ga": (GRPOTrainer, "off in SFT, whose loss is divided by transformers"),
     "log_completions": (GRPOTrainer, "off in logs between rollouts, so that completions are shown once"),
     "lr_scheduler": (Trainer, "not loaded from a checkpoint, whose rates it would bring back"),
@@ -166,7 +164,7 @@ INPUT_KEYS = {
     "old_per_token_logps": "replaced by those of the views",
     "ref_per_token_logps": "replaced by those of the views",
     "tool_mask": "weights of views in the KL",
-    "importance_sampling_ratio": "weights of tokens drawn under an approximate cache",
+    "importance_sampling_ratio": "weights of tokens drawn under an approximate cache, for vespo",
 }
 
 _HIDDEN = ["hidden_states", "attention_mask", "position_ids", CACHE_KEYWORD, "use_cache", "position_embeddings"]

@@ -12,7 +12,8 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -636,7 +637,7 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
             old: log-probabilities [B, L] before the first update.
             compared: log-probabilities [B, L] for the KL term.
             weights: [B], weights of the completions' terms.
-            importance: [B, L], weights of the tokens' policy terms, as TRL's for vLLM.
+            importance: [B, L], weights of the tokens' policy terms.
         """
         mask = targets.long()
         inputs = {
@@ -658,16 +659,21 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
             else:
                 inputs["advantages"] = inputs["advantages"] * weights
         self._log_log_ratio(scores.logps, old)
-        during: dict[str, Any] = {"_scored": scores, "beta": self.args.beta}
-        if importance is not None:  # TRL weights a loss so where vLLM has drawn the completions
-            inputs["importance_sampling_ratio"] = importance
-            during |= {"use_vllm": True, "vllm_importance_sampling_correction": True}
-        before = {name: getattr(self, name) for name in during}
-        vars(self).update(during)
-        try:
+        if importance is not None and self.args.loss_type == "vespo":
+            inputs["importance_sampling_ratio"] = importance  # part of its own weights
+        elif importance is not None:  # in TRL's other losses a token's policy term is proportional to its advantage
+            inputs["advantages"] = inputs["advantages"] * importance
+        with self._as_trl_reads(scores):
             return super()._compute_loss(model, inputs) / self._passes()
+
+    @contextmanager
+    def _as_trl_reads(self, scores: Scores) -> Iterator[None]:
+        """What TRL's loss reads off the trainer: the scores of the view, and β, which is 0 elsewhere for TraceRL."""
+        beta, self.beta, self._scored = self.beta, self.args.beta, scores
+        try:
+            yield
         finally:
-            vars(self).update(before)
+            self.beta, self._scored = beta, None
 
     def _count_training(self, units: float) -> None:
         if self.model.training:
