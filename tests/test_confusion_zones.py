@@ -17,7 +17,7 @@ from matplotlib.colors import to_hex
 from methods import METHODS, text_reward
 from tiny import forwards_of, tiny_model
 
-from trl_diffusion.evaluation import ConfusionZoneCallback, confusion_zones
+from trl_diffusion.evaluation import ConfusionZoneCallback
 from trl_diffusion.evaluation.confusion_zones import (
     SIGNALS,
     confusion_zone_figure,
@@ -27,6 +27,7 @@ from trl_diffusion.evaluation.confusion_zones import (
     signal_curves,
     signal_frame,
 )
+from trl_diffusion.trainers import callbacks
 
 ROOT = Path(__file__).parents[1]
 NAN = float("nan")
@@ -232,7 +233,7 @@ def test_the_callback_writes_logs_and_costs_no_forward(tmp_path, monkeypatch):
         drawn.append((trainer.last_rollout, selected.clone(), title))
         return draw(frame, steps_per_block, selected, title)
 
-    monkeypatch.setattr(confusion_zones, "confusion_zone_figure", spy)
+    monkeypatch.setattr(callbacks, "confusion_zone_figure", spy)
     trainer = with_callback(ATPO, tmp_path / "with", every=2, max_steps=4, learning_rate=0.0)
     with forwards_of(trainer.model) as calls:
         trainer.train()

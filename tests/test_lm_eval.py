@@ -14,7 +14,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
 from trl_diffusion.evaluation.decoding import encode_prompt
-from trl_diffusion.evaluation.lm_eval import main
+from trl_diffusion.evaluation.lm_eval.__main__ import main
 from trl_diffusion.evaluation.lm_eval.likelihood_bound import log_likelihood_bound
 from trl_diffusion.evaluation.lm_eval.model import DiffusionHarnessLM
 from trl_diffusion.models.embedded import EMBEDDED_MODEL

@@ -23,6 +23,7 @@ from transformers import TrainerCallback
 
 import trl_diffusion.trainers.base.trainer as base
 from trl_diffusion.sampling import Trajectory, row_generators
+from trl_diffusion.streams import Purpose
 
 pytestmark = pytest.mark.slow
 
@@ -424,7 +425,7 @@ def test_7_noise_is_private_and_keyed_by_the_global_row(method, tmp_path):
     # The stream of a row is a function of (seed, rollout, row): replaying it alone gives the same completion.
     model, config = trainer.model, trainer.args.sampling_config()
     for row in (0, 5):
-        stream = row_generators(trainer.args.seed, base.TRAIN_ROLLOUT, 0, rows=[row])
+        stream = row_generators(trainer.args.seed, Purpose.TRAIN_ROLLOUT, 0, rows=[row])
         alone = base.sample(model, rows["prompt_ids"][:1], None, config, stream)
         assert torch.equal(alone.completion_ids[0], rows["completion_ids"][row])
         assert torch.equal(alone.unmask_step[0], trajectory.unmask_step[row])

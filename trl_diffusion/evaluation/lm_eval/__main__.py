@@ -18,6 +18,8 @@ def main() -> None:
         sys.exit("The lm-evaluation-harness is not installed. Install it with `pip install 'trl-diffusion[lm-eval]'`.")
     from lm_eval.__main__ import cli_evaluate
 
+    from trl_diffusion.evaluation.lm_eval import model as model  # registers it
+
     cli_evaluate()
 
 
