@@ -760,9 +760,8 @@ class Reference:
         if not self.probed(row):
             return None
         shared = row // 4 if self.settings.state_shared_by == "group" else row
-        first, second = row_generators(self.trainer.args.seed, Purpose.PROBE_STATE, self.rollout, rows=[shared])[
-            0
-        ].random(2)
+        (stream,) = row_generators(self.trainer.args.seed, Purpose.PROBE_STATE, self.rollout, rows=[shared])
+        first, second = stream.random(2)
         point = self.point(row, 0.1 + 0.8 * first)
         if point == 0:
             return None

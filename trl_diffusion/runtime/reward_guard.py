@@ -263,7 +263,7 @@ class RewardGuard:
         return found
 
     def watch_ties(self, rewards: torch.Tensor, weights: torch.Tensor, group: int) -> dict[str, float]:
-        """Warn when rollouts keep teaching nothing.
+        """Warn when the rewards of every group stay tied for `tied_rollouts_patience` rollouts.
 
         Args:
             rewards: float [rows of all processes, reward functions], NaN for none.

@@ -660,7 +660,7 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
                 inputs["advantages"] = inputs["advantages"] * weights
         self._log_log_ratio(scores.logps, old)
         if importance is not None and self.args.loss_type == "vespo":
-            inputs["importance_sampling_ratio"] = importance  # part of its own weights
+            inputs["importance_sampling_ratio"] = importance  # vespo weights sequences with it
         elif importance is not None:  # in TRL's other losses a token's policy term is proportional to its advantage
             inputs["advantages"] = inputs["advantages"] * importance
         with self._as_trl_reads(scores):
@@ -668,7 +668,7 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
 
     @contextmanager
     def _as_trl_reads(self, scores: Scores) -> Iterator[None]:
-        """What TRL's loss reads off the trainer: the scores of the view, and β, which is 0 elsewhere for TraceRL."""
+        """Set the scores of the view and β on the trainer while TRL's loss reads them; TraceRL's β is 0 otherwise."""
         beta, self.beta, self._scored = self.beta, self.args.beta, scores
         try:
             yield
