@@ -13,10 +13,12 @@ import trl_diffusion
 
 PACKAGE = Path(trl_diffusion.__file__).parent
 FLOORS = [
-    {"family", "distribution", "streams", "tokenization", "likelihood", "tasks"},
+    {"family", "distribution", "streams", "tokenization", "tasks"},
     {"sampling"},
     {"models"},
     {"adapters", "credit"},
+    {"likelihood"},
+    {"losses"},
     {"runtime"},
     {"evaluation"},
     {"trainers"},

@@ -9,8 +9,10 @@ from trl_diffusion.credit.advantages import (
     scored_in_group,
     target_log_weights,
 )
+from trl_diffusion.credit.group_credit import Credit, GroupCredit, GroupValues, GroupWeights
 from trl_diffusion.credit.step_aware import StepAwareReward
-from trl_diffusion.credit.step_draws import StepDraws, draw_steps, eligible_steps, step_probabilities
+from trl_diffusion.credit.step_choice import DrawnSteps, SelectedSteps, StepChoice
+from trl_diffusion.credit.step_draws import StepWeights, draw_steps, eligible_steps, step_probabilities
 from trl_diffusion.credit.step_selection import (
     SELECTORS,
     StepSelection,
@@ -20,15 +22,22 @@ from trl_diffusion.credit.step_selection import (
     selected_draws,
     step_signals,
 )
-from trl_diffusion.likelihood.plans import taken_steps
+from trl_diffusion.sampling.trajectory import taken_steps
 
 __all__ = [
     "SELECTORS",
+    "Credit",
+    "DrawnSteps",
+    "GroupCredit",
+    "GroupValues",
+    "GroupWeights",
+    "SelectedSteps",
     "StepAwareReward",
-    "StepDraws",
+    "StepChoice",
     "StepSelection",
     "StepSelector",
     "StepSignals",
+    "StepWeights",
     "Threshold",
     "draw_steps",
     "effective_sample_size",

@@ -18,7 +18,7 @@ _ENTROPY_FLOOR = 1e-8
 
 
 @dataclass
-class StepDraws:
+class StepWeights:
     """M draws per completion.
 
     Args:
@@ -91,7 +91,7 @@ def step_probabilities(
     return mass / mass.sum(1, keepdim=True)
 
 
-def draw_steps(probabilities: torch.Tensor, uniform: torch.Tensor, reduction: str) -> StepDraws:
+def draw_steps(probabilities: torch.Tensor, uniform: torch.Tensor, reduction: str) -> StepWeights:
     """Draw steps by inverting the cumulative distribution at stratified points.
 
     The points of a completion are (m + v_m)/M, one in each of M equal strata: the average over draws keeps its mean
@@ -116,4 +116,4 @@ def draw_steps(probabilities: torch.Tensor, uniform: torch.Tensor, reduction: st
     weights = 1.0 / probabilities.gather(1, steps)
     if reduction == "mean":
         weights = weights / eligible.sum(1, keepdim=True)
-    return StepDraws(steps, weights.float())
+    return StepWeights(steps, weights.float())

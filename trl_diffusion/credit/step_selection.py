@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trl_diffusion.credit.step_draws import StepDraws
+from trl_diffusion.credit.step_draws import StepWeights
 from trl_diffusion.distribution import cumulative_shares
 
 SIGNAL_AVERAGES = ("batch", "group", "running")
@@ -208,7 +208,7 @@ def hybrid_score(signals: StepSignals) -> torch.Tensor:
     return 0.5 * _z_roec(signals) + 0.5 * _z(signals.confidence_margin, signals.candidates)
 
 
-def selected_draws(selection: StepSelection, row_set: torch.Tensor, eligible: torch.Tensor) -> StepDraws:
+def selected_draws(selection: StepSelection, row_set: torch.Tensor, eligible: torch.Tensor) -> StepWeights:
     """The selection as draws of single completions.
 
     A step that a completion did not take, or behind its end, becomes an empty view of weight 0. Drawn steps weigh
@@ -230,7 +230,7 @@ def selected_draws(selection: StepSelection, row_set: torch.Tensor, eligible: to
     elif selection.mean_over_chosen:
         chosen = (selection.steps >= 0).sum(1, keepdim=True).clamp(min=1)
         weights = weights * (steps.size(1) / chosen)[row_set]
-    return StepDraws(steps.masked_fill(~there, -1), weights.masked_fill(~there, 0.0).float())
+    return StepWeights(steps.masked_fill(~there, -1), weights.masked_fill(~there, 0.0).float())
 
 
 def _top(scores: torch.Tensor, signals: StepSignals, count: int) -> StepSelection:

@@ -1,13 +1,28 @@
 """Completions to log-probabilities under noised views."""
 
+from trl_diffusion.likelihood.base import Likelihood, ScoredViews
 from trl_diffusion.likelihood.estimates import elbo_of_pairs, elbo_per_token, mean_of_targets, upper_bound_per_token
+from trl_diffusion.likelihood.masked_views import MaskedViews
+from trl_diffusion.likelihood.noises import Bernoulli, FullMask, Noise, SubsetPairs, TextSubsets
 from trl_diffusion.likelihood.plans import NoisePlan
+from trl_diffusion.likelihood.replay_views import ReplayViews
 from trl_diffusion.likelihood.scoring import Scores, score_views
+from trl_diffusion.likelihood.trajectory_views import TrajectoryViews
 from trl_diffusion.likelihood.views import Views, noised_views, stack_views, trajectory_views
 
 __all__ = [
+    "Bernoulli",
+    "FullMask",
+    "Likelihood",
+    "MaskedViews",
+    "Noise",
     "NoisePlan",
+    "ReplayViews",
+    "ScoredViews",
     "Scores",
+    "SubsetPairs",
+    "TextSubsets",
+    "TrajectoryViews",
     "Views",
     "elbo_of_pairs",
     "elbo_per_token",

@@ -7,29 +7,29 @@ import math
 import torch
 
 
-def elbo_per_token(logps: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+def elbo_per_token(logps: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     """Each token's part of an ELBO estimate from subsets and their complements (ESPO, 2512.03759).
 
-    Mean over the views of (L + 1)/k · ℓ where one of the view's k hidden positions is the token's, 0 where not.
+    Mean over the views of (L + 1)/k · ℓ where one of the view's k masked positions is the token's, 0 where not.
 
     Args:
-        logps: float [B, V, L], log-probabilities of the hidden positions, 0 elsewhere.
-        hidden: bool [B, V, L]; views 2i and 2i + 1 are complements.
+        logps: float [B, V, L], log-probabilities of the masked positions, 0 elsewhere.
+        masked: bool [B, V, L]; views 2i and 2i + 1 are complements.
 
     Returns:
         [B, L], in nats.
     """
-    weights = (hidden.size(-1) + 1) / hidden.sum(-1, keepdim=True).clamp(min=1)
+    weights = (masked.size(-1) + 1) / masked.sum(-1, keepdim=True).clamp(min=1)
     return (weights * logps).mean(1)
 
 
-def elbo_of_pairs(logps: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+def elbo_of_pairs(logps: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     """Monte-Carlo estimate [B] of the ELBO in nats: the sum of `elbo_per_token`, with the same arguments.
 
     Unbiased when the size of the subset is uniform on 0..L and the subset uniform given its size: of the two
     complements one may be empty, which counts as 0.
     """
-    return elbo_per_token(logps, hidden).sum(-1)
+    return elbo_per_token(logps, masked).sum(-1)
 
 
 def mean_of_targets(logps: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

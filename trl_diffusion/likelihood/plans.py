@@ -1,7 +1,7 @@
 """Noise plans: which positions of a completion its views hide, and which of those they are asked for.
 
 Every function is pure: the noise comes in as uniform numbers, which the trainer draws from the completion's private
-stream. Plans compose: `with_complements`, `concatenate`, `repeat` and `NoisePlan.only` take plans and return plans.
+stream. Plans compose: `with_complements`, `concatenate` and `NoisePlan.only` take plans and return plans.
 """
 
 from __future__ import annotations
@@ -11,22 +11,24 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from trl_diffusion.sampling.trajectory import taken_steps
+
 
 @dataclass
 class NoisePlan:
     """V noised views of each of B completions.
 
     Args:
-        hidden: bool [B, V, L], positions that are masked.
-        targets: bool [B, V, L], the hidden positions to score.
-        share: float32 [B, V], the share of positions meant to be hidden: the rate of independent masks, or count ÷ L.
-        prompt_hidden: bool [B, V, P], tokens of the prompt that are masked; `None` for none.
+        masked: bool [B, V, L], positions that are masked.
+        targets: bool [B, V, L], the masked positions to score.
+        rate: float32 [B, V], the share of positions meant to be masked: the rate of independent masks, or count ÷ L.
+        prompt_masked: bool [B, V, P], tokens of the prompt that are masked; `None` for none.
     """
 
-    hidden: torch.Tensor
+    masked: torch.Tensor
     targets: torch.Tensor
-    share: torch.Tensor
-    prompt_hidden: torch.Tensor | None = None
+    rate: torch.Tensor
+    prompt_masked: torch.Tensor | None = None
 
     def only(self, positions: torch.Tensor) -> NoisePlan:
         """The same views, asked for these positions alone (bool [B, L])."""
@@ -35,8 +37,8 @@ class NoisePlan:
 
 def full_mask(batch: int, views: int, length: int, device: torch.device | str = "cpu") -> NoisePlan:
     """The whole canvas masked, every position scored (mean field, 2504.12216)."""
-    hidden = torch.ones(batch, views, length, dtype=torch.bool, device=device)
-    return NoisePlan(hidden, hidden, torch.ones(batch, views, device=device))
+    masked = torch.ones(batch, views, length, dtype=torch.bool, device=device)
+    return NoisePlan(masked, masked, torch.ones(batch, views, device=device))
 
 
 def bernoulli(rate_noise: torch.Tensor, noise: torch.Tensor, low: float, high: float) -> NoisePlan:
@@ -49,8 +51,8 @@ def bernoulli(rate_noise: torch.Tensor, noise: torch.Tensor, low: float, high: f
         high: largest rate.
     """
     rate = low + (high - low) * rate_noise
-    hidden = noise < rate.unsqueeze(-1)
-    return NoisePlan(hidden, hidden, rate.float())
+    masked = noise < rate.unsqueeze(-1)
+    return NoisePlan(masked, masked, rate.float())
 
 
 def uniform_counts(noise: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
@@ -88,8 +90,8 @@ def random_subsets(counts: torch.Tensor, noise: torch.Tensor, allowed: torch.Ten
     if allowed is not None:
         noise = noise.masked_fill(~allowed, 2.0)
     rank = noise.argsort(-1).argsort(-1)
-    hidden = rank < counts.unsqueeze(-1)
-    return NoisePlan(hidden, hidden, counts / noise.size(-1))
+    masked = rank < counts.unsqueeze(-1)
+    return NoisePlan(masked, masked, counts / noise.size(-1))
 
 
 def with_complements(plan: NoisePlan) -> NoisePlan:
@@ -98,8 +100,8 @@ def with_complements(plan: NoisePlan) -> NoisePlan:
     def pairs(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         return torch.stack([first, second], dim=2).flatten(1, 2)
 
-    hidden = pairs(plan.hidden, ~plan.hidden)
-    return NoisePlan(hidden, hidden, pairs(plan.share, 1 - plan.share))
+    masked = pairs(plan.masked, ~plan.masked)
+    return NoisePlan(masked, masked, pairs(plan.rate, 1 - plan.rate))
 
 
 def prompt_noise(noise: torch.Tensor, probability: float, prompt_mask: torch.Tensor) -> torch.Tensor:
@@ -126,7 +128,7 @@ def random_text(count_noise: torch.Tensor, noise: torch.Tensor, length: torch.Te
     """
     behind = torch.arange(noise.size(-1), device=noise.device) >= length.view(-1, 1, 1)
     plan = random_subsets(uniform_counts(count_noise, length.unsqueeze(1)), noise, ~behind)
-    return replace(plan, hidden=plan.hidden | behind)
+    return replace(plan, masked=plan.masked | behind)
 
 
 def block_random(
@@ -159,7 +161,7 @@ def block_random(
     counts = uniform_counts(count_noise, (end - start).squeeze(-1))
     plan = random_subsets(counts, noise, inside)
     context = (positions < start) & (noise < context_probability)
-    return replace(plan, hidden=plan.hidden | (positions >= end) | context)
+    return replace(plan, masked=plan.masked | (positions >= end) | context)
 
 
 def trajectory_groups(unmask_step: torch.Tensor, num_steps: int, shrink: int) -> NoisePlan:
@@ -180,9 +182,9 @@ def trajectory_groups(unmask_step: torch.Tensor, num_steps: int, shrink: int) ->
     first = (torch.arange(views, device=unmask_step.device) * shrink).view(1, -1, 1)
     number = taken_steps(unmask_step, num_steps).cumsum(1) - 1  # of each step among those that were taken
     step = number.gather(1, unmask_step.clamp(min=0).long()).masked_fill(unmask_step < 0, -1).unsqueeze(1)
-    hidden = (step >= first) | (step < 0)
+    masked = (step >= first) | (step < 0)
     targets = (step >= first) & (step < first + shrink)
-    return NoisePlan(hidden, targets, hidden.float().mean(-1))
+    return NoisePlan(masked, targets, masked.float().mean(-1))
 
 
 def block_steps(unmask_step: torch.Tensor, steps_per_block: int, shrink: int) -> NoisePlan:
@@ -206,28 +208,10 @@ def block_steps(unmask_step: torch.Tensor, steps_per_block: int, shrink: int) ->
 
 def concatenate(plans: Sequence[NoisePlan]) -> NoisePlan:
     """The views of several plans, one after the other; either all or none mask prompts."""
-    prompts = [plan.prompt_hidden for plan in plans if plan.prompt_hidden is not None]
+    prompts = [plan.prompt_masked for plan in plans if plan.prompt_masked is not None]
     return NoisePlan(
-        torch.cat([plan.hidden for plan in plans], 1),
+        torch.cat([plan.masked for plan in plans], 1),
         torch.cat([plan.targets for plan in plans], 1),
-        torch.cat([plan.share for plan in plans], 1),
+        torch.cat([plan.rate for plan in plans], 1),
         torch.cat(prompts, 1) if prompts else None,
     )
-
-
-def repeat(plan: NoisePlan, times: int) -> NoisePlan:
-    """The same views `times` times."""
-    return concatenate([plan] * times)
-
-
-def taken_steps(unmask_step: torch.Tensor, num_steps: int) -> torch.Tensor:
-    """The denoising steps that committed a token, bool [B, S].
-
-    Parallel unmasking may finish a block before its last step, so there can be gaps.
-
-    Args:
-        unmask_step: int [B, L], -1 where nothing was sampled.
-        num_steps: S.
-    """
-    taken = torch.zeros(len(unmask_step), num_steps + 1, dtype=torch.bool, device=unmask_step.device)
-    return taken.scatter(1, unmask_step.long() + 1, True)[:, 1:]

@@ -13,8 +13,8 @@ class Views:
     """One noised view per completion.
 
     Args:
-        canvas: long [R, L], the completion with mask tokens where it is hidden.
-        targets: bool [R, L], the hidden positions to score.
+        canvas: long [R, L], the completion with mask tokens where it is masked.
+        targets: bool [R, L], the masked positions to score.
         prompt_ids: long [R, P], the prompt if it is noised too; else `None`.
         context: long [R, L], the finished completion, shown beside the canvas; for block-causal attention, where each
             block of the canvas sees the finished blocks before it and none of the noised ones. Else `None`.
@@ -33,7 +33,11 @@ class Views:
 
 
 def trajectory_views(
-    completion_ids: torch.Tensor, unmask_step: torch.Tensor, steps: torch.Tensor, mask_token_id: int
+    completion_ids: torch.Tensor,
+    unmask_step: torch.Tensor,
+    steps: torch.Tensor,
+    mask_token_id: int,
+    given: torch.Tensor | None = None,
 ) -> Views:
     """The canvas just before a denoising step, and the tokens which that step committed.
 
@@ -44,43 +48,46 @@ def trajectory_views(
         unmask_step: int [R, L], the step that committed each position; -1 for none.
         steps: long [R], one step per completion; -1 for an empty view.
         mask_token_id: the mask token.
+        given: bool [R, L], text that was on the canvas beforehand, and so is shown at every step; `None` for none.
 
     Returns:
         x_s and {i : u_i = s} for each row.
     """
     steps = steps.unsqueeze(1)
-    hidden = (unmask_step >= steps) | (unmask_step < 0)
+    masked = (unmask_step >= steps) | (unmask_step < 0)
+    if given is not None:
+        masked &= ~given
     return Views(
-        canvas=completion_ids.masked_fill(hidden, mask_token_id), targets=(unmask_step == steps) & (steps >= 0)
+        canvas=completion_ids.masked_fill(masked, mask_token_id), targets=(unmask_step == steps) & (steps >= 0)
     )
 
 
 def noised_views(
     completion_ids: torch.Tensor,
-    hidden: torch.Tensor,
+    masked: torch.Tensor,
     targets: torch.Tensor,
     mask_token_id: int,
     prompt_ids: torch.Tensor | None = None,
-    prompt_hidden: torch.Tensor | None = None,
-    beside_context: bool = False,
+    prompt_masked: torch.Tensor | None = None,
+    two_stream: bool = False,
 ) -> Views:
     """One view of a noise plan.
 
     Args:
         completion_ids: long [R, L].
-        hidden: bool [R, L], positions to mask.
+        masked: bool [R, L], positions to mask.
         targets: bool [R, L], the tokens to score.
         mask_token_id: the mask token.
-        prompt_ids: long [R, P]; needed with `prompt_hidden`.
-        prompt_hidden: bool [R, P], prompt tokens to mask.
-        beside_context: show the finished completion too, see `Views`.
+        prompt_ids: long [R, P]; needed with `prompt_masked`.
+        prompt_masked: bool [R, P], prompt tokens to mask.
+        two_stream: show the finished completion too, see `Views`.
     """
     prompt = None
-    if prompt_hidden is not None:
+    if prompt_masked is not None:
         assert prompt_ids is not None
-        prompt = prompt_ids.masked_fill(prompt_hidden, mask_token_id)
-    canvas = completion_ids.masked_fill(hidden, mask_token_id)
-    return Views(canvas, targets, prompt, completion_ids if beside_context else None)
+        prompt = prompt_ids.masked_fill(prompt_masked, mask_token_id)
+    canvas = completion_ids.masked_fill(masked, mask_token_id)
+    return Views(canvas, targets, prompt, completion_ids if two_stream else None)
 
 
 def stack_views(views: Sequence[Views]) -> Views:

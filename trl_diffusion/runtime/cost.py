@@ -17,8 +17,11 @@ from datasets import IterableDataset
 from torch import nn
 from transformers.training_args import OptimizerNames
 
+from trl_diffusion.credit.group_credit import Credit
 from trl_diffusion.family import DiffusionFamily
-from trl_diffusion.runtime.run import RolloutRun, TrainingRun
+from trl_diffusion.likelihood import Likelihood
+from trl_diffusion.losses import Loss
+from trl_diffusion.runtime.run import CompletionCost, RolloutRun, TrainingRun
 from trl_diffusion.sampling import SamplingConfig
 
 _PROMPTS_READ = 256  # rows of the data set whose prompts are measured
@@ -54,6 +57,48 @@ def rollout_units(config: SamplingConfig, family: DiffusionFamily, prompt_length
     if family.attention_block is None and not config.approximate:
         return config.denoising_steps
     return config.forward_units(prompt_length, family.attention_block, group)
+
+
+def completion_cost(
+    credit: Credit,
+    likelihood: Likelihood,
+    loss: Loss,
+    args: Any,
+    family: DiffusionFamily,
+    prompt_length: float,
+    probe: float,
+) -> CompletionCost:
+    """What one completion costs, from the choices of a method.
+
+    Args:
+        credit: of the method.
+        likelihood: of the method.
+        loss: of the method.
+        args: the trainer's config.
+        family: of the model.
+        prompt_length: tokens that prompts are padded to.
+        probe: passes of continuations (SAPO) per completion, at most.
+    """
+    length, updates = args.max_completion_length, args.num_iterations
+    views = updates * likelihood.num_views
+    old = views if loss.needs_old and not likelihood.records_old else 0
+    reference = views if loss.needs_reference(args) else 0
+    kept = likelihood.buffer_bytes(length, updates)
+    if credit.estimates is not None:
+        estimates = credit.estimates.num_views
+        old += estimates * (updates_per_rollout(args) if credit.refreshes else 1)
+        reference += estimates if credit.needs_reference else 0
+        kept += credit.estimates.buffer_bytes(length, 1) if credit.refreshes else 0
+    columns = 1 + likelihood.extra_columns(length) / (prompt_length + length)
+    return CompletionCost(
+        rollout=rollout_units(args.sampling_config(), family, prompt_length, args.num_generations),
+        probe=probe,
+        old=old * columns,
+        reference=reference * columns,
+        training=views * columns,
+        targets=likelihood.targets_per_view(length),
+        buffer_bytes=kept,
+    )
 
 
 def forward_units(run: RolloutRun) -> UpdateCost:

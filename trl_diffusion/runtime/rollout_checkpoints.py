@@ -20,6 +20,8 @@ from trl.trainer.utils import RepeatSampler
 
 from trl_diffusion.credit import StepAwareReward
 from trl_diffusion.runtime.checkpoints import Checkpoints
+from trl_diffusion.runtime.earlier_buffers import upgrade
+from trl_diffusion.runtime.meter import Meter
 from trl_diffusion.runtime.run_facts import Facts, as_json
 
 REFERENCE_WEIGHTS = "reference_model.safetensors"
@@ -36,7 +38,8 @@ class RolloutCheckpoints(Checkpoints):
     ref_model: Any
     reward_funcs: list[Any]
     reward_func_names: list[str]
-    forward_units: float
+    meter: Meter
+    choices: Any
     entropy_coef: float
     _last_world_entropy: float
     _rollouts: dict[str, int]
@@ -92,7 +95,7 @@ class RolloutCheckpoints(Checkpoints):
         rollouts = {
             "step": self._step,
             "rollouts": self._rollouts,
-            "forward_units": self.forward_units,
+            "forward_units": self.meter.forward_units,
             "buffer": self._buffered_inputs if self._buffer_in_use() else None,
             "metrics": _plain(self._metrics),
             "logs": _plain(self._logs),
@@ -111,8 +114,10 @@ class RolloutCheckpoints(Checkpoints):
 
     def _take_back(self, state: dict[str, Any], checkpoint: Path) -> None:
         super()._take_back(state, checkpoint)
-        self._step, self._rollouts, self.forward_units = state["step"], state["rollouts"], state["forward_units"]
-        self._buffered_inputs = send_to_device(state["buffer"], self.accelerator.device)
+        self._step, self._rollouts = state["step"], state["rollouts"]
+        self.meter.forward_units = state["forward_units"]
+        buffer = upgrade(state["buffer"], int(self.args.num_generations or 1), self.choices.credit.refreshes)
+        self._buffered_inputs = send_to_device(buffer, self.accelerator.device)
         for mode, metrics in state["metrics"].items():
             self._metrics[mode].clear()
             self._metrics[mode].update(metrics)

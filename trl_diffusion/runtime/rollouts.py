@@ -1,46 +1,25 @@
-"""Rollouts: what the reward functions saw of them, and the policy that samples them."""
+"""The policy as it is being trained, ready to sample; shared by rollouts and by SAPO's continuations."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from trl.models import unwrap_model_for_generation
 
+from trl_diffusion.family import DiffusionFamily
 from trl_diffusion.runtime.zero3 import finish_trace
-
-
-@dataclass
-class FinishedBatch:
-    """This process's completions as the reward functions saw them.
-
-    Args:
-        inputs: B rows of the data set.
-        prompts: B prompts.
-        completions: B completions.
-        completion_ids: their token ids, cut after the first end token.
-        rewards: float [rows of all processes, reward functions], NaN for `None`.
-    """
-
-    inputs: list[dict[str, Any]]
-    prompts: list
-    completions: list
-    completion_ids: list[list[int]]
-    rewards: torch.Tensor
-
-    def columns(self, rows: list[int]) -> dict[str, list]:
-        """The data set's other columns, of some rows."""
-        names = [name for name in dict(self.inputs[0]) if name not in ("prompt", "completion", "completion_ids")]
-        return {name: [self.inputs[row][name] for row in rows] for name in names}
+from trl_diffusion.sampling import CanvasState, SamplingConfig, Trajectory, sample
 
 
 @dataclass(frozen=True)
 class RolloutEngine:
-    """The policy as it is being trained, ready to sample.
+    """The policy inside of its wrappers, and how to get at it.
 
     Args:
         accelerator: of the run.
@@ -48,7 +27,7 @@ class RolloutEngine:
         summon: TRL's `summon_full_params` for the backend.
         gather: whether ZeRO-3 gathers all weights before sampling.
         checkpointing: `gradient_checkpointing_kwargs`, with which checkpointing is put back on.
-        any_process: where weights stay sharded, all-reduces "does any process need a forward?"; else `None`.
+        sharded: weights stay sharded while sampling, so that all processes must run the same number of forwards.
     """
 
     accelerator: Accelerator
@@ -56,7 +35,7 @@ class RolloutEngine:
     summon: Callable
     gather: bool
     checkpointing: dict[str, Any] | None
-    any_process: Callable[[bool], bool] | None
+    sharded: bool
 
     @contextmanager
     def policy(self) -> Iterator[Any]:
@@ -71,6 +50,70 @@ class RolloutEngine:
             torch.no_grad(),
             self.summon(self.model_wrapped, recurse=False),
         ):
-            if self.any_process is None:
+            if not self.sharded:
                 finish_trace(self.accelerator, model)
             yield model
+
+    def sample(
+        self,
+        model: Any,
+        prompt_ids: torch.Tensor,
+        prompt_mask: torch.Tensor,
+        config: SamplingConfig,
+        generators: Sequence[np.random.Generator],
+        state: CanvasState | None = None,
+    ) -> Trajectory:
+        """Write canvases; see `trl_diffusion.sampling.sample`.
+
+        Args:
+            model: what `policy` yields.
+            prompt_ids: long [B, P], left-padded.
+            prompt_mask: [B, P].
+            config: how.
+            generators: a private stream for every row.
+            state: partly denoised canvases to continue; all masked if not given.
+        """
+        together = self._any_process if self.sharded else None
+        return sample(model, prompt_ids, prompt_mask, config, generators, any_process=together, state=state)
+
+    def _any_process(self, here: bool) -> bool:
+        return bool(self.accelerator.gather(torch.tensor([here], device=self.accelerator.device)).any())
+
+
+@dataclass(frozen=True)
+class RolloutFigures:
+    """Metrics of a rollout over all processes.
+
+    Args:
+        metrics: by name.
+        forward_units: passes that the rollout took on all processes.
+    """
+
+    metrics: dict[str, float]
+    forward_units: float
+
+    @classmethod
+    def of(
+        cls, trajectory: Trajectory, family: DiffusionFamily, accelerator: Accelerator, seconds: float
+    ) -> RolloutFigures:
+        """Reduce the figures of this process's completions with those of the others."""
+        sampled = trajectory.unmask_step >= 0
+        statistics = torch.stack(
+            [
+                trajectory.row_forwards.sum().float(),
+                sampled.sum().float(),
+                (family.is_end(trajectory.completion_ids) & sampled).sum().float(),
+                torch.tensor(float(len(sampled)), device=sampled.device),
+                family.is_end(trajectory.completion_ids[:, 0]).sum().float(),
+                trajectory.row_units.sum(),
+            ]
+        )
+        steps, tokens, ends, rows, empty, units = accelerator.reduce(statistics, reduction="sum").tolist()
+        metrics = {
+            "rollout/denoising_steps": steps / rows,
+            "rollout/tokens_per_forward": tokens / steps,
+            "rollout/eos_share": ends / tokens,
+            "rollout/seconds": seconds,
+            "completions/empty_share": empty / rows,
+        }
+        return cls(metrics, units)

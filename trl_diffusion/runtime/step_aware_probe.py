@@ -17,8 +17,9 @@ from trl_diffusion.credit import StepAwareReward
 from trl_diffusion.credit.step_aware import group_success_rate
 from trl_diffusion.credit.step_aware_states import probe_points, probe_state, settled
 from trl_diffusion.family import DiffusionFamily
-from trl_diffusion.runtime.rollouts import FinishedBatch, RolloutEngine
-from trl_diffusion.sampling import CanvasState, SamplingConfig, Trajectory, row_generators, sample
+from trl_diffusion.runtime.rollouts import RolloutEngine
+from trl_diffusion.sampling import CanvasState, SamplingConfig, row_generators
+from trl_diffusion.sampling.rollout import FinishedBatch, Rollout
 from trl_diffusion.streams import Purpose, uniforms
 
 # The state lies at a random fraction of the completion within these limits.
@@ -51,8 +52,6 @@ class StepAwareProbe:
         index: place of the `StepAwareReward` among the reward functions.
         family: of the model.
         sampling: how completions are sampled, and so how they are continued.
-        seed: of the run.
-        group: completions per prompt.
         tokenizer: decodes continuations.
         accelerator: of the run.
     """
@@ -61,8 +60,6 @@ class StepAwareProbe:
     index: int
     family: DiffusionFamily
     sampling: SamplingConfig
-    seed: int
-    group: int
     tokenizer: Any
     accelerator: Accelerator
 
@@ -89,48 +86,36 @@ class StepAwareProbe:
             )
         return cls(*found[0], tokenizer=tokenizer, **values)
 
-    def measure(
-        self,
-        rows: dict[str, torch.Tensor],
-        trajectory: Trajectory,
-        finished: FinishedBatch,
-        rollout: int,
-        engine: RolloutEngine,
-        trainer_state: Any,
-    ) -> Probed:
+    def measure(self, rollout: Rollout, advantages: torch.Tensor, engine: RolloutEngine, trainer_state: Any) -> Probed:
         """Continue completions and measure how often that succeeds.
 
         Args:
-            rows: `prompt_ids` and `prompt_mask` [B, P], `advantages` and `global_row` [B].
-            trajectory: of the completions.
-            finished: the completions and their rewards.
-            rollout: number of the rollout, for the random streams.
+            rollout: the completions and their rewards.
+            advantages: [B], the method's own; NaN for a completion without a reward.
             engine: the policy.
             trainer_state: transformers' state of the run, which reward functions are given.
         """
         start = time.perf_counter()
-        settings, accelerator, group = self.settings, self.accelerator, self.group
-        first = accelerator.process_index * len(finished.prompts)
-        mine = slice(first, first + len(finished.prompts))  # this process's rows in what is gathered
-        success = self._finished_success(finished, finished.rewards[mine, self.index], trainer_state)
-        all_success, all_advantages = accelerator.gather((success, rows["advantages"]))
-        baseline = group_success_rate(all_success, group, settings.leave_one_out)[mine]
+        settings, group, finished = self.settings, rollout.group_size, rollout.finished
+        rewards = rollout.own(finished.rewards[:, self.index])
+        success = self._finished_success(finished, rewards, trainer_state)
+        all_success = rollout.gather(success)
+        baseline = rollout.own(group_success_rate(all_success, group, settings.leave_one_out))
 
         # Subtracting the mean of equal rewards leaves rounding noise; such groups are ties.
         groups = finished.rewards.view(-1, group, finished.rewards.size(1))
         scored = ~groups.isnan().all(2, keepdim=True)
         groups = groups.nan_to_num()
         highest, lowest = (groups.masked_fill(~scored, limit) for limit in (-torch.inf, torch.inf))
-        tied = (highest.amax(1) <= lowest.amin(1)).all(1).repeat_interleave(group)[mine]
-        probed = settings.probed(rows["advantages"].masked_fill(tied, 0.0), success)
-        # TRL empties the mask of a completion that `mask_truncated_completions` drops.
-        probed &= rows["completion_mask"].any(1)
+        tied = rollout.own((highest.amax(1) <= lowest.amin(1)).all(1).repeat_interleave(group))
+        probed = settings.probed(advantages.masked_fill(tied, 0.0), success)
+        probed &= rollout.trainable
         if settings.baseline == "group":
             probed &= ~baseline.isnan()  # nobody left to compare with
-        continuations = _Continuations(self, rows, trajectory, finished, rollout, engine, trainer_state)
+        continuations = _Continuations(self, rollout, engine, trainer_state)
         process_reward = continuations.process_reward(probed, success, baseline)
-        all_rewards = accelerator.gather(process_reward)
-        advantages = settings.advantages(all_advantages, all_rewards, group)[mine]
+        all_rewards = rollout.gather(process_reward)
+        advantages = rollout.own(settings.advantages(rollout.gather(advantages), all_rewards, group))
         metrics = self._metrics(all_rewards, all_success, continuations)
         metrics["step_aware/seconds"] = time.perf_counter() - start
         listed = [None if math.isnan(value) else value for value in all_rewards.tolist()]
@@ -193,18 +178,9 @@ class StepAwareProbe:
 class _Continuations:
     """The continuations of one rollout batch, and what they cost this process."""
 
-    def __init__(
-        self,
-        probe: StepAwareProbe,
-        rows: dict[str, torch.Tensor],
-        trajectory: Trajectory,
-        finished: FinishedBatch,
-        rollout: int,
-        engine: RolloutEngine,
-        trainer_state: Any,
-    ):
+    def __init__(self, probe: StepAwareProbe, rollout: Rollout, engine: RolloutEngine, trainer_state: Any):
         self.probe, self.settings, self.engine, self.trainer_state = probe, probe.settings, engine, trainer_state
-        self.batch, self.trajectory, self.finished, self.rollout = rows, trajectory, finished, rollout
+        self.rollout, self.trajectory, self.finished = rollout, rollout.trajectory, rollout.finished
         self.config = dataclasses.replace(probe.sampling, record_signals=False)
         self.units, self.rows, self.sync_forwards = 0.0, 0, 0
 
@@ -223,10 +199,11 @@ class _Continuations:
 
     def _fractions(self) -> torch.Tensor:
         """Uniform draws [B, 2], shared by a group or not, the same on every process."""
-        keys = self.batch["global_row"]
+        keys = self.rollout.global_rows
         if self.settings.state_shared_by == "group":
-            keys = keys // self.probe.group
-        generators = row_generators(self.probe.seed, Purpose.PROBE_STATE, self.rollout, rows=keys.tolist())
+            keys = keys // self.rollout.group_size
+        key = (Purpose.PROBE_STATE, self.rollout.number)
+        generators = row_generators(self.rollout.seed, *key, rows=keys.tolist())
         return uniforms(generators, 2).to(keys.device)
 
     def _success_rates(self, asked: torch.Tensor, points, success: torch.Tensor, which: int) -> torch.Tensor:
@@ -252,14 +229,13 @@ class _Continuations:
 
     def _continue(self, rows: torch.Tensor, state: CanvasState, which: int) -> torch.Tensor:
         """Success, float64 [R], of one continuation for each of the `rows` (each stands N times)."""
-        lockstep = self.engine.any_process is not None
-        most = int(self.probe.accelerator.gather(torch.tensor([len(rows)], device=rows.device)).max())
+        most = int(self.rollout.gather(torch.tensor([len(rows)], device=rows.device)).max())
         drawn = []
         if most > 0:
             with self.engine.policy() as model:
-                size = len(self.batch["global_row"])
+                size = len(self.rollout.global_rows)
                 # Where weights are sharded, a process without rows left runs the forwards of the others.
-                for start in range(0, most if lockstep else len(rows), size):
+                for start in range(0, most if self.engine.sharded else len(rows), size):
                     drawn.append(self._sample(model, rows, slice(start, start + size), state, which))
         if len(rows) == 0:
             return torch.zeros(0, dtype=torch.float64, device=rows.device)
@@ -270,21 +246,22 @@ class _Continuations:
         count = self.settings.num_rollouts
         own = rows[part]
         repeat = torch.arange(len(rows), device=rows.device)[part] % count
-        streams = (self.batch["global_row"][own] * count + repeat).tolist()
+        streams = (self.rollout.global_rows[own] * count + repeat).tolist()
         start = CanvasState(state.canvas[own], state.length[own])
         if len(own) == 0:
             own, streams = rows.new_zeros(1), [0]
             start = CanvasState(self.trajectory.completion_ids[:1], state.length[:1])  # finished: never written to
-        trajectory = sample(
+        key = (Purpose.PROBE_ROLLOUT, self.rollout.number, which)
+        prompt_mask = self.rollout.prompt_mask[own]
+        trajectory = self.engine.sample(
             model,
-            self.batch["prompt_ids"][own],
-            self.batch["prompt_mask"][own],
+            self.rollout.prompt_ids[own],
+            prompt_mask,
             self.config,
-            row_generators(self.probe.seed, Purpose.PROBE_ROLLOUT, self.rollout, which, rows=streams),
-            any_process=self.engine.any_process,
-            state=start,
+            row_generators(self.rollout.seed, *key, rows=streams),
+            start,
         )
-        prompts = self.batch["prompt_mask"][own].sum(1)
+        prompts = prompt_mask.sum(1)
         share = (prompts + start.length) / (prompts + self.config.canvas_length)
         self.units += (trajectory.row_units * share).sum().item()
         self.sync_forwards += trajectory.sync_forwards

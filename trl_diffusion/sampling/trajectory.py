@@ -34,6 +34,8 @@ class Trajectory:
         sync_forwards: those among them that only kept step with the other processes.
         prompt_columns: long [B], columns of the prompts, padding included, in the passes that wrote each row; `None`
             if they are not known.
+        given: bool [B, L], text that was put on the canvas beforehand: shown in every view, never a target; `None` for
+            none.
     """
 
     completion_ids: torch.Tensor
@@ -49,6 +51,7 @@ class Trajectory:
     forwards: int
     sync_forwards: int
     prompt_columns: torch.Tensor | None = None
+    given: torch.Tensor | None = None
 
     @classmethod
     def gather(cls, parts: Sequence[Trajectory], rows: torch.Tensor) -> Trajectory:
@@ -71,7 +74,7 @@ class Trajectory:
 
     def cut(self, length: int) -> Trajectory:
         """The trajectory of the first positions of the canvas."""
-        names = ("completion_ids", "unmask_step", "logps", "entropies", "support")
+        names = ("completion_ids", "unmask_step", "logps", "entropies", "support", "given")
         values = {name: getattr(self, name) for name in names}
         return replace(self, **{name: value[:, :length] for name, value in values.items() if value is not None})
 
@@ -79,3 +82,16 @@ class Trajectory:
     def steps_taken(self) -> torch.Tensor:
         """Long [B], the denoising steps each completion took until its text ended."""
         return self.unmask_step.max(1).values.long() + 1
+
+
+def taken_steps(unmask_step: torch.Tensor, num_steps: int) -> torch.Tensor:
+    """The denoising steps that committed a token, bool [B, S].
+
+    Parallel unmasking may finish a block before its last step, so there can be gaps.
+
+    Args:
+        unmask_step: int [B, L], -1 where nothing was sampled.
+        num_steps: S.
+    """
+    taken = torch.zeros(len(unmask_step), num_steps + 1, dtype=torch.bool, device=unmask_step.device)
+    return taken.scatter(1, unmask_step.long() + 1, True)[:, 1:]

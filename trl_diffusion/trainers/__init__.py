@@ -4,7 +4,6 @@ from trl_diffusion.trainers.agrpo import AGRPOConfig, AGRPOTrainer
 from trl_diffusion.trainers.atpo import ATPOConfig, ATPOTrainer
 from trl_diffusion.trainers.base.config import DiffusionGRPOConfig
 from trl_diffusion.trainers.base.trainer import DiffusionGRPOTrainer
-from trl_diffusion.trainers.base.trajectory import TrajectoryGRPOConfig, TrajectoryGRPOTrainer
 from trl_diffusion.trainers.coupled_grpo import CoupledGRPOConfig, CoupledGRPOTrainer
 from trl_diffusion.trainers.diffu_grpo import DiffuGRPOConfig, DiffuGRPOTrainer
 from trl_diffusion.trainers.dipo import DiPOConfig, DiPOTrainer
@@ -13,6 +12,7 @@ from trl_diffusion.trainers.espo import ESPOConfig, ESPOTrainer
 from trl_diffusion.trainers.sft import SFTConfig, SFTTrainer
 from trl_diffusion.trainers.spg import SPGConfig, SPGTrainer
 from trl_diffusion.trainers.tracerl import TraceRLConfig, TraceRLTrainer
+from trl_diffusion.trainers.trajectory_grpo import TrajectoryGRPOConfig, TrajectoryGRPOTrainer
 from trl_diffusion.trainers.uni_grpo import UniGRPOConfig, UniGRPOTrainer
 from trl_diffusion.trainers.wd1 import WD1Config, WD1Trainer
 

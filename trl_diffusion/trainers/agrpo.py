@@ -11,8 +11,7 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass, field
 
-from trl_diffusion.trainers.base.quiet import no_luspo_hint
-from trl_diffusion.trainers.base.trajectory import TrajectoryGRPOConfig, TrajectoryGRPOTrainer
+from trl_diffusion.trainers.trajectory_grpo import TrajectoryGRPOConfig, TrajectoryGRPOTrainer
 
 
 @dataclass
@@ -63,7 +62,3 @@ class AGRPOTrainer(TrajectoryGRPOTrainer):
                 eprint       = {arXiv:2510.04019},
             }"""),
     }
-
-    def __init__(self, *args, **kwargs):
-        with no_luspo_hint():
-            super().__init__(*args, **kwargs)

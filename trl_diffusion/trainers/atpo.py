@@ -14,7 +14,7 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass, field
 
-from trl_diffusion.trainers.base.trajectory import TrajectoryGRPOConfig, TrajectoryGRPOTrainer
+from trl_diffusion.trainers.trajectory_grpo import TrajectoryGRPOConfig, TrajectoryGRPOTrainer
 
 
 @dataclass

@@ -14,10 +14,10 @@ from trl.models import unwrap_model_for_generation
 
 from trl_diffusion.evaluation.accuracy import Accuracy, wilson_interval
 from trl_diffusion.evaluation.confusion_zones import confusion_zone_figure, failure_auc, signal_frame
-from trl_diffusion.runtime.rollouts import FinishedBatch
 from trl_diffusion.runtime.zero3 import finish_trace
+from trl_diffusion.sampling.rollout import FinishedBatch
 from trl_diffusion.trainers.base.trainer import DiffusionGRPOTrainer
-from trl_diffusion.trainers.base.trajectory import TrajectoryGRPOTrainer
+from trl_diffusion.trainers.trajectory_grpo import TrajectoryGRPOTrainer
 
 
 class AccuracyCallback(TrainerCallback):

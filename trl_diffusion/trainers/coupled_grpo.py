@@ -16,9 +16,13 @@ from dataclasses import dataclass, field
 import torch
 
 from trl_diffusion.credit import leave_one_out
-from trl_diffusion.likelihood import NoisePlan, Scores
+from trl_diffusion.likelihood import Likelihood, MaskedViews, Noise, NoisePlan, ScoredViews
 from trl_diffusion.likelihood.plans import bernoulli, concatenate, full_mask, with_complements
-from trl_diffusion.trainers.base.masked import MaskRateConfig, NoisedGRPOTrainer
+from trl_diffusion.losses.token_ratio import check_token_level
+from trl_diffusion.sampling.rollout import Rollout
+from trl_diffusion.trainers.base.choices import CreditChoice
+from trl_diffusion.trainers.base.masked import MaskRateConfig
+from trl_diffusion.trainers.base.trainer import DiffusionGRPOTrainer
 
 
 @dataclass
@@ -46,32 +50,72 @@ class CoupledGRPOConfig(MaskRateConfig):
     def __post_init__(self):
         super().__post_init__()
         self.require_pairs()
-        self.require_token_ratios()
+        check_token_level(self)
         if self.max_mask_rate == 1:
             raise ValueError("max_mask_rate must be below 1: the complement of a full mask scores nothing.")
 
 
-def coupled_statistic(logps: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+def coupled_statistic(logps: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
     """½ [ℓ under the full mask + mean over pairs of ℓ in the view that masks the token ÷ the view's rate].
 
     Args:
         logps: float [B, V, L], 0 where a view does not score a token; view 0 masks everything, the others in pairs.
-        share: [B, V], rates.
+        rates: [B, V].
 
     Returns:
         [B, L].
     """
     pairs = (logps.size(1) - 1) / 2
-    partial = (logps[:, 1:] / share[:, 1:].unsqueeze(-1)).sum(1) / pairs
+    partial = (logps[:, 1:] / rates[:, 1:].unsqueeze(-1)).sum(1) / pairs
     return (logps[:, 0] + partial) / 2
 
 
-class CoupledGRPOTrainer(NoisedGRPOTrainer):
+@dataclass
+class CoupledMasks(Noise):
+    """The whole canvas masked, then pairs of a random mask with its complement.
+
+    Args:
+        pairs: the number of pairs.
+        low: smallest rate of the first mask of a pair.
+        high: largest rate.
+    """
+
+    pairs: int
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        self.num_views = 2 * self.pairs + 1
+
+    def draw(self, rollout: Rollout, update: int) -> NoisePlan:
+        noise, (batch, length) = rollout.view_noise(update), rollout.trajectory.completion_ids.shape
+        masks = bernoulli(noise.uniform(self.pairs), noise.uniform(self.pairs, length), self.low, self.high)
+        return concatenate([full_mask(batch, 1, length, device=rollout.device), with_complements(masks)])
+
+    def estimate(self, logps: torch.Tensor, views: ScoredViews) -> torch.Tensor:
+        """The sum of the tokens' statistics."""
+        assert views.rates is not None
+        return coupled_statistic(logps, views.rates).sum(-1)
+
+    def scored_share(self, length: int) -> float:
+        return (1 + self.pairs) / self.num_views  # each pair scores the canvas once
+
+
+class CoupledViews(MaskedViews):
+    """Masked views whose log-probabilities make one statistic per token."""
+
+    scored_together = True
+
+    def combine(self, logps: torch.Tensor, views: ScoredViews) -> torch.Tensor:
+        assert views.rates is not None
+        return coupled_statistic(logps, views.rates).unsqueeze(1)
+
+
+class CoupledGRPOTrainer(DiffusionGRPOTrainer):
     """coupled-GRPO, see the arguments of `DiffusionGRPOTrainer`."""
 
     config_class = CoupledGRPOConfig
     args: CoupledGRPOConfig
-    joint = True
     _tag_names = ["trl", "trl_diffusion", "coupled-grpo"]
     _name = "coupled-GRPO"
     _paper = {
@@ -88,29 +132,9 @@ class CoupledGRPOTrainer(NoisedGRPOTrainer):
             }"""),
     }
 
-    def _num_views(self) -> int:
-        return self.args.num_mc_samples + 1
+    def credit(self) -> CreditChoice:
+        return leave_one_out
 
-    def _scored_share(self) -> float:
-        return (1 + self.args.num_mc_samples / 2) / self._num_views()  # each pair scores the canvas once
-
-    def _noise(self, mode, update, trajectory, rows, scope) -> NoisePlan:
-        streams, (batch, length) = self._streams(mode, update, rows), scope.shape
-        pairs = self.args.num_mc_samples // 2
-        rates, noise = self._uniforms(streams, pairs), self._uniforms(streams, pairs, length)
-        masked = bernoulli(rates, noise, self.args.min_mask_rate, self.args.max_mask_rate)
-        return concatenate([full_mask(batch, 1, length, device=scope.device), with_complements(masked)])
-
-    def _group_advantages(self, advantages) -> torch.Tensor:
-        return leave_one_out(advantages)
-
-    def _view_loss(self, model, rows, update, view) -> torch.Tensor:
-        scores = self._score_views(model, rows, update, range(self._num_views()))
-        share = rows["hidden_share"][:, update]
-        statistic = coupled_statistic(scores.logps, share)
-        old = coupled_statistic(rows["old_per_token_logps"][:, update], share)
-        compared = None
-        if self.args.beta != 0.0:
-            compared = coupled_statistic(rows["ref_per_token_logps"][:, update], share)
-        targets = rows["completion_mask"].bool()
-        return self._token_loss(model, rows, Scores(statistic, scores.entropies[:, 0]), targets, old, compared)
+    def likelihood(self) -> Likelihood:
+        args = self.args
+        return CoupledViews(CoupledMasks(args.num_mc_samples // 2, args.min_mask_rate, args.max_mask_rate))

@@ -12,8 +12,9 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass, field
 
-from trl_diffusion.likelihood import NoisePlan
-from trl_diffusion.trainers.base.masked import NoisedGRPOTrainer, PromptNoiseConfig
+from trl_diffusion.likelihood import FullMask, Likelihood, MaskedViews
+from trl_diffusion.trainers.base.masked import PromptNoiseConfig
+from trl_diffusion.trainers.base.trainer import DiffusionGRPOTrainer
 
 
 @dataclass
@@ -29,7 +30,7 @@ class DiffuGRPOConfig(PromptNoiseConfig):
     beta: float = field(default=0.04, metadata={"help": "Coefficient of the k3 KL."})
 
 
-class DiffuGRPOTrainer(NoisedGRPOTrainer):
+class DiffuGRPOTrainer(DiffusionGRPOTrainer):
     """diffu-GRPO, see the arguments of `DiffusionGRPOTrainer`."""
 
     config_class = DiffuGRPOConfig
@@ -49,5 +50,5 @@ class DiffuGRPOTrainer(NoisedGRPOTrainer):
             }"""),
     }
 
-    def _noise(self, mode, update, trajectory, rows, scope) -> NoisePlan:
-        return self._masked_canvas(mode, update, rows, self.args.prompt_mask_probability)
+    def likelihood(self) -> Likelihood:
+        return MaskedViews(FullMask(self.args.num_mc_samples, self.args.prompt_mask_probability))

@@ -13,9 +13,11 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass, field
 
-import torch
-
-from trl_diffusion.trainers.base.replay import ReplayConfig, ReplayTrainer
+from trl_diffusion.credit import population_z_score
+from trl_diffusion.likelihood import Likelihood, ReplayViews
+from trl_diffusion.trainers.base.choices import CreditChoice
+from trl_diffusion.trainers.base.replay import ReplayConfig
+from trl_diffusion.trainers.base.trainer import DiffusionGRPOTrainer
 
 
 @dataclass
@@ -50,11 +52,11 @@ class DiPOConfig(ReplayConfig):
                 )
 
     @property
-    def views_beside_completion(self) -> bool:
+    def two_stream(self) -> bool:
         return True
 
 
-class DiPOTrainer(ReplayTrainer):
+class DiPOTrainer(DiffusionGRPOTrainer):
     """DiPO, see the arguments of `DiffusionGRPOTrainer`; the model must be block-causal."""
 
     config_class = DiPOConfig
@@ -75,6 +77,9 @@ class DiPOTrainer(ReplayTrainer):
             }"""),
     }
 
-    def _view_weights(self, scored) -> torch.Tensor:
-        # every token is in one view, and the loss divides by their number
-        return torch.full_like(scored, self._num_views(), dtype=torch.float32)
+    def credit(self) -> CreditChoice:
+        return population_z_score
+
+    def likelihood(self) -> Likelihood:
+        # Every token is in one view, and the loss divides by their number.
+        return ReplayViews(self.args.sampling_config(), self.args.shrink, mean_over="tokens", two_stream=True)

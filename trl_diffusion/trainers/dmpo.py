@@ -10,20 +10,16 @@ loss        −weight · mean log-probability of the masked tokens, summed over 
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-import torch
-from torch.nn.functional import logsigmoid
+from trl_diffusion.credit.target_weights import BASELINES, TargetWeights
+from trl_diffusion.likelihood import Bernoulli, Likelihood, MaskedViews, SubsetPairs
+from trl_diffusion.losses import Contrast, Loss, WeightedLikelihood
+from trl_diffusion.trainers.base.choices import CreditChoice
+from trl_diffusion.trainers.base.masked import CompletionLossConfig, MaskRateConfig
+from trl_diffusion.trainers.base.trainer import DiffusionGRPOTrainer
 
-from trl_diffusion.credit import effective_sample_size, group_softmax, scored_in_group, target_log_weights
-from trl_diffusion.likelihood import NoisePlan, elbo_of_pairs, mean_of_targets
-from trl_diffusion.likelihood.plans import bernoulli, with_complements
-from trl_diffusion.runtime.cost import updates_per_rollout
-from trl_diffusion.runtime.run import CompletionCost
-from trl_diffusion.trainers.base.completion_loss import CompletionLossConfig, CompletionLossTrainer
-from trl_diffusion.trainers.base.masked import MaskRateConfig
-
-CHOICES = {"objective": ("cross_entropy", "wddo"), "weight_baseline": ("group", "individual", "model", "none")}
+CHOICES = {"objective": ("cross_entropy", "wddo"), "weight_baseline": BASELINES}
 
 
 @dataclass
@@ -74,28 +70,11 @@ class DMPOConfig(CompletionLossConfig, MaskRateConfig):
         self.require_plain_rewards()
 
 
-def weighted_cross_entropy(weights: torch.Tensor, logps: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """−W · mean over views of the mean log-probability of a view's targets; [B] from [B] and two [B, V, L]."""
-    return -weights * mean_of_targets(logps, targets).mean(1)
-
-
-def wddo_loss(weights: torch.Tensor, change: torch.Tensor, other_change: torch.Tensor) -> torch.Tensor:
-    """−[G·w · log σ(D) + log σ(−D')], minimal where D is the log-ratio of target and old policy.
-
-    Args:
-        weights: [B], G·w, mean 1 over a prompt's G completions with a reward.
-        change: [B], D = ELBO − ELBO_old.
-        other_change: [B], the same from independent views.
-    """
-    return -(weights * logsigmoid(change) + logsigmoid(-other_change))
-
-
-class DMPOTrainer(CompletionLossTrainer):
+class DMPOTrainer(DiffusionGRPOTrainer):
     """DMPO, see the arguments of `DiffusionGRPOTrainer`."""
 
     config_class = DMPOConfig
     args: DMPOConfig
-    whole_canvas = True
     _tag_names = ["trl", "trl_diffusion", "dmpo"]
     _name = "DMPO"
     _paper = {
@@ -113,121 +92,22 @@ class DMPOTrainer(CompletionLossTrainer):
             }"""),
     }
 
-    def __init__(self, model, reward_funcs=None, args=None, *others, **kwargs):
-        super().__init__(model, reward_funcs, args, *others, **kwargs)
-        self.joint = self._compares_with_old = self.args.objective == "wddo"
+    def credit(self) -> CreditChoice:
+        args = self.args
+        scale = 1 / args.alpha if args.weight_scale is None else args.weight_scale
+        pairs = self._num_views() // 2
+        views = MaskedViews(SubsetPairs(pairs), loss_mask="canvas")
+        return TargetWeights(args.alpha, scale, args.weight_baseline, views, over_scored=args.objective == "wddo")
 
-    @staticmethod
-    def _needs_reference(args) -> bool:
-        return args.alpha != 0.0
+    def likelihood(self) -> Likelihood:
+        args, views = self.args, self._num_views()
+        if args.objective == "wddo":
+            return MaskedViews(SubsetPairs(views // 2), loss_mask="canvas")
+        return MaskedViews(Bernoulli(views, args.min_mask_rate, args.max_mask_rate, complements=True), "canvas")
+
+    def loss(self) -> Loss:
+        return Contrast() if self.args.objective == "wddo" else WeightedLikelihood("mean")
 
     def _num_views(self) -> int:
-        return self.args.num_mc_samples * (2 if self.joint else 1)
-
-    def _planned_updates(self, mode: str) -> int:
-        return self._inner_updates(mode) + 1  # the last ones are those that the weights are estimated on
-
-    def _scored_share(self) -> float:
-        return 0.5  # each pair scores the canvas once
-
-    def completion_cost(self) -> CompletionCost:
-        cost, views, args = super().completion_cost(), self._num_views(), self.args
-        weights = views if args.alpha != 0.0 or args.weight_baseline == "model" else 0
-        refreshed = views * (updates_per_rollout(args) - 1) if args.weight_baseline == "model" else 0
-        return replace(cost, old=cost.old + weights + refreshed, reference=views if args.alpha != 0.0 else 0)
-
-    def _noise(self, mode, update, trajectory, rows, scope) -> NoisePlan:
-        pairs = self._num_views() // 2
-        if self.joint or update == self._inner_updates(mode):
-            return self._subset_pairs(mode, update, rows, pairs)
-        streams = self._streams(mode, update, rows)
-        rates, noise = self._uniforms(streams, pairs), self._uniforms(streams, pairs, scope.size(1))
-        return with_complements(bernoulli(rates, noise, self.args.min_mask_rate, self.args.max_mask_rate))
-
-    def _plan_views(self, mode, trajectory, rows, learns) -> dict[str, torch.Tensor]:
-        plan = super()._plan_views(mode, trajectory, rows, learns & ~rows["advantages"].isnan())
-        # what a group's weights are estimated on: completions that must not learn are weighed like the others
-        plan["targets"][:, -1] = plan["hidden"][:, -1]
-        return plan
-
-    # ---------------------------------------------------------------- weights
-
-    def _assign_credit(self, mode, rows) -> None:
-        args, rewards = self.args, rows["advantages"]  # rewards less the prompt's mean, NaN for none
-        unscored = rewards.isnan()
-        scale = 1 / args.alpha if args.weight_scale is None else args.weight_scale
-        reference = current = None
-        if args.alpha != 0.0 or args.weight_baseline == "model":
-            views = [self._inner_updates(mode)]
-            current = self._elbo(rows, views, self._logps_of_views(mode, self.model, rows, views))
-            # −inf for the change since the rollout: the baseline leaves out what has no reward
-            rows["rollout_elbo"] = current.masked_fill(unscored, torch.inf)
-        if args.alpha != 0.0:
-            reference = self._elbo(rows, views, self._reference_logps(mode, rows, views))
-
-        def softmax(log_weights: torch.Tensor) -> torch.Tensor:
-            return self._over_groups(mode, log_weights.masked_fill(unscored, -torch.inf), group_softmax)
-
-        def weights(rewards: torch.Tensor) -> torch.Tensor:
-            return softmax(target_log_weights(reference, current, rewards, args.alpha, scale))
-
-        scored = self._over_groups(mode, rewards, scored_in_group)
-        equal = (1 / scored).masked_fill(unscored, 0.0)
-        rows["weights"] = weights(rewards)
-        rows["weight_baseline"] = {
-            "none": lambda: torch.zeros_like(rewards),
-            "group": lambda: equal,
-            "individual": lambda: weights(-rewards),
-            "model": lambda: equal,  # as long as the policy is that of the rollout
-        }[args.weight_baseline]()
-        self._log_weights(mode, rows["weights"])
-        if self.joint:  # WDDO's sample of the policy are the n completions with a reward: n·w in place of G·w
-            rows["weights"] = rows["weights"] * scored / self.group_size(mode)
-
-    def _log_weights(self, mode: str, weights: torch.Tensor) -> None:
-        groups = self.accelerator.gather(weights).view(-1, self.group_size(mode))
-        groups = groups[groups.any(1)]  # a prompt without any reward has no weights
-        if len(groups):
-            self._metrics[mode]["dmpo/effective_sample_size"].append(effective_sample_size(groups).mean().item())
-            self._metrics[mode]["dmpo/max_weight"].append(groups.max(1).values.mean().item())
-
-    def _elbo(self, rows: dict[str, torch.Tensor], views: list[int], logps: torch.Tensor) -> torch.Tensor:
-        """ELBO estimates [B] from log-probabilities [B, 1, V, L] on the views of one index."""
-        return elbo_of_pairs(logps[:, 0], rows["hidden"][:, views[0]])
-
-    def _prepare_inputs(self, generation_batch):
-        rows = super()._prepare_inputs(generation_batch)
-        if self.args.weight_baseline == "model" and self.model.training and self._view == 0:
-            update, micro_batch = self._place_in_buffer()
-            if micro_batch % self.current_gradient_accumulation_steps == 0 and (update, micro_batch) != (0, 0):
-                self._refresh_model_baseline()
-        return rows
-
-    def _refresh_model_baseline(self) -> None:
-        """softmax over a prompt's completions of ELBO_now − ELBO_rollout, before each update of a rollout batch."""
-        assert self._buffered_inputs is not None
-        slices: list[dict[str, torch.Tensor]] = self._buffered_inputs
-        views = [self._inner_updates("train")]
-        changes = [
-            self._elbo(rows, views, self._logps_of_views("train", self.model, rows, views)) - rows["rollout_elbo"]
-            for rows in slices
-        ]
-        own = torch.cat([rows["global_row"] for rows in slices])  # TRL shuffled them within each process
-        order = self.accelerator.gather(own).argsort()
-        change = self.accelerator.gather(torch.cat(changes))[order]
-        baseline = group_softmax(change.view(-1, self.group_size("train"))).flatten()
-        for rows in slices:
-            rows["weight_baseline"] = baseline[rows["global_row"]]
-
-    # ---------------------------------------------------------------- loss
-
-    def _completion_losses(self, rows, update, targets, logps) -> torch.Tensor:
-        size = self.group_size("train" if self.model.training else "eval")
-        if not self.joint:
-            return weighted_cross_entropy(size * (rows["weights"] - rows["weight_baseline"]), logps, targets)
-        old, half = rows["old_per_token_logps"][:, update], self.args.num_mc_samples
-        changes = [
-            elbo_of_pairs(logps[:, part], targets[:, part]) - elbo_of_pairs(old[:, part], targets[:, part])
-            for part in (slice(None, half), slice(half, None))
-        ]
-        return wddo_loss(size * rows["weights"], *changes)
+        """WDDO compares two estimates on views of their own."""
+        return self.args.num_mc_samples * (2 if self.args.objective == "wddo" else 1)

@@ -13,11 +13,12 @@ import textwrap
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
-
 from trl_diffusion.credit import leave_one_out
-from trl_diffusion.likelihood import NoisePlan, elbo_of_pairs
-from trl_diffusion.trainers.base.completion_loss import CompletionLossConfig, CompletionLossTrainer
+from trl_diffusion.likelihood import Likelihood, MaskedViews, SubsetPairs
+from trl_diffusion.losses import Loss, SequenceRatio
+from trl_diffusion.trainers.base.choices import CreditChoice
+from trl_diffusion.trainers.base.masked import CompletionLossConfig
+from trl_diffusion.trainers.base.trainer import DiffusionGRPOTrainer
 
 
 @dataclass
@@ -31,7 +32,7 @@ class ESPOConfig(CompletionLossConfig):
         ValueError: if `num_mc_samples` is odd, or settings do not fit together.
     """
 
-    reads: ClassVar[tuple[str, ...]] = ("beta", "epsilon", "epsilon_high", "sync_ref_model")
+    reads: ClassVar[tuple[str, ...]] = SequenceRatio.reads
 
     num_mc_samples: int = field(default=4, metadata={"help": "Noised views, in complementary pairs."})
     num_iterations: int = field(default=8, metadata={"help": "Inner updates per rollout batch, μ."})
@@ -46,29 +47,11 @@ class ESPOConfig(CompletionLossConfig):
         self.require_pairs()
 
 
-def sequence_ratio(elbo: torch.Tensor, old: torch.Tensor, length: int) -> torch.Tensor:
-    """exp((ELBO − ELBO_old) / L), one per completion."""
-    return ((elbo - old) / length).exp()
-
-
-def clipped_loss(ratio: torch.Tensor, advantages: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """−min(ρA, clip(ρ, 1 − low, 1 + high) A), one per completion."""
-    return -torch.min(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
-
-
-def quadratic_kl(elbo: torch.Tensor, reference: torch.Tensor, length: int) -> torch.Tensor:
-    """(ELBO − ELBO_ref)² / 2L, one per completion."""
-    return (elbo - reference).square() / (2 * length)
-
-
-class ESPOTrainer(CompletionLossTrainer):
+class ESPOTrainer(DiffusionGRPOTrainer):
     """ESPO, see the arguments of `DiffusionGRPOTrainer`."""
 
     config_class = ESPOConfig
     args: ESPOConfig
-    whole_canvas = True  # the ELBO is that of the canvas
-    joint = True
-    _compares_with_old = True
     _tag_names = ["trl", "trl_diffusion", "espo"]
     _name = "ESPO"
     _paper = {
@@ -85,29 +68,12 @@ class ESPOTrainer(CompletionLossTrainer):
             }"""),
     }
 
-    def _scored_share(self) -> float:
-        return 0.5  # each pair scores the canvas once
+    def credit(self) -> CreditChoice:
+        return leave_one_out
 
-    def _noise(self, mode, update, trajectory, rows, scope) -> NoisePlan:
-        return self._subset_pairs(mode, update, rows, self.args.num_mc_samples // 2)
+    def likelihood(self) -> Likelihood:
+        return MaskedViews(SubsetPairs(self.args.num_mc_samples // 2), loss_mask="canvas")  # the ELBO is the canvas's
 
-    def _group_advantages(self, advantages) -> torch.Tensor:
-        return leave_one_out(advantages)
-
-    def _completion_losses(self, rows, update, targets, logps) -> torch.Tensor:
-        length = targets.size(-1)
-        elbo = elbo_of_pairs(logps, targets)
-        ratio = sequence_ratio(elbo, elbo_of_pairs(rows["old_per_token_logps"][:, update], targets), length)
-        losses = clipped_loss(ratio, rows["advantages"], self.epsilon_low, self.epsilon_high)
-        self._log_clipping(ratio, rows["advantages"])
-        if self.args.beta != 0.0:
-            kl = quadratic_kl(elbo, elbo_of_pairs(rows["ref_per_token_logps"][:, update], targets), length)
-            self._add_metric("kl", self._mean_over_processes(kl))
-            losses = losses + self.args.beta * kl
-        return losses
-
-    def _log_clipping(self, ratio: torch.Tensor, advantages: torch.Tensor) -> None:
-        low = (ratio < 1 - self.epsilon_low) & (advantages < 0)
-        high = (ratio > 1 + self.epsilon_high) & (advantages > 0)
-        for name, clipped in (("low", low), ("high", high), ("region", low | high)):
-            self._add_metric(f"clip_ratio/{name}_mean", self._mean_over_processes(clipped))
+    def loss(self) -> Loss:
+        high = self.args.epsilon if self.args.epsilon_high is None else self.args.epsilon_high
+        return SequenceRatio(self.args.epsilon, high, self.args.beta)

@@ -10,14 +10,14 @@ loss        −A · bound · n / mean n; the bound is the ELBO per token where A
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-import torch
-
-from trl_diffusion.likelihood import NoisePlan, mean_of_targets, upper_bound_per_token
-from trl_diffusion.likelihood.plans import block_random, random_text
-from trl_diffusion.trainers.base.completion_loss import CompletionLossConfig, CompletionLossTrainer
-from trl_diffusion.trainers.base.masked import PromptNoiseConfig
+from trl_diffusion.credit.group_credit import Credit, GroupValues, GroupWeights
+from trl_diffusion.likelihood import Likelihood, MaskedViews, TextSubsets
+from trl_diffusion.losses import Loss, SandwichedBound
+from trl_diffusion.trainers.base.choices import CreditChoice
+from trl_diffusion.trainers.base.masked import CompletionLossConfig, PromptNoiseConfig
+from trl_diffusion.trainers.base.trainer import DiffusionGRPOTrainer
 
 CHOICES = {
     "noise": ("block_random", "random"),
@@ -74,38 +74,18 @@ class SPGConfig(CompletionLossConfig, PromptNoiseConfig):
             )
 
 
-def sandwiched_bound(
-    logps: torch.Tensor,
-    targets: torch.Tensor,
-    length: torch.Tensor,
-    advantages: torch.Tensor,
-    power: float,
-    upper_weight: float,
-) -> torch.Tensor:
-    """ELBO per token where A ≥ 0, else upper_weight · upper bound + (1 − upper_weight) · ELBO.
+class LengthWeights(Credit):
+    """A · n / mean n, so that the loss of an update is −Σ A · bound · n / Σ n."""
 
-    Args:
-        logps: float [B, V, L], 0 where a position is no target.
-        targets: bool [B, V, L].
-        length: long [B], n.
-        advantages: [B].
-        power: b.
-        upper_weight: 1 for the upper bound alone.
-
-    Returns:
-        [B], in nats per token.
-    """
-    lower = mean_of_targets(logps, targets).mean(1)
-    upper = upper_bound_per_token(logps, targets, length, power)
-    return torch.where(advantages < 0, upper_weight * upper + (1 - upper_weight) * lower, lower)
+    def weigh(self, group: GroupValues) -> GroupWeights:
+        return GroupWeights(group.advantages * (group.lengths / group.lengths.float().mean().clamp(min=1)))
 
 
-class SPGTrainer(CompletionLossTrainer):
+class SPGTrainer(DiffusionGRPOTrainer):
     """SPG, see the arguments of `DiffusionGRPOTrainer`."""
 
     config_class = SPGConfig
     args: SPGConfig
-    joint = True
     _tag_names = ["trl", "trl_diffusion", "spg"]
     _name = "SPG"
     _paper = {
@@ -123,33 +103,15 @@ class SPGTrainer(CompletionLossTrainer):
             }"""),
     }
 
-    def _scored_share(self) -> float:
-        length = self.args.max_completion_length
-        block = length if self.args.noise == "random" else self.args.noise_block_length or self.args.block_length
-        behind = (
-            (length - block) / 2 if self.args.scored == "hidden" else 0.0
-        )  # blocks after the drawn one, on average
-        return ((block + 1) / 2 + behind) / length
+    def credit(self) -> CreditChoice:
+        return LengthWeights()
 
-    def _noise(self, mode, update, trajectory, rows, scope) -> NoisePlan:
-        args, streams, views = self.args, self._streams(mode, update, rows), self._num_views()
-        length = self.family.effective_length(trajectory.completion_ids)
-        counts, noise = self._uniforms(streams, views), self._uniforms(streams, views, scope.size(1))
-        if args.noise == "random":
-            plan = random_text(counts, noise, length)
-        else:
-            blocks, size = self._uniforms(streams, views), args.noise_block_length or args.block_length
-            plan = block_random(blocks, counts, noise, length, size, args.prompt_mask_probability)
-        prompt_hidden = self._prompt_noise(streams, rows, args.prompt_mask_probability)
-        targets = plan.targets if args.scored == "block" else plan.hidden
-        return replace(plan, targets=targets, prompt_hidden=prompt_hidden)
+    def likelihood(self) -> Likelihood:
+        args = self.args
+        block = None if args.noise == "random" else args.noise_block_length or args.block_length
+        scores_all = args.scored == "hidden"
+        return MaskedViews(TextSubsets(args.num_mc_samples, block, args.prompt_mask_probability, scores_all))
 
-    def _assign_credit(self, mode, rows) -> None:
-        length = rows["completion_mask"].sum(1)
-        rows["length_weight"] = length / self.accelerator.gather(length).float().mean().clamp(min=1)
-
-    def _completion_losses(self, rows, update, targets, logps) -> torch.Tensor:
+    def loss(self) -> Loss:
         upper_weight = {"mix": self.args.mix_weight, "upper": 1.0, "lower": 0.0}[self.args.negative_bound]
-        advantages, length = rows["advantages"], rows["completion_mask"].sum(1).clamp(min=1)
-        bound = sandwiched_bound(logps, targets, length, advantages, self.args.bound_power, upper_weight)
-        return -advantages * bound * rows["length_weight"]
+        return SandwichedBound(self.args.bound_power, upper_weight)

@@ -14,10 +14,12 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass, field
 
-import torch
-
-from trl_diffusion.trainers.base.quiet import no_luspo_hint
-from trl_diffusion.trainers.base.replay import ReplayConfig, ReplayTrainer
+from trl_diffusion.credit import population_z_score
+from trl_diffusion.likelihood import Likelihood, ReplayViews
+from trl_diffusion.losses import Loss, TokenRatio
+from trl_diffusion.trainers.base.choices import CreditChoice
+from trl_diffusion.trainers.base.replay import ReplayConfig
+from trl_diffusion.trainers.base.trainer import DiffusionGRPOTrainer
 
 
 @dataclass
@@ -50,11 +52,11 @@ class TraceRLConfig(ReplayConfig):
                 )
 
     @property
-    def views_beside_completion(self) -> bool:
+    def two_stream(self) -> bool:
         return self.block_causal
 
 
-class TraceRLTrainer(ReplayTrainer):
+class TraceRLTrainer(DiffusionGRPOTrainer):
     """TraceRL, see the arguments of `DiffusionGRPOTrainer`."""
 
     config_class = TraceRLConfig
@@ -75,26 +77,11 @@ class TraceRLTrainer(ReplayTrainer):
             }"""),
     }
 
-    def __init__(self, *args, **kwargs):
-        with no_luspo_hint():
-            super().__init__(*args, **kwargs)
+    def credit(self) -> CreditChoice:
+        return population_z_score
 
-    @staticmethod
-    def _needs_reference(args) -> bool:
-        return False  # its KL compares with the policy that wrote the completions
+    def likelihood(self) -> Likelihood:
+        return ReplayViews(self.args.sampling_config(), self.args.shrink, two_stream=self.args.block_causal)
 
-    def _view_weights(self, scored) -> torch.Tensor:
-        # mean over a view's tokens, and over the views that have any
-        filled = (scored > 0).sum(-1, keepdim=True)
-        return self._num_views() / (filled * scored).clamp(min=1)
-
-    def _token_loss(self, model, rows, scores, targets, old, compared, weights=None, importance=None):
-        # The weights make means of both terms. The release adds up the k3 of a view's tokens: so the weights lose the
-        # number of these, which then divides the policy term alone.
-        assert weights is not None
-        count = targets.sum(1).clamp(min=1)
-        rows = rows | {"advantages": rows["advantages"] / count}
-        return super()._token_loss(model, rows, scores, targets, old, compared, weights * count, importance)
-
-    def _compared_logps(self, rows, update, view) -> torch.Tensor | None:
-        return self._old_logps(rows, update, view, rows["targets"][:, update, view]) if self.args.beta else None
+    def loss(self) -> Loss:
+        return TokenRatio(kl_to="old", sum_kl=True)

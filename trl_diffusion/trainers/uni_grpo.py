@@ -12,9 +12,10 @@ from __future__ import annotations
 import textwrap
 from dataclasses import dataclass, field
 
-from trl_diffusion.likelihood import NoisePlan
-from trl_diffusion.likelihood.plans import bernoulli
-from trl_diffusion.trainers.base.masked import MaskRateConfig, NoisedGRPOTrainer
+from trl_diffusion.likelihood import Bernoulli, Likelihood, MaskedViews
+from trl_diffusion.losses.token_ratio import check_token_level
+from trl_diffusion.trainers.base.masked import MaskRateConfig
+from trl_diffusion.trainers.base.trainer import DiffusionGRPOTrainer
 
 
 @dataclass
@@ -35,10 +36,10 @@ class UniGRPOConfig(MaskRateConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        self.require_token_ratios()
+        check_token_level(self)
 
 
-class UniGRPOTrainer(NoisedGRPOTrainer):
+class UniGRPOTrainer(DiffusionGRPOTrainer):
     """UniGRPO, see the arguments of `DiffusionGRPOTrainer`."""
 
     config_class = UniGRPOConfig
@@ -59,10 +60,6 @@ class UniGRPOTrainer(NoisedGRPOTrainer):
             }"""),
     }
 
-    def _scored_share(self) -> float:
-        return (self.args.min_mask_rate + self.args.max_mask_rate) / 2
-
-    def _noise(self, mode, update, trajectory, rows, scope) -> NoisePlan:
-        streams, views = self._streams(mode, update, rows), self._num_views()
-        rates, noise = self._uniforms(streams, views), self._uniforms(streams, views, scope.size(1))
-        return bernoulli(rates, noise, self.args.min_mask_rate, self.args.max_mask_rate)
+    def likelihood(self) -> Likelihood:
+        args = self.args
+        return MaskedViews(Bernoulli(args.num_mc_samples, args.min_mask_rate, args.max_mask_rate))

@@ -14,9 +14,12 @@ from dataclasses import dataclass, field
 import torch
 
 from trl_diffusion.credit import opposed_softmax
-from trl_diffusion.likelihood import NoisePlan
-from trl_diffusion.trainers.base.completion_loss import CompletionLossConfig, CompletionLossTrainer
-from trl_diffusion.trainers.base.masked import PromptNoiseConfig
+from trl_diffusion.credit.group_credit import GroupCredit
+from trl_diffusion.likelihood import FullMask, Likelihood, MaskedViews
+from trl_diffusion.losses import Loss, WeightedLikelihood
+from trl_diffusion.trainers.base.choices import CreditChoice
+from trl_diffusion.trainers.base.masked import CompletionLossConfig, PromptNoiseConfig
+from trl_diffusion.trainers.base.trainer import DiffusionGRPOTrainer
 
 
 @dataclass
@@ -34,7 +37,13 @@ class WD1Config(CompletionLossConfig, PromptNoiseConfig):
         self.require_plain_rewards()
 
 
-class WD1Trainer(CompletionLossTrainer):
+def wd1_weights(advantages: torch.Tensor) -> torch.Tensor:
+    """G · (softmax(A) − softmax(−A)), [N, G]; G, since the loss is a mean over completions and wd1's a sum over a
+    prompt's."""
+    return opposed_softmax(advantages) * advantages.size(1)
+
+
+class WD1Trainer(DiffusionGRPOTrainer):
     """wd1, see the arguments of `DiffusionGRPOTrainer`."""
 
     config_class = WD1Config
@@ -54,12 +63,11 @@ class WD1Trainer(CompletionLossTrainer):
             }"""),
     }
 
-    def _noise(self, mode, update, trajectory, rows, scope) -> NoisePlan:
-        return self._masked_canvas(mode, update, rows, self.args.prompt_mask_probability)
+    def credit(self) -> CreditChoice:
+        return GroupCredit(weighing=wd1_weights)
 
-    def _assign_credit(self, mode, rows) -> None:
-        # times G, because the loss is the mean over completions and wd1's is a sum over the prompt's
-        rows["weights"] = self._over_groups(mode, rows["advantages"], opposed_softmax) * self.group_size(mode)
+    def likelihood(self) -> Likelihood:
+        return MaskedViews(FullMask(self.args.num_mc_samples, self.args.prompt_mask_probability))
 
-    def _completion_losses(self, rows, update, targets, logps) -> torch.Tensor:
-        return -rows["weights"] * logps.sum(-1).mean(1)
+    def loss(self) -> Loss:
+        return WeightedLikelihood("sum")

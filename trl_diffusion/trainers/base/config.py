@@ -138,27 +138,6 @@ class DiffusionGRPOConfig(GuardConfig, ResumeConfig, GRPOConfig):
             cache_refresh=self.cache_refresh,
         )
 
-    @property
-    def weighted_views(self) -> bool:
-        """Whether views carry weights other than 1."""
-        return False
-
-    def require_token_ratios(self) -> None:
-        """For methods whose views score a part of the completion each.
-
-        Raises:
-            ValueError: if `importance_sampling_level` or `loss_type` ask for the ratio of whole sequences.
-        """
-        of_tokens = {"importance_sampling_level": self.importance_sampling_level == "token"}
-        of_tokens["loss_type"] = self.loss_type != "vespo"  # its weights are functions of the sequence's ratio
-        for name, fits in of_tokens.items():
-            if not fits:
-                raise ValueError(
-                    f"{type(self).__name__} scores a part of the tokens per view, which has no sequence-level ratio; "
-                    f"got {name}={getattr(self, name)!r}. Set importance_sampling_level='token' and a loss_type other "
-                    "than 'vespo', or use ESPO, whose ratio is that of sequences."
-                )
-
     def _refuse_what_cannot_work(self) -> None:
         autoregressive = "it generates one token after the other; completions here are drawn by diffusion"
         refused = {

@@ -1,21 +1,11 @@
-"""Methods that train on all denoising steps of the rollout, several per view: TraceRL and DiPO.
-
-The views are the canvas before every `shrink`-th step, and their targets what the next `shrink` steps wrote. With
-block-causal attention, where a block never sees those behind it, one view replays the same steps of all blocks, each
-beside the finished ones before it; so a trajectory takes as many passes as a block has steps, not as the canvas.
-"""
+"""Config of methods that train on all denoising steps of the rollout, several per view: TraceRL and DiPO."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-import torch
-
-from trl_diffusion.credit import population_z_score
-from trl_diffusion.likelihood import NoisePlan
-from trl_diffusion.likelihood.plans import block_steps, trajectory_groups
-from trl_diffusion.runtime.run import CompletionCost
-from trl_diffusion.trainers.base.masked import NoisedGRPOConfig, NoisedGRPOTrainer
+from trl_diffusion.losses.token_ratio import check_token_level
+from trl_diffusion.trainers.base.masked import NoisedGRPOConfig
 
 
 @dataclass
@@ -40,7 +30,7 @@ class ReplayConfig(NoisedGRPOConfig):
 
     def __post_init__(self):
         steps, named = self.denoising_steps, f"denoising_steps={self.denoising_steps}"
-        if self.views_beside_completion:
+        if self.two_stream:
             steps = self.sampling_config().steps_per_block
             named = f"the {steps} denoising steps of a block"
         if not 1 <= self.shrink <= steps:
@@ -53,56 +43,9 @@ class ReplayConfig(NoisedGRPOConfig):
             )
         self.num_mc_samples = views
         super().__post_init__()
-        self.require_token_ratios()
+        check_token_level(self)
 
     @property
-    def weighted_views(self) -> bool:
-        return True
-
-
-class ReplayTrainer(NoisedGRPOTrainer):
-    """Base of methods that replay the rollout, see the arguments of `DiffusionGRPOTrainer`.
-
-    A subclass overrides `_view_weights`.
-    """
-
-    config_class = ReplayConfig
-    args: ReplayConfig
-
-    def _view_weights(self, scored: torch.Tensor) -> torch.Tensor:
-        """Weights [B, μ, V] of the views' sums over their targets, which the loss divides by V.
-
-        Args:
-            scored: long [B, μ, V], targets of each view.
-        """
-        raise NotImplementedError(f"{type(self).__name__} does not say how its views are averaged.")
-
-    def _rollout_is_old(self) -> bool:
-        """Whether the rollout's log-probabilities are those of the network on the views."""
-        return self.args.shrink == 1 and not self.args.sampling_config().approximate
-
-    def _scored_share(self) -> float:
-        return 1 / self._num_views()
-
-    def completion_cost(self) -> CompletionCost:
-        return replace(super().completion_cost(), old=0) if self._rollout_is_old() else super().completion_cost()
-
-    def _noise(self, mode, update, trajectory, rows, scope) -> NoisePlan:
-        shrink = self.args.shrink
-        if self.args.views_beside_completion:
-            return block_steps(trajectory.unmask_step, self.args.sampling_config().steps_per_block, shrink)
-        return trajectory_groups(trajectory.unmask_step, self.args.denoising_steps, shrink)
-
-    def _plan_views(self, mode, trajectory, rows, learns) -> dict[str, torch.Tensor]:
-        plan = super()._plan_views(mode, trajectory, rows, learns)
-        plan["view_weights"] = self._view_weights(plan["targets"].sum(-1))
-        if self._rollout_is_old():
-            plan["old_per_token_logps"] = trajectory.logps
-            plan |= {} if trajectory.prompt_columns is None else {"prompt_columns": trajectory.prompt_columns}
-        return plan | ({} if trajectory.support is None else {"support": trajectory.support})
-
-    def _group_advantages(self, advantages) -> torch.Tensor:
-        return population_z_score(advantages)
-
-    def _scoring_temperature(self) -> float:
-        return self.temperature
+    def two_stream(self) -> bool:
+        """Views replay the steps of all blocks at once, for block-causal attention."""
+        return False

@@ -11,9 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-from trl import GRPOTrainer
-
 from trl_diffusion.sampling import SamplingConfig
 
 CORRECTIONS = ("recompute", "behaviour")
@@ -65,20 +62,3 @@ class RolloutCorrectionConfig:
                 f"rollout_correction='recompute' are tokens weighted; got rollout_correction="
                 f"{self.rollout_correction!r} with cache={sampling.cache!r}. Leave it out, or set 'recompute'."
             )
-
-
-def log_mismatch(trainer: GRPOTrainer, exact: torch.Tensor, rollout: torch.Tensor, targets: torch.Tensor) -> None:
-    """Log how far a rollout's log-probabilities are from the network's, under TRL's names for vLLM.
-
-    Args:
-        trainer: for its processes and metrics.
-        exact: float32 [B, L].
-        rollout: float32 [B, L].
-        targets: bool [B, L], the tokens to compare.
-    """
-    gather, metrics = trainer.accelerator.gather, trainer._metrics["train"]
-    difference = (exact - rollout).abs() * targets
-    total, count = gather(torch.stack([difference.sum(), targets.sum()])).view(-1, 2).sum(0).tolist()
-    metrics["sampling/sampling_logp_difference/mean"].append(total / max(count, 1.0))
-    name = "sampling/sampling_logp_difference/max"
-    metrics[name] = [max([gather(difference.max()).max().item(), *metrics[name]])]

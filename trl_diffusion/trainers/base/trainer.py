@@ -1,10 +1,14 @@
 """GRPO for diffusion language models: the base of every trainer here.
 
 `DiffusionGRPOTrainer` is TRL's `GRPOTrainer` with two things replaced. Generation becomes diffusion sampling, which
-records the whole trajectory. The autoregressive log-probability of a token becomes its log-probability in a noised
-view of the completion; a completion is scored in `num_mc_samples` Monte-Carlo views per update. Which views is what a
-method decides: it overrides `_plan_views` and `_view_of`. All the rest (losses, clipping, KL, metrics, evaluation,
-logging) is TRL's.
+records the whole trajectory. The autoregressive log-probability of a token becomes its log-probability in noised views
+of the completion. A method is four choices: settings say how completions are drawn, and three values say the rest,
+
+    credit      which weight each completion gets from the rewards of its prompt's group
+    likelihood  in which noised views a completion is scored
+    loss        what is minimised; by default TRL's own loss of token ratios
+
+All the rest (rewards, clipping, KL, metrics, evaluation, logging) is TRL's.
 """
 
 from __future__ import annotations
@@ -12,33 +16,32 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from peft import PeftModel
 from rich.console import Console
-from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.extras.profiling import profiling_context
-from trl.models import prepare_deepspeed, prepare_fsdp
-from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.callbacks import SyncRefModelCallback
-from trl.trainer.utils import disable_dropout_in_model, get_config_model_id, pad, use_adapter
+from trl.trainer.utils import get_config_model_id, pad
 
 from trl_diffusion.adapters.precision import (
     AdapterPrecision,
-    copy_as_reference,
     load_to_train,
     native_peft_config,
     share_checkpointing_kwargs,
 )
 from trl_diffusion.adapters.renaming import is_adapter
+from trl_diffusion.credit.group_credit import Credit
 from trl_diffusion.credit.step_aware import CITATION
 from trl_diffusion.family import family_of
-from trl_diffusion.likelihood import Scores, Views, score_views
+from trl_diffusion.likelihood import Likelihood, Scores
+from trl_diffusion.likelihood.base import Rows
+from trl_diffusion.losses import Loss, LossInputs, TokenRatio
 from trl_diffusion.runtime.arguments import (
     check_adapter,
     check_arguments,
@@ -51,28 +54,38 @@ from trl_diffusion.runtime.arguments import (
     named_eval_datasets,
     warn_of_eight_bit,
 )
-from trl_diffusion.runtime.cost import padded_length, rollout_units
-from trl_diffusion.runtime.launch import check_backend, check_device_map, check_reference_loading
+from trl_diffusion.runtime.cost import completion_cost, padded_length
+from trl_diffusion.runtime.credit_assignment import CreditAssignment
+from trl_diffusion.runtime.launch import check_backend, check_device_map
+from trl_diffusion.runtime.meter import Meter
 from trl_diffusion.runtime.model_card import PortableCards, card_arguments, complete_card
+from trl_diffusion.runtime.reference import ReferenceSource, reference_policy
 from trl_diffusion.runtime.report import startup_report
 from trl_diffusion.runtime.reward_guard import RewardGuard
 from trl_diffusion.runtime.rollout_checkpoints import RolloutCheckpoints, is_plain
-from trl_diffusion.runtime.rollouts import FinishedBatch, RolloutEngine
+from trl_diffusion.runtime.rollouts import RolloutEngine, RolloutFigures
 from trl_diffusion.runtime.run import CompletionCost, RolloutRun
+from trl_diffusion.runtime.run_facts import Facts
+from trl_diffusion.runtime.scoring import ViewScorer
 from trl_diffusion.runtime.step_aware_probe import StepAwareProbe
 from trl_diffusion.runtime.update_guard import GuardedUpdates
-from trl_diffusion.sampling import Trajectory, row_generators, sample
+from trl_diffusion.sampling import Trajectory, row_generators
+from trl_diffusion.sampling.rollout import FinishedBatch, Rollout
 from trl_diffusion.streams import Purpose
 from trl_diffusion.tokenization import encode_prompt
+from trl_diffusion.trainers.base.choices import Choices, CreditChoice, check_composition
 from trl_diffusion.trainers.base.config import DiffusionGRPOConfig
-from trl_diffusion.trainers.base.view_loop import MonteCarloViews
+from trl_diffusion.trainers.base.quiet import no_luspo_hint
+from trl_diffusion.trainers.base.view_loop import ViewLoop
 
 
-class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GRPOTrainer, MonteCarloViews):  # type: ignore[misc]
-    """GRPO for diffusion language models; a method says in which noised views its completions are scored.
+# `ViewLoop` stands on the far side of TRL's trainer, so that TRL's `training_step` calls it; see there.
+class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GRPOTrainer, ViewLoop):  # type: ignore[misc]
+    """GRPO for diffusion language models, composed of a credit, a likelihood and a loss.
 
-    A subclass overrides `_plan_views` and `_view_of`. A `StepAwareReward` (SAPO, 2510.01544) among the reward
-    functions adds its process reward to the advantages of any method.
+    A method overrides `credit`, `likelihood` and `loss`; or they are handed over, and then go before the method's own.
+    A `StepAwareReward` (SAPO, 2510.01544) among the reward functions adds its process reward to the advantages of any
+    method.
 
     Args:
         model: a path or hub id, also of an adapter, which is then trained further; a native diffusion language model,
@@ -82,18 +95,21 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
         train_dataset: as in TRL; a column `prompt` and whatever the reward functions need.
         eval_dataset: as in TRL.
         processing_class: the tokenizer; loaded with the model if not given.
+        credit: a `Credit`, or a function from TRL's advantages [N, G] to the method's.
+        likelihood: a `Likelihood`.
+        loss: a `Loss`.
         **kwargs: the other arguments of TRL's `GRPOTrainer` (`peft_config`, `quantization_config`, `callbacks`,
             `optimizers`, `reward_processing_classes`). Tools, environments and rollout functions are refused.
 
     Raises:
         TypeError: if the model is not a diffusion language model, or `args` not a config of this library.
-        ValueError: if something cannot work with diffusion sampling, or a column is missing.
+        ValueError: if something cannot work with diffusion sampling, the choices do not go together, or a column is
+            missing.
     """
 
     _tag_names = ["trl", "trl_diffusion", "diffusion-grpo"]
     _name = "DiffusionGRPO"
     config_class: type[DiffusionGRPOConfig] = DiffusionGRPOConfig
-    _compares_with_old: bool = True
     args: DiffusionGRPOConfig
     model: Any  # transformers types it as optional
     ref_model: Any
@@ -106,6 +122,10 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
         train_dataset=None,
         eval_dataset=None,
         processing_class=None,
+        *,
+        credit: CreditChoice | None = None,
+        likelihood: Likelihood | None = None,
+        loss: Loss | None = None,
         **kwargs: Any,
     ):
         if args is None:
@@ -117,57 +137,55 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
         check_arguments(processing_class, kwargs)
         check_load_arguments(args.model_init_kwargs)
         check_rollout_data(args, train_dataset, eval_dataset, reward_funcs)
+        args = copy.copy(args)  # which is changed below
         if isinstance(model, str) and is_adapter(model):
             model = load_to_train(model, args, kwargs.pop("quantization_config", None))
-            args = copy.copy(args)
             args.model_init_kwargs = None  # used; TRL warns where they come with a model
         check_model(model)
         check_adapter(model, kwargs.get("peft_config"))
         kwargs["peft_config"] = native_peft_config(kwargs.get("peft_config"), model, args.model_init_kwargs)
         adapter_precision = AdapterPrecision(model)
-        if args.sync_ref_model and (isinstance(model, PeftModel) or kwargs.get("peft_config") is not None):
-            raise ValueError("sync_ref_model=True needs a separate reference model; a LoRA run has none. Turn it off.")
-        compares = self._needs_reference(args)
-        if compares and not isinstance(model, PeftModel) and kwargs.get("peft_config") is None:
-            check_reference_loading()
 
-        # TRL would reload the reference model from disk by path, which fails for a model that was never saved and is
-        # wrong for one that changed since. So TRL is told that there is none, and gets a copy.
-        args = copy.copy(args)
-        beta, sync_ref_model, reference = args.beta, args.sync_ref_model, None
-        args.beta = float(compares)  # TRL makes a reference model wherever beta is not 0
-        if compares and isinstance(model, PreTrainedModel) and kwargs.get("peft_config") is None:
-            if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
-                raise ValueError(
-                    "With ZeRO-3, where a reference model is needed, pass the model as a path or hub id, not as an "
-                    "object: its weights are sharded and cannot be copied."
-                )
-            reference = copy.deepcopy(model)
-            args.beta, args.sync_ref_model = 0.0, False
-        if compares and isinstance(model, PeftModel) and model.active_adapter != "default":
-            copy_as_reference(model)  # TRL would copy the adapter called "default"
-            args.beta = 0.0
-
-        super().__init__(
-            model=model,
-            reward_funcs=reward_funcs,
-            args=args,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            **kwargs,
+        self.args = args  # transformers sets it again; the choices read it
+        check_composition(args, likelihood, loss)
+        self._composed = any(choice is not None for choice in (credit, likelihood, loss))
+        self.choices = Choices.of(
+            self.credit() if credit is None else credit,
+            self.likelihood() if likelihood is None else likelihood,
+            self.loss() if loss is None else loss,
+            args,
         )
+        args.record_signals = args.record_signals or self.choices.likelihood.needs_signals
+
+        needed = self.choices.loss.needs_reference(args) or self.choices.credit.needs_reference
+        source = ReferenceSource.of(model, args, kwargs["peft_config"], needed)
+        beta, sync_ref_model = args.beta, args.sync_ref_model
+        source.arguments_for_trl(args)
+        with no_luspo_hint():
+            super().__init__(
+                model=model,
+                reward_funcs=reward_funcs,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class,
+                **kwargs,
+            )
         args.beta, args.sync_ref_model = beta, sync_ref_model
+        self.beta = 0.0  # TRL would score a reference while it generates; its loss gets β from `_as_trl_reads`
         share_checkpointing_kwargs(args)
-        self.beta = beta if compares else 0.0  # TRL looks for a reference model while it generates
-        if reference is not None:
-            self._adopt_reference(reference)
+        copied = source.prepare(args, self.accelerator, self.is_deepspeed_enabled, self.is_fsdp_enabled)
+        if copied is not None:
+            self.ref_model = copied
+            if args.sync_ref_model:
+                self.add_callback(SyncRefModelCallback(ref_model=copied, accelerator=self.accelerator))
 
         check_trainable(self.model)
         adapter_precision.restore(self.model, args.deepspeed_plugin)
         self.family = family_of(self.model)
         check_device_map(self.model)
-        self._check_family()
+        self.choices.likelihood.check_family(self.family, self._name)
+        args.sampling_config().check_family(self.family)
         warn_of_eight_bit(self.model)
         check_prompts_fit(
             self.model,
@@ -175,13 +193,23 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
             {"train_dataset": train_dataset} | named_eval_datasets(eval_dataset),
             lambda prompts: self._tokenize_prompts(prompts)[0],
         )
+        self.check_update_policy()
+        self._set_up_rollouts()
+
+    def _set_up_rollouts(self) -> None:
+        """Make what draws, judges and scores completions, and what is remembered between updates."""
+        args = self.args
         self.eos_token_ids = sorted({*self.family.end_token_ids, self._tokenizer.eos_token_id})
         self._checkpointing_kwargs: Any = args.gradient_checkpointing_kwargs
-        self._rollouts = {"train": 0, "eval": 0}
-        self.forward_units = 0.0
-        self.last_rollout: tuple[Trajectory, FinishedBatch] | None = None
-        self._finished: FinishedBatch | None = None
-        self.check_update_policy()
+        self.meter = Meter(self.accelerator, self._metrics)
+        self.scorer = ViewScorer(
+            self.accelerator,
+            self.family.mask_token_id,
+            self.temperature,
+            args.per_device_train_batch_size,
+            self._checkpointing_kwargs,
+        )
+        self._credit = CreditAssignment(self.choices.credit, self._logps, self.accelerator.gather)
         self._reward_guard = RewardGuard(args, self.accelerator)
         self.reward_funcs = [self._reward_guard.wrap(function) for function in self.reward_funcs]
         self._probe = StepAwareProbe.of(
@@ -189,40 +217,34 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
             self._tokenizer,
             family=self.family,
             sampling=args.sampling_config(),
-            seed=args.seed,
-            group=self.group_size("train"),
             accelerator=self.accelerator,
         )
+        self._rollouts = {"train": 0, "eval": 0}  # drawn so far; the number is part of a stream's key
+        self.last_rollout: tuple[Trajectory, FinishedBatch] | None = None
+        # TRL calls three hooks for a rollout, to which the first two hand over what they made.
+        self._trajectory: Trajectory | None = None
+        self._finished: FinishedBatch | None = None
+        self._scored: Scores | None = None  # handed to TRL's loss, see `_as_trl_reads`
+        self._window_rows: Rows | None = None  # of the views of one update, see `ViewLoop`
         self._dataset_name: str | None = None
         self._unshown_completions = False
-        self._trajectory: Trajectory | None = None
-        self._scored: Scores | None = None
-        self._window_rows: dict[str, torch.Tensor] | None = None
 
-    def _check_family(self) -> None:
-        """Whether sampling and scoring go with the model's attention.
+    # ---------------------------------------------------------------- choices
 
-        Raises:
-            ValueError: if not.
-        """
-        self.args.sampling_config().check_family(self.family)
+    def credit(self) -> CreditChoice:
+        """The method's credit; by default TRL's advantages."""
+        return Credit()
 
-    @staticmethod
-    def _needs_reference(args: DiffusionGRPOConfig) -> bool:
-        """Whether completions are scored under a reference model."""
-        return args.beta != 0.0
+    def likelihood(self) -> Likelihood:
+        """The method's likelihood."""
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say in which views completions are scored. Pass `likelihood=`, for "
+            "example MaskedViews(FullMask()), or take the trainer of a method."
+        )
 
-    def _adopt_reference(self, reference: PreTrainedModel) -> None:
-        if self.args.disable_dropout:
-            disable_dropout_in_model(reference)
-        if self.is_deepspeed_enabled:
-            self.ref_model = prepare_deepspeed(reference, self.accelerator)
-        elif self.is_fsdp_enabled:
-            self.ref_model = prepare_fsdp(reference, self.accelerator)
-        else:
-            self.ref_model = self.accelerator.prepare_model(reference, evaluation_mode=True)
-        if self.args.sync_ref_model:
-            self.add_callback(SyncRefModelCallback(ref_model=self.ref_model, accelerator=self.accelerator))
+    def loss(self) -> Loss:
+        """The method's loss; by default TRL's loss of token ratios."""
+        return TokenRatio()
 
     # ---------------------------------------------------------------- start
 
@@ -243,12 +265,12 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
             self,
             self.family,
             reference=self.ref_model,
-            compares=self.beta != 0.0,
+            compares=self.args.beta != 0.0,
             group=self.group_size("train"),
             prompt_length=self.prompt_length(),
             completion=self.completion_cost(),
-            views=self._num_views(),
-            backwards=self._passes(),
+            views=self.choices.likelihood.num_views,
+            backwards=self.num_backwards(),
             step_aware=self._probe is not None,
         )
 
@@ -260,18 +282,21 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
         return padded_length(self.train_dataset, lambda prompts: self._tokenize_prompts(prompts)[0], together)
 
     def completion_cost(self) -> CompletionCost:
-        """What one completion costs, for the start-up report; a method overrides what is different with it."""
-        views = self.num_iterations * self._num_views()
-        return CompletionCost(
-            rollout=rollout_units(
-                self.args.sampling_config(), self.family, self.prompt_length(), self.group_size("train")
-            ),
+        """What one completion costs, for the start-up report."""
+        return completion_cost(
+            self.choices.credit,
+            self.choices.likelihood,
+            self.choices.loss,
+            self.args,
+            self.family,
+            self.prompt_length(),
             probe=0 if self._probe is None else self._probe.forwards_at_most(),
-            old=views if self._compares_with_old else 0,
-            reference=views if self.beta != 0.0 else 0,
-            training=views,
-            targets=self.args.max_completion_length,
         )
+
+    @property
+    def forward_units(self) -> float:
+        """Compute spent on training by all processes so far, see `Meter`."""
+        return self.meter.forward_units
 
     # ---------------------------------------------------------------- rollout
 
@@ -281,13 +306,14 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
         purpose = Purpose.TRAIN_ROLLOUT if mode == "train" else Purpose.EVAL_ROLLOUT
         rows = self._global_rows(len(prompt_ids))
         generators = row_generators(self.args.seed, purpose, self._rollouts[mode], rows=rows.tolist())
-        start = time.perf_counter()
-        engine = self._engine()
+        start, engine = time.perf_counter(), self._engine()
         with profiling_context(self, "diffusion.sample"), engine.policy() as model:
-            config = self.args.sampling_config()
-            trajectory = sample(model, prompts, mask, config, generators, any_process=engine.any_process)
+            trajectory = engine.sample(model, prompts, mask, self.args.sampling_config(), generators)
         self._trajectory = trajectory
-        self._log_rollout(mode, trajectory, time.perf_counter() - start)
+        figures = RolloutFigures.of(trajectory, self.family, self.accelerator, time.perf_counter() - start)
+        self.meter.add(mode, figures.metrics)
+        if mode == "train":
+            self.meter.count_forwards(figures.forward_units)
         lengths = self.family.effective_length(trajectory.completion_ids).tolist()
         completions = [ids[:n] for ids, n in zip(trajectory.completion_ids.tolist(), lengths, strict=True)]
         return completions, None
@@ -308,11 +334,6 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
         """Index (prompt · G + g) of this process's rows in the batch of all processes."""
         return torch.arange(count, device=self.accelerator.device) + self.accelerator.process_index * count
 
-    def _own_rows(self, count: int) -> slice:
-        """Where this process's rows lie in what is gathered from all processes."""
-        first = self.accelerator.process_index * count
-        return slice(first, first + count)
-
     def group_size(self, mode: str) -> int:
         """Completions per prompt, G."""
         size = self.num_generations if mode == "train" else self.num_generations_eval
@@ -320,63 +341,16 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
         return size
 
     def _engine(self) -> RolloutEngine:
+        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
+        gather = self.args.ds3_gather_for_generation
         return RolloutEngine(
             self.accelerator,
             self.model_wrapped,
             summon=self._dist.summon_full_params,
-            gather=self.args.ds3_gather_for_generation,
+            gather=gather,
             checkpointing=self._checkpointing_kwargs,
-            any_process=self._any_process(),
+            sharded=self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3 and not gather),
         )
-
-    def _any_process(self):
-        plugin = self.accelerator.state.deepspeed_plugin if self.is_deepspeed_enabled else None
-        sharded = plugin is not None and plugin.zero_stage == 3 and not self.args.ds3_gather_for_generation
-        if not (sharded or self.is_fsdp_enabled):
-            return None
-        return lambda here: bool(self.accelerator.gather(torch.tensor([here], device=self.accelerator.device)).any())
-
-    def _log_rollout(self, mode: str, trajectory: Trajectory, seconds: float) -> None:
-        sampled = trajectory.unmask_step >= 0
-        statistics = torch.stack(
-            [
-                trajectory.row_forwards.sum().float(),
-                sampled.sum().float(),
-                (self.family.is_end(trajectory.completion_ids) & sampled).sum().float(),
-                torch.tensor(float(len(sampled)), device=sampled.device),
-                self.family.is_end(trajectory.completion_ids[:, 0]).sum().float(),
-                trajectory.row_units.sum(),
-            ]
-        )
-        steps, tokens, ends, rows, empty, units = self.accelerator.reduce(statistics, reduction="sum").tolist()
-        metrics = self._metrics[mode]
-        metrics["rollout/denoising_steps"].append(steps / rows)
-        metrics["rollout/tokens_per_forward"].append(tokens / steps)
-        metrics["rollout/eos_share"].append(ends / tokens)
-        metrics["rollout/seconds"].append(seconds)
-        metrics["completions/empty_share"].append(empty / rows)
-        if mode == "train":
-            self.count_forwards(units)
-
-    def _with_process_reward(
-        self, rows: dict[str, torch.Tensor], trajectory: Trajectory, finished: FinishedBatch
-    ) -> torch.Tensor:
-        """Advantages [B] with SAPO's process reward."""
-        assert self._probe is not None
-        number, engine = self._rollouts["train"], self._engine()
-        probed = self._probe.measure(rows, trajectory, finished, number, engine, self.state)
-        self._log_values("train", probed.metrics)
-        self._log_process_rewards(probed.process_rewards)
-        self.count_forwards(probed.forward_units)
-        return probed.advantages
-
-    def _log_values(self, mode: str, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self._metrics[mode][name].append(value)
-
-    def _log_process_rewards(self, values: list[float | None]) -> None:
-        logs: Any = self._logs
-        logs["extra"]["process_reward"].extend(values)
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
@@ -384,300 +358,229 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
         self._finished = FinishedBatch(inputs, prompts, completions, completion_ids_list, rewards)
         return rewards
 
-    def _generate_and_score_completions(self, inputs):
-        mode = "train" if self.model.training else "eval"
-        rows = super()._generate_and_score_completions(inputs)
-        self._unshown_completions = True
-        trajectory, self._trajectory = self._trajectory, None
-        finished, self._finished = self._finished, None
-        assert trajectory is not None and finished is not None
-        rows["global_row"] = self._global_rows(len(finished.prompts))
-        unscored = finished.rewards.isnan().all(1)[self._own_rows(len(finished.prompts))]
-        # TRL gives a completion without a reward the advantage 0; NaN keeps it out of every statistic of its group
-        advantages = rows["advantages"].masked_fill(unscored, torch.nan)
-        rows["advantages"] = self._over_groups(mode, advantages, self._group_advantages)
-        if mode == "train":
-            self.last_rollout = trajectory, finished
-            if self._probe is not None:
-                rows["advantages"] = self._with_process_reward(rows, trajectory, finished)
-        elif self._probe is not None:  # the column is as long as the others of the table of completions
-            self._log_process_rewards([None] * len(finished.rewards))
-        self._log_values(mode, self._reward_guard.metrics(finished.rewards))
-        if mode == "train":
-            weights, group = self.reward_weights, self.group_size(mode)
-            self._log_values(mode, self._reward_guard.watch_ties(finished.rewards, weights, group))
-        # TRL empties the mask of a completion that `mask_truncated_completions` drops
-        learns = rows["completion_mask"].any(1)
-        rows["completion_ids"] = trajectory.completion_ids
-        rows |= self._plan_views(mode, trajectory, rows, learns)
-        rows["num_items_in_batch"] = self.accelerator.gather(rows["completion_mask"].sum()).sum()
-        self._rollouts[mode] += 1
-        if self._compares_with_old and "old_per_token_logps" not in rows:
-            rows["old_per_token_logps"] = self._logps_of_views(mode, self.model, rows)
-        if self.beta != 0.0:
-            rows["ref_per_token_logps"] = self._reference_logps(mode, rows)
-        self._assign_credit(mode, rows)
-        rows["advantages"] = rows["advantages"].masked_fill(unscored, 0.0)
-        return rows
-
-    def _plan_views(
-        self, mode: str, trajectory: Trajectory, rows: dict[str, torch.Tensor], learns: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """What the views of every inner update are made from.
-
-        Args:
-            mode: `"train"` (`num_iterations` inner updates) or `"eval"` (one).
-            trajectory: of the B completions.
-            rows: `prompt_ids` and `prompt_mask` [B, P], `completion_ids` [B, L], `global_row` and `advantages` [B]
-                (NaN for a completion without a reward).
-            learns: bool [B], whether a completion may learn at all.
-
-        Returns:
-            Tensors with a row per completion, because TRL shuffles and splits rows: `completion_mask` long [B, L], the
-            tokens that may learn, and whatever `_view_of` needs; `view_weights` float32 [B, μ, M] if views count
-            differently; `old_per_token_logps` [B, L] and `prompt_columns` [B] if the old log-probabilities are those
-            of the rollout. Without, they are scored on the views.
-        """
-        raise NotImplementedError(f"{type(self).__name__} does not say in which views completions are scored.")
-
-    def _view_of(self, rows: dict[str, torch.Tensor], update: int, view: int) -> Views:
-        """One view of every row. Always the same for the same arguments."""
-        raise NotImplementedError(f"{type(self).__name__} does not say in which views completions are scored.")
-
-    def _num_views(self) -> int:
-        """Views per completion and inner update."""
-        return self.args.num_mc_samples
-
-    def _group_advantages(self, advantages: torch.Tensor) -> torch.Tensor:
-        """The method's own advantages; by default TRL's.
-
-        A process reward (SAPO) is added to them, so what centres or scales the rewards of a group belongs here.
-
-        Args:
-            advantages: TRL's, [N, G] for N prompts; NaN for a completion without a reward, which must not count.
-
-        Returns:
-            [N, G], NaN where the argument is.
-        """
-        return advantages
-
-    def _assign_credit(self, mode: str, rows: dict[str, torch.Tensor]) -> None:
-        """Turn `rows["advantages"]` [B], NaN for completions without a reward, into weights over their group, for
-        methods that learn from such weights."""
-
-    def _over_groups(
-        self, mode: str, values: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]
-    ) -> torch.Tensor:
-        """Apply a function of whole prompt groups [N, G], which may lie on several processes, to values [B]."""
-        results = function(self.accelerator.gather(values).view(-1, self.group_size(mode)))
-        return results.flatten()[self._own_rows(len(values))]
-
-    # ---------------------------------------------------------------- likelihood
-
-    def _score(self, model, rows: dict[str, torch.Tensor], views: Views) -> Scores:
-        with self.accelerator.autocast():
-            return score_views(
-                model,
-                rows["prompt_ids"],
-                rows["prompt_mask"],
-                rows["completion_ids"],
-                views,
-                self._scoring_temperature(),
-                rows.get("support"),
-                rows.get("prompt_columns"),
-            )
-
-    def _scoring_temperature(self) -> float:
-        """Temperature of the distribution that is scored: 1 but for trajectory methods."""
-        return 1.0
-
-    def _reference_logps(
-        self, mode: str, rows: dict[str, torch.Tensor], updates: Sequence[int] | None = None
-    ) -> torch.Tensor:
-        """Log-probabilities [B, μ, V, L] of every view under the reference model, or without the adapter."""
-        if self.ref_model is not None:
-            return self._logps_of_views(mode, self.ref_model, rows, updates)
-        peft_model = self.accelerator.unwrap_model(self.model)
-        with use_adapter(peft_model, "ref" if "ref" in peft_model.peft_config else None):
-            return self._logps_of_views(mode, self.model, rows, updates)
-
-    @torch.no_grad()
-    def _logps_of_views(
-        self, mode: str, model, rows: dict[str, torch.Tensor], updates: Sequence[int] | None = None
-    ) -> torch.Tensor:
-        """Log-probabilities [B, μ, V, L] of the targets of every view, 0 elsewhere; no dropout, no autograd.
+    def _take_rollout(self, mode: str, rows: Rows) -> Rollout:
+        """The rollout that TRL has just had drawn and judged.
 
         Args:
             mode: `"train"` or `"eval"`.
-            model: the policy or the reference model.
-            rows: what `_plan_views` planned.
-            updates: inner updates whose views are scored; all of them if not given.
+            rows: TRL's: `prompt_ids` and `prompt_mask` [B, P]; `completion_mask` [B, n], which TRL empties for a
+                completion that `mask_truncated_completions` drops.
         """
-        updates, views = range(self._inner_updates(mode)) if updates is None else updates, self._num_views()
-        batch, length = rows["completion_ids"].shape
-        logps = torch.zeros(batch, len(updates), views, length, device=rows["completion_ids"].device)
-        size, units = self.args.per_device_train_batch_size, 0.0
-        was_training = model.training
-        model.eval()
-        try:
-            with disable_gradient_checkpointing(self.model, self._checkpointing_kwargs):
-                # Always every view: where weights are sharded, all processes must run the same number of forwards.
-                for place, update in enumerate(updates):
-                    for view in range(views):
-                        for start in range(0, batch, size):
-                            part = {k: v[start : start + size] for k, v in rows.items() if v.dim() > 0}
-                            views_of_part = self._view_of(part, update, view)
-                            scores = self._score(model, part, views_of_part)
-                            logps[start : start + size, place, view] = scores.logps
-                            units += views_of_part.forward_units(part["prompt_ids"].size(1))
-        finally:
-            model.train(was_training)
+        trajectory, self._trajectory = self._trajectory, None
+        finished, self._finished = self._finished, None
+        assert trajectory is not None and finished is not None
+        args, trains = self.args, mode == "train"
+        evaluated = args.per_device_eval_batch_size * self.accelerator.num_processes
+        return Rollout(
+            mode=mode,
+            number=self._rollouts[mode],
+            seed=args.seed,
+            updates=range(self.num_iterations if trains else 1),
+            group_size=self.group_size(mode),
+            num_rows=(args.generation_batch_size or 1) if trains else evaluated,
+            global_rows=self._global_rows(len(finished.prompts)),
+            family=self.family,
+            sampling=args.sampling_config(),
+            prompt_ids=rows["prompt_ids"],
+            prompt_mask=rows["prompt_mask"],
+            trajectory=trajectory,
+            finished=finished,
+            trainable=rows["completion_mask"].any(1),
+            gather=self.accelerator.gather,
+        )
+
+    def _generate_and_score_completions(self, inputs):
+        mode = "train" if self.model.training else "eval"
+        rows = super()._generate_and_score_completions(inputs)
+        rollout = self._take_rollout(mode, rows)
+        self._unshown_completions = True
+        advantages = self._advantages(rollout, rows["advantages"])
+        if self.choices.credit.only_scored:
+            rollout = replace(rollout, trainable=rollout.trainable & ~advantages.isnan())
+        # The whole canvas: the network saw all of it when the tokens were drawn.
+        rows |= {"global_row": rollout.global_rows, "completion_ids": rollout.trajectory.completion_ids}
+        rows |= self.choices.likelihood.plan(rollout)
+        rows["num_items_in_batch"] = self.accelerator.gather(rows["completion_mask"].sum()).sum()
+        self._rollouts[mode] += 1
+        likelihood, loss = self.choices.likelihood, self.choices.loss
+        if loss.needs_old and "old_per_token_logps" not in rows:
+            rows["old_per_token_logps"] = self._logps(rows, likelihood, rollout.updates)
+        if loss.needs_reference(self.args):
+            rows["ref_per_token_logps"] = self._logps(rows, likelihood, rollout.updates, reference=True)
+        weights, metrics = self._credit.assign(rollout, rows, advantages)
+        self.meter.add(mode, metrics)
+        return rows | weights
+
+    # ---------------------------------------------------------------- credit
+
+    def _advantages(self, rollout: Rollout, advantages: torch.Tensor) -> torch.Tensor:
+        """The method's advantages [B] with a process reward (SAPO), NaN for completions without a reward.
+
+        Args:
+            rollout: the completions.
+            advantages: TRL's [B], 0 for a completion without a reward. NaN keeps it out of its group's statistics.
+        """
+        mode, finished = rollout.mode, rollout.finished
+        groups = rollout.groups(advantages.masked_fill(~rollout.scored, torch.nan))
+        advantages = rollout.own_of_groups(self.choices.credit.centre(groups))
+        process_rewards: list[float | None] = [None] * len(finished.rewards)
         if mode == "train":
-            self.count_forwards(units * self.accelerator.num_processes)
+            self.last_rollout = rollout.trajectory, finished
+            if self._probe is not None:
+                probed = self._probe.measure(rollout, advantages, self._engine(), self.state)
+                advantages, process_rewards = probed.advantages, probed.process_rewards
+                self.meter.add(mode, probed.metrics)
+                self.meter.count_forwards(probed.forward_units)
+            self.meter.add(
+                mode, self._reward_guard.watch_ties(finished.rewards, self.reward_weights, rollout.group_size)
+            )
+        if self._probe is not None:  # in an evaluation too: the table of completions has one length for all columns
+            logs: Any = self._logs
+            logs["extra"]["process_reward"].extend(process_rewards)
+        self.meter.add(mode, self._reward_guard.metrics(finished.rewards))
+        return advantages
+
+    def _refresh_credit(self) -> None:
+        """Weigh the completions again before each update of a rollout but the first, if the credit asks for it."""
+        update, micro_batch = self._place_in_buffer()
+        first_of_update = micro_batch % self.current_gradient_accumulation_steps == 0
+        if self.choices.credit.refreshes and first_of_update and (update, micro_batch) != (0, 0):
+            assert self._buffered_inputs is not None
+            batches: list[Rows] = self._buffered_inputs
+            self._credit.refresh(batches, self.group_size("train"))
+
+    # ---------------------------------------------------------------- likelihood
+
+    def _logps(
+        self, rows: Rows, likelihood: Likelihood, updates: Sequence[int], reference: bool = False
+    ) -> torch.Tensor:
+        """Log-probabilities [B, μ, V, L] of every view under the policy or the reference model, without gradient."""
+        scorer, training = self.scorer, self.model.training
+        if reference:
+            with reference_policy(self.model, self.ref_model, self.accelerator) as model:
+                logps, units = scorer.logps(model, self.model, rows, likelihood, updates)
+        else:
+            logps, units = scorer.logps(self.model, self.model, rows, likelihood, updates)
+        if training:
+            self.meter.count_forwards(units * self.accelerator.num_processes)
         return logps
 
-    def _inner_updates(self, mode: str) -> int:
-        return self.num_iterations if mode == "train" else 1
-
-    def count_forwards(self, rows: float) -> None:
-        """Add to `forward_units`, the compute spent on training by all processes.
-
-        One unit is one forward pass of one row (prompt and whole canvas); a pass with gradient counts three, one that
-        computes a part of the columns in proportion.
-        """
-        self.forward_units += rows
-        self._metrics["train"]["forward_units"] = [self.forward_units]
-
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
-        # TRL asks while it makes a rollout, where nothing reads the answer, and in its loss, once `_token_loss` scored
+        # TRL asks while it makes a rollout, where nothing reads the answer, and in its loss, once the view is scored.
         return (None, None, None) if self._scored is None else (self._scored.logps, self._scored.entropies, None)
 
-    def _old_logps(self, rows: dict[str, torch.Tensor], update: int, view: int, targets: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities [B, L] of a view's targets before the first update, 0 elsewhere."""
-        old = rows["old_per_token_logps"]
-        return (old if old.dim() == 2 else old[:, update, view]) * targets
-
     def _place_in_buffer(self) -> tuple[int, int]:
-        """How often the rollout batch was gone through before, and the micro-batch within it."""
+        """Passes through the rollout batch that are over, and the micro-batch within the present one."""
         passes, micro_batch = divmod(self._step, int(self.args.steps_per_generation or 1))
         return passes % self.num_iterations, micro_batch
 
     def _on_policy(self) -> bool:
-        """Whether the policy that is trained now still is the one that wrote the completions."""
+        """The policy that is trained now still is the one that wrote the completions."""
         inner_update, micro_batch = self._place_in_buffer()
         return self.model.training and inner_update == 0 and micro_batch < self.current_gradient_accumulation_steps
 
-    def _log_log_ratio(self, logps: torch.Tensor, old: torch.Tensor) -> None:
-        if not self._on_policy():
-            return
-        largest = self.accelerator.gather((logps.detach() - old).abs().max()).max().item()
-        metrics = self._metrics["train"]
-        metrics["rollout/max_abs_log_ratio"] = [max([largest, *metrics["rollout/max_abs_log_ratio"]])]
-
     # ---------------------------------------------------------------- loss
 
+    def num_backwards(self) -> int:
+        return self.choices.num_backwards()
+
     def _prepare_inputs(self, generation_batch):
-        if self._view > 0:
-            assert self._window_rows is not None
-            return self._window_rows
-        self._window_rows = super()._prepare_inputs(generation_batch)
+        if self._view == 0:
+            self._window_rows = super()._prepare_inputs(generation_batch)
+            if self.model.training:
+                self._refresh_credit()
+        assert self._window_rows is not None
         return self._window_rows
 
     def _compute_loss(self, model, inputs):
         if self.model.training:
             return self._view_loss(model, inputs, self._place_in_buffer()[0], self._view)
-        losses = [self._view_loss(model, inputs, 0, view) for view in range(self._passes())]
+        losses = [self._view_loss(model, inputs, 0, view) for view in range(self.num_backwards())]
         return torch.stack(losses).sum()
 
-    def _view_loss(self, model, rows: dict[str, torch.Tensor], update: int, view: int) -> torch.Tensor:
-        """The loss of one view, divided by the number of views."""
-        views = self._view_of(rows, update, view)
-        scores = self._score(model, rows, views)
-        self._count_training(views.forward_units(rows["prompt_ids"].size(1)))
-        old = self._old_logps(rows, update, view, views.targets)
-        return self._token_loss(
-            model,
-            rows,
-            scores,
-            views.targets,
+    def _view_loss(self, model, rows: Rows, update: int, view: int) -> torch.Tensor:
+        """The loss of one view, or of all that are scored together, divided by the backward passes of an update."""
+        mode = "train" if self.model.training else "eval"
+        inputs = self._loss_inputs(model, rows, update, view)
+        if inputs.old is not None and self._on_policy():
+            self.meter.keep_largest(
+                mode, "rollout/max_abs_log_ratio", (inputs.logps.detach() - inputs.old).abs().max()
+            )
+        loss = self.choices.loss
+        if isinstance(loss, TokenRatio):
+            return self._token_loss(model, rows, loss, inputs)
+        outputs = loss(inputs)
+        self.meter.add_means(mode, outputs.metrics)
+        self.meter.add_mean_of(mode, "entropy", inputs.entropies, inputs.views.targets)
+        accumulation = self.current_gradient_accumulation_steps if mode == "train" else 1
+        return outputs.loss.mean() / (accumulation * self.num_backwards())
+
+    def _loss_inputs(self, model, rows: Rows, update: int, view: int) -> LossInputs:
+        """Score the policy on a view, or on all that are scored together, and collect what the loss compares with."""
+        likelihood, loss = self.choices.likelihood, self.choices.loss
+        numbers = range(likelihood.num_views) if self.choices.scored_together else range(view, view + 1)
+        views = [likelihood.view(rows, update, number, self.family.mask_token_id) for number in numbers]
+        scores = self.scorer.score_together(model, rows, views, likelihood)
+        if self.model.training:
+            units = sum(one.forward_units(rows["prompt_ids"].size(1)) for one in views)
+            self.meter.count_forwards(3 * units * self.accelerator.num_processes)
+        facts = likelihood.scored(rows, update, numbers, torch.stack([one.targets for one in views], 1))
+        chosen = slice(numbers.start, numbers.stop)
+
+        def recorded(name: str) -> torch.Tensor | None:
+            """Log-probabilities [B, V, L] of the targets, which one number per token, or one per view, gives."""
+            values = rows.get(name)
+            if values is None:
+                return None
+            return (values.unsqueeze(1) if values.dim() == 2 else values[:, update, chosen]) * facts.targets
+
+        old = recorded("old_per_token_logps") if loss.needs_old else None
+        drawn = recorded("rollout_logps")
+        if drawn is not None and old is not None and self._on_policy():
+            self._log_mismatch(scores.logps, drawn, facts.targets)
+        importance = None
+        if likelihood.importance_cap is not None and old is not None and drawn is not None:
+            importance = (old - drawn).exp().clamp(max=likelihood.importance_cap)
+        advantages = rows["advantages"].unsqueeze(1).expand(-1, len(numbers))
+        if "view_advantages" in rows:
+            advantages = rows["view_advantages"][:, update, chosen]
+        inputs = LossInputs(
+            scores.logps,
+            scores.entropies,
             old,
-            self._compared_logps(rows, update, view),
-            rows["view_weights"][:, update, view] if "view_weights" in rows else None,
-            self._importance(rows, scores.logps.detach(), old, views.targets),
+            recorded("ref_per_token_logps"),
+            advantages,
+            facts,
+            likelihood.estimate,
+            importance,
         )
+        if likelihood.scored_together and not loss.scores_together:
+            return inputs.combined(likelihood.combine, rows["completion_mask"].bool())
+        return inputs
 
-    def _importance(
-        self, rows: dict[str, torch.Tensor], logps: torch.Tensor, old: torch.Tensor, targets: torch.Tensor
-    ) -> torch.Tensor | None:
-        """Weights [B, L] of tokens that another policy than the old one has drawn; `None` where it is the same."""
-        return None
+    def _log_mismatch(self, logps: torch.Tensor, drawn: torch.Tensor, targets: torch.Tensor) -> None:
+        """Log how far the log-probabilities of a rollout under an approximate cache are from the network's, under
+        TRL's names for vLLM."""
+        difference = (logps.detach() - drawn).abs() * targets
+        name = "sampling/sampling_logp_difference"
+        self.meter.add_mean_of("train", f"{name}/mean", difference, targets)
+        self.meter.keep_largest("train", f"{name}/max", difference.max())
 
-    def _compared_logps(self, rows: dict[str, torch.Tensor], update: int, view: int) -> torch.Tensor | None:
-        """Log-probabilities [B, L] that the KL term compares with; `None` without one."""
-        return rows["ref_per_token_logps"][:, update, view] if self.args.beta != 0.0 else None
-
-    def _token_loss(
-        self,
-        model,
-        rows: dict[str, torch.Tensor],
-        scores: Scores,
-        targets: torch.Tensor,
-        old: torch.Tensor,
-        compared: torch.Tensor | None,
-        weights: torch.Tensor | None = None,
-        importance: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """TRL's loss of token ratios, divided by the number of backward passes of an update.
-
-        Args:
-            model: the wrapped policy.
-            rows: the micro-batch.
-            scores: log-probabilities and entropies [B, L], with gradient.
-            targets: bool [B, L], the tokens that count.
-            old: log-probabilities [B, L] before the first update.
-            compared: log-probabilities [B, L] for the KL term.
-            weights: [B], weights of the completions' terms.
-            importance: [B, L], weights of the tokens' policy terms.
-        """
-        mask = targets.long()
-        inputs = {
-            "prompt_ids": rows["prompt_ids"],
-            "prompt_mask": rows["prompt_mask"],
-            "completion_ids": rows["completion_ids"],
-            "completion_mask": mask,
-            "num_items_in_batch": rows["num_items_in_batch"],
-            "old_per_token_logps": old,
-            "advantages": rows["advantages"].unsqueeze(1).expand_as(mask),
-        }
-        if compared is not None:
-            inputs["ref_per_token_logps"] = compared
-        if weights is not None:
-            weights = weights.unsqueeze(1).expand_as(mask)
-            if compared is not None and self.args.weighted_views:
-                # The KL must be weighted too: a float mask does it for the loss types that the config lets through.
-                inputs["tool_mask"] = weights
-            else:
-                inputs["advantages"] = inputs["advantages"] * weights
-        self._log_log_ratio(scores.logps, old)
-        if importance is not None and self.args.loss_type == "vespo":
-            inputs["importance_sampling_ratio"] = importance  # vespo weights sequences with it
-        elif importance is not None:  # in TRL's other losses a token's policy term is proportional to its advantage
-            inputs["advantages"] = inputs["advantages"] * importance
-        with self._as_trl_reads(scores):
-            return super()._compute_loss(model, inputs) / self._passes()
+    def _token_loss(self, model, rows: Rows, loss: TokenRatio, inputs: LossInputs) -> torch.Tensor:
+        """TRL's loss, divided by the number of backward passes of an update."""
+        names = ("prompt_ids", "prompt_mask", "completion_ids", "num_items_in_batch")
+        given = {name: rows[name] for name in names} | loss.trl_inputs(inputs, self.args)
+        with self._as_trl_reads(Scores(inputs.logps[:, 0], inputs.entropies[:, 0])):
+            return super()._compute_loss(model, given) / self.num_backwards()
 
     @contextmanager
     def _as_trl_reads(self, scores: Scores) -> Iterator[None]:
-        """Set the scores of the view and β on the trainer while TRL's loss reads them; TraceRL's β is 0 otherwise."""
-        beta, self.beta, self._scored = self.beta, self.args.beta, scores
+        """Set the scores of the view and β on the trainer while TRL's loss reads them."""
+        self.beta, self._scored = self.args.beta, scores
         try:
             yield
         finally:
-            self.beta, self._scored = beta, None
-
-    def _count_training(self, units: float) -> None:
-        if self.model.training:
-            self.count_forwards(3 * units * self.accelerator.num_processes)
+            self.beta, self._scored = 0.0, None
 
     # ---------------------------------------------------------------- logs, model card, evaluation and checkpoints
 
@@ -714,8 +617,12 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
         self._rollouts["eval"] = 0  # every evaluation draws with the same noise
         return super().evaluate(*args, **kwargs)
 
+    def _collect_facts(self) -> Facts:
+        facts = super()._collect_facts()
+        return facts | {"run": facts["run"] | self.choices.facts()} if self._composed else facts
+
     def _extra_state(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"unshown_completions": self._unshown_completions}
+        state = {"unshown_completions": self._unshown_completions} | self.choices.likelihood.state()
         # Only `ConfusionZoneCallback` looks at a rollout again.
         if self.last_rollout is not None and self.args.record_signals and self._buffer_in_use():
             trajectory, finished = self.last_rollout
@@ -725,6 +632,7 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
 
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         self._unshown_completions = state.get("unshown_completions", True)  # checkpoints of 0.1.0.dev0 lack it
+        self.choices.likelihood.load_state(send_to_device(state, self.accelerator.device))
         if "last_rollout" in state:
             trajectory, finished = send_to_device(state["last_rollout"], self.accelerator.device)
             self.last_rollout = Trajectory(**trajectory), FinishedBatch(**finished)

@@ -10,22 +10,23 @@ from accelerate.utils import DistributedType
 from transformers import Trainer
 
 
-class MonteCarloViews(Trainer):
+class ViewLoop(Trainer):
     """Runs `Trainer.training_step` once per Monte-Carlo view of the same rows, as one step of the optimizer's window.
 
-    It stands between TRL's trainer and transformers' in the method resolution order, so that TRL counts one step and
-    one step time whatever the number of views. Only the last view synchronises gradients.
+    It stands between TRL's trainer and transformers' in the method resolution order: TRL's `training_step` calls
+    `super().training_step`, which is this loop, and so counts one step and one step time whatever the number of views.
+    Only the last view synchronises gradients.
     """
 
     args: Any
     _view = 0
 
-    def _passes(self) -> int:
-        """Forward and backward passes of one update: one per view, unless views are scored together."""
-        return self.args.num_mc_samples
+    def num_backwards(self) -> int:
+        """Forward and backward passes of one update."""
+        return 1
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        state, last = self.accelerator.gradient_state, self._passes() - 1
+        state, last = self.accelerator.gradient_state, self.num_backwards() - 1
         sync = self.accelerator.sync_gradients
         # DeepSpeed takes its accumulation boundary from `sync_gradients`; `no_sync` is for the others
         hold = sync and self.accelerator.distributed_type != DistributedType.DEEPSPEED
