@@ -33,10 +33,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from transformers import TrainerCallback
 
-import trl_diffusion.trainers.base.trainer as base
 from trl_diffusion.evaluation import Accuracy, AccuracyCallback, evaluate_accuracy
 from trl_diffusion.models import LLaDAModelLM
-from trl_diffusion.runtime import step_aware_probe
+from trl_diffusion.runtime import rollouts as engine
 from trl_diffusion.trainers import TrajectoryGRPOTrainer
 
 
@@ -249,7 +248,7 @@ def run(name: str, case: Case, backend: str, model: str, out: Path) -> None:
         "after": full_parameters(trainer),
         "updates": updates,
         "backward_passes_and_updates": len(snapshots) - 1,
-        "passes": trainer._passes(),
+        "passes": trainer.num_backwards(),
         "accuracy": [(step, measured.correct, measured.total) for step, measured in accuracy.history],
         "changes": sum(differ(a, b) for a, b in pairwise(snapshots)),
         "trainer_steps": trainer.state.global_step,
@@ -368,26 +367,24 @@ def recorded_rollouts(trainer) -> Iterator[list[dict[str, Any]]]:
     `process_reward` those of the rows of all processes, `None` for a row that was not probed.
     """
     seen: list[dict[str, Any]] = []
-    generate, sample, sampler, probing = trainer._generate_and_score_completions, base.sample, {}, Counter()
+    generate, sample, sampler, probing = trainer._generate_and_score_completions, engine.sample, {}, Counter()
 
-    def record_sample(model, *args, **kwargs):
+    def record_sample(model, *args, state=None, **kwargs):
         whole = all(parameter.numel() > 0 and not isinstance(parameter, DTensor) for parameter in model.parameters())
-        trajectory = sample(model, *args, **kwargs)
-        sampler.update(forwards=trajectory.forwards, whole=whole)
-        return trajectory
-
-    def record_continuations(model, *args, **kwargs):
-        trajectory = sample(model, *args, **kwargs)
-        probing.update(calls=1, forwards=trajectory.forwards, sync_forwards=trajectory.sync_forwards)
+        trajectory = sample(model, *args, state=state, **kwargs)
+        if state is None:
+            sampler.update(forwards=trajectory.forwards, whole=whole)
+        else:
+            probing.update(calls=1, forwards=trajectory.forwards, sync_forwards=trajectory.sync_forwards)
         return trajectory
 
     def record_rows(inputs):
         probing.clear()
         output = generate(inputs)
         rows = {key: value.clone() for key, value in output.items() if isinstance(value, torch.Tensor) and value.dim()}
-        if "prompt_hidden" in rows:  # processes pad their prompts to lengths of their own
-            hidden = rows["prompt_hidden"]
-            rows["prompt_hidden"] = torch.nn.functional.pad(hidden, (8 - hidden.size(-1), 0))
+        if "prompt_masked" in rows:  # processes pad their prompts to lengths of their own
+            hidden = rows["prompt_masked"]
+            rows["prompt_masked"] = torch.nn.functional.pad(hidden, (8 - hidden.size(-1), 0))
         chosen = trainer.last_selection if isinstance(trainer, TrajectoryGRPOTrainer) else None
         process_reward = list(trainer._logs["extra"]["process_reward"]) if trainer._probe else []
         more = {"selection": None if chosen is None else chosen.tolist(), "process_reward": process_reward}
@@ -395,8 +392,7 @@ def recorded_rollouts(trainer) -> Iterator[list[dict[str, Any]]]:
         return output
 
     with (
-        patch.object(base, "sample", record_sample),
-        patch.object(step_aware_probe, "sample", record_continuations),
+        patch.object(engine, "sample", record_sample),
         patch.object(trainer, "_generate_and_score_completions", record_rows),
     ):
         yield seen

@@ -37,7 +37,7 @@ from peft import LoraConfig
 from tiny import tiny_model
 from transformers import BitsAndBytesConfig, TrainerCallback, TrainerState
 
-import trl_diffusion.trainers.base.trainer as base
+import trl_diffusion.runtime.rollouts as engine
 from trl_diffusion.evaluation import Accuracy, AccuracyCallback
 from trl_diffusion.models import LLaDAModelLM
 from trl_diffusion.runtime import manifest
@@ -248,7 +248,7 @@ class Killer:
             callback = type("Moment", (TrainerCallback,), {events[phase]: lambda *_, **__: react()})
             trainer.add_callback(callback())
         elif phase == "rollout":
-            base.sample = self.cut_short(base.sample)
+            engine.sample = self.cut_short(engine.sample)
         elif phase == "view":
             trainer.accelerator.backward = self.last(trainer.accelerator.backward)
         elif phase == "rollout state":

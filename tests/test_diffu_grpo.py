@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,17 @@ from datasets import Dataset
 from methods import method_named
 from scipy.stats import binomtest, chi2_contingency
 from tiny import MASK, TAIL, A, canvas_logits, forwards_of, tiny_model
-from trainer_helpers import hidden_by_row, largest_log_ratio, losses_seen, parameters_of, rollout_of
+from trainer_helpers import (
+    hidden_by_row,
+    largest_log_ratio,
+    loss_of_update,
+    losses_seen,
+    parameters_of,
+    rollout_of,
+    rollout_with,
+    score,
+    view_of,
+)
 
 from trl_diffusion.likelihood import noised_views
 from trl_diffusion.trainers import DiffuGRPOConfig
@@ -27,7 +38,7 @@ LONG = [" ".join(words[: 40 - 3 * index]) for index, words in enumerate(WORDS)]
 
 def masked_views(trainer, rows: dict[str, torch.Tensor], updates: int) -> torch.Tensor:
     """The prompts that the views of every update show, [updates, B, P]."""
-    return torch.stack([trainer._view_of(rows, update, 0).prompt_ids for update in range(updates)])
+    return torch.stack([view_of(trainer, rows, update, 0).prompt_ids for update in range(updates)])
 
 
 # ------------------------------------------- property 1, with four masks
@@ -72,10 +83,10 @@ def test_1_negative_control_the_masks_of_the_first_update_for_all(tmp_path):
     assert rows["old_per_token_logps"].shape == rows["ref_per_token_logps"].shape == (8, 4, 1, 8)
     first = rows["old_per_token_logps"][:, 0, 0]
     for update in range(4):
-        views = trainer._view_of(rows, update, 0)
+        views = view_of(trainer, rows, update, 0)
         with torch.no_grad():
-            logps = trainer._score(trainer.model, rows, views).logps
-        old = trainer._old_logps(rows, update, 0, views.targets)
+            logps = score(trainer, trainer.model, rows, views).logps
+        old = rows["old_per_token_logps"][:, update, 0]
         assert (logps - old)[views.targets].abs().max() <= 1e-4
         assert (logps - rows["ref_per_token_logps"][:, update, 0])[views.targets].abs().max() <= 1e-4
         assert ((logps - first)[views.targets].abs().max() > 1e-4) == (update > 0)
@@ -91,9 +102,11 @@ def prompt_masks(trainer, rows: int, padding: int = 0, first: int = 0, words: in
     own = torch.arange(first, first + rows)
     batch = {"prompt_ids": ids, "prompt_mask": (ids != TAIL).long(), "global_row": own}
     batch["completion_ids"] = torch.full((rows, 8), A)
-    plan = trainer._noise(where.get("mode", "train"), where.get("update", 0), None, batch, None)
-    assert plan.hidden.all() and plan.hidden.shape == (rows, trainer.args.num_mc_samples, 8)
-    return plan.prompt_hidden
+    trajectory = SimpleNamespace(completion_ids=batch["completion_ids"])
+    rollout = rollout_with(trainer, trajectory, batch, mode=where.get("mode", "train"), number=where.get("number", 0))
+    plan = trainer.choices.likelihood.noise.draw(rollout, where.get("update", 0))
+    assert plan.masked.all() and plan.masked.shape == (rows, trainer.args.num_mc_samples, 8)
+    return plan.prompt_masked
 
 
 def test_prompt_tokens_are_masked_independently_with_the_given_probability(tmp_path):
@@ -125,8 +138,7 @@ def test_7_prompt_masks_are_keyed_by_the_global_row_and_ignore_padding(tmp_path)
     assert not torch.equal(prompt_masks(trainer, 3, first=4), masks[5:])
     assert not torch.equal(prompt_masks(trainer, 8, update=1), masks)
     assert not torch.equal(prompt_masks(trainer, 8, mode="eval"), masks)
-    trainer._rollouts["train"] = 1
-    assert not torch.equal(prompt_masks(trainer, 8), masks)
+    assert not torch.equal(prompt_masks(trainer, 8, number=1), masks)
     assert not torch.equal(prompt_masks(DIFFU.make(tmp_path, num_mc_samples=2, seed=1), 8), masks)
 
 
@@ -198,7 +210,7 @@ def test_3_the_loss_is_the_clipped_ratio_and_k3_of_one_step_likelihoods(tmp_path
         return written_out_loss(trainer.model, start, start, rows, shown[update], **changes)
 
     for update in range(2):
-        found = trainer._view_loss(trainer.model, rows, update, 0)
+        found = loss_of_update(trainer, rows, update)
         torch.testing.assert_close(found, expected(update), rtol=1e-4, atol=1e-6)
         slope = gradient(expected(update))
         torch.testing.assert_close(gradient(found), slope, rtol=1e-3, atol=1e-5)
@@ -218,9 +230,9 @@ def test_several_views_are_averaged(tmp_path):
     start = tiny_model(seed=3)
     with torch.no_grad():
         trainer.model.lm_head.weight.mul_(1.5)
-    shown = [trainer._view_of(rows, 0, view).prompt_ids for view in range(3)]
+    shown = [view_of(trainer, rows, 0, view).prompt_ids for view in range(3)]
     expected = sum(written_out_loss(trainer.model, start, start, rows, prompt) for prompt in shown) / 3
-    found = sum(trainer._view_loss(trainer.model, rows, 0, view) for view in range(3))
+    found = loss_of_update(trainer, rows)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 

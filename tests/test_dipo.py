@@ -10,11 +10,10 @@ from enumeration import enumerate_paths, trajectory_of
 from methods import METHODS, block_causal, full_attention, method_named
 from test_likelihood_enumeration import gradient, reward_of
 from tiny import END, MASK, TAIL, A, B, tiny_sdar, without_ends
-from trainer_helpers import parameters_of, rollout_of
+from trainer_helpers import logps_of, loss_of_update, parameters_of, plan_of, rollout_of
 
 from trl_diffusion.likelihood.plans import block_steps
 from trl_diffusion.trainers import AGRPOTrainer, DiPOConfig, TraceRLConfig
-from trl_diffusion.trainers.base.masked import NoisedGRPOTrainer
 
 DIPO, TRACERL = method_named("dipo"), method_named("tracerl, block")
 
@@ -25,11 +24,11 @@ def test_views_within_blocks_by_hand():
     # three blocks of four positions, three steps each; the last block was not written
     unmask_step = torch.tensor([[0, 2, 1, 0, 4, 3, 5, 3, -1, -1, -1, -1]], dtype=torch.int32)
     plan = block_steps(unmask_step, steps_per_block=3, shrink=1)
-    shown = ["".join(".x"[int(flag)] for flag in row) for row in plan.hidden[0]]
+    shown = ["".join(".x"[int(flag)] for flag in row) for row in plan.masked[0]]
     assert shown == ["xxxxxxxxxxxx", ".xx.x.x.xxxx", ".x....x.xxxx"]
     targets = ["".join(".x"[int(flag)] for flag in row) for row in plan.targets[0]]
     assert targets == ["x..x.x.x....", "..x.x.......", ".x....x....."]
-    assert plan.share.tolist() == [pytest.approx([1, 8 / 12, 6 / 12])]
+    assert plan.rate.tolist() == [pytest.approx([1, 8 / 12, 6 / 12])]
 
 
 @pytest.mark.parametrize(
@@ -42,8 +41,8 @@ def test_views_within_blocks_cover_every_sampled_token_once(steps, shrink, views
     unmask_step[:3, 10:] = -1
     plan = block_steps(unmask_step, steps, shrink)
     assert plan.targets.size(1) == views and torch.equal(plan.targets.sum(1), (unmask_step >= 0).long())
-    assert not (plan.targets & ~plan.hidden).any() and plan.hidden[:3, :, 10:].all()
-    assert torch.equal(plan.hidden[:, :1] & ~plan.hidden, (plan.hidden[:, :1] & ~plan.hidden).cummax(1).values)
+    assert not (plan.targets & ~plan.masked).any() and plan.masked[:3, :, 10:].all()
+    assert torch.equal(plan.masked[:, :1] & ~plan.masked, (plan.masked[:, :1] & ~plan.masked).cummax(1).values)
 
 
 # ------------------------------------------- the loss
@@ -87,15 +86,11 @@ def terms_of(trainer, rows, unmask_step, low: float, high: float) -> tuple[torch
     return terms, now - old, torch.arange(8) < length.unsqueeze(1)
 
 
-def loss_of(trainer, rows) -> torch.Tensor:
-    return sum(trainer._view_loss(trainer.model, rows, 0, view) for view in range(trainer._num_views()))
-
-
 def test_dipo_is_the_mean_over_tokens_of_their_clipped_ratios(tmp_path):
     trainer, rows, unmask_step = drifted(DIPO, tmp_path)
     terms, change, text = terms_of(trainer, rows, unmask_step, 0.8, 1.28)
     expected = -terms[text].sum() / text.sum()
-    found = loss_of(trainer, rows)
+    found = loss_of_update(trainer, rows)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(gradient(trainer.model, found), gradient(trainer.model, expected), atol=1e-5, rtol=1e-4)
     beyond = change.exp()[text]
@@ -114,7 +109,7 @@ def test_block_tracerl_is_the_mean_over_views_of_a_mean_gain_less_a_summed_kl(tm
         gains = [terms[row][view].mean() - 0.1 * divergence[row][view].sum() for view in views if view.any()]
         losses.append(-sum(gains) / len(gains))
     assert len({int((unmask_step[row] % 4)[text[row]].unique().numel()) for row in range(len(text))}) > 1
-    torch.testing.assert_close(loss_of(trainer, rows), sum(losses) / len(losses), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss_of_update(trainer, rows), sum(losses) / len(losses), atol=1e-5, rtol=1e-5)
 
 
 def test_prompts_whose_rewards_are_equal_change_nothing(tmp_path):
@@ -161,13 +156,13 @@ def test_one_token_per_step_gives_the_policy_gradient(method, temperature, tmp_p
         rows = {"completion_ids": trajectory.completion_ids, "global_row": torch.arange(len(paths))}
         rows["prompt_ids"] = torch.tensor([PROMPT] * len(paths))
         rows["prompt_mask"] = torch.ones_like(rows["prompt_ids"])
-        rows |= trainer._plan_views("train", trajectory, rows, torch.ones(len(paths), dtype=torch.bool))
+        rows |= plan_of(trainer, trajectory, rows)
         rows["num_items_in_batch"] = rows["completion_mask"].sum()
         rows["advantages"] = (probability.detach() * rewards * len(paths)).float()
-        rows["hidden"] = rows["hidden"].roll(-late, 2)
+        rows["masked"] = rows["masked"].roll(-late, 2)
         if shrink > 1 or late:
-            rows["old_per_token_logps"] = trainer._logps_of_views("train", model, rows)
-        return -gradient(model, loss_of(trainer, rows)).float()
+            rows["old_per_token_logps"] = logps_of(trainer, model, rows)
+        return -gradient(model, loss_of_update(trainer, rows)).float()
 
     # a mean over 4 tokens, or over 2 views of 2 tokens each
     torch.testing.assert_close(found(), exact / 4, atol=1e-6, rtol=1e-5)
@@ -180,7 +175,7 @@ def test_one_token_per_step_gives_the_policy_gradient(method, temperature, tmp_p
 NOISED = [
     method
     for method in METHODS
-    if issubclass(method.trainer, NoisedGRPOTrainer) and method.views != "within" and method.credit != "process_reward"
+    if method.views not in ("drawn", "chosen", "sampled", "within") and method.credit != "process_reward"
 ]
 
 

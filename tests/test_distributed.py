@@ -41,7 +41,7 @@ SHARDED = [backend for backend in BACKENDS if BACKENDS[backend].stage == 3 or ba
 THOROUGH = ("zero1", "zero2", "zero2_offload", "zero3_offload")
 EQUAL = (
     *("completion_ids", "completion_mask", "unmask_step", "view_steps"),
-    *("hidden", "targets", "prompt_hidden", "global_row"),
+    *("masked", "targets", "prompt_masked", "global_row"),
 )
 CLOSE = ("advantages", "weights", "view_weights", "old_per_token_logps", "ref_per_token_logps")
 

@@ -20,11 +20,12 @@ from datasets import Dataset
 from methods import PROMPTS, method_named, text_reward
 from peft import LoraConfig
 from tiny import MASK, canvas_logits, tiny_model
-from trainer_helpers import parameters_of, rollout_of
+from trainer_helpers import estimate_views, loss_inputs, parameters_of, rollout_of, view_of
 
 from trl_diffusion.credit import effective_sample_size, target_log_weights
 from trl_diffusion.likelihood import elbo_of_pairs
-from trl_diffusion.trainers.dmpo import wddo_loss, weighted_cross_entropy
+from trl_diffusion.losses import WeightedLikelihood
+from trl_diffusion.losses.contrast import wddo_loss
 
 # ------------------------------------------- the enumerable policy
 
@@ -114,7 +115,7 @@ def weights_of(policy, reference, rewards, alpha: float, scale: float | None = N
 def cross_entropy(table: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """The library's loss in expectation: over a rate t ~ U(0.1, 1), a mask and its complement."""
     of_pairs = (weights.unsqueeze(1) * BY_RATE).flatten()
-    return weighted_cross_entropy(of_pairs, pairs_of(table), PAIRS).sum()
+    return WeightedLikelihood("mean")(loss_inputs(pairs_of(table), PAIRS, of_pairs)).loss.sum()
 
 
 def minimised(loss, start: torch.Tensor) -> torch.Tensor:
@@ -390,11 +391,11 @@ DMPO = method_named("dmpo")
 WDDO: dict[str, Any] = {"objective": "wddo", "weight_baseline": "none"}
 
 
-def elbo_by_hand(model, rows: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Mean over the stored views of (L + 1)/k Σ log p of the k hidden tokens, by the ordinary forward pass; [B]."""
+def elbo_by_hand(model, rows: dict[str, torch.Tensor], masked: torch.Tensor) -> torch.Tensor:
+    """Mean over views [B, V, L] of (L + 1)/k Σ log p of the k masked tokens, by the ordinary forward pass; [B]."""
     ids = rows["completion_ids"]
     estimates = []
-    for hidden in rows["hidden"][:, -1].unbind(1):
+    for hidden in masked.unbind(1):
         logits = canvas_logits(model, rows["prompt_ids"], rows["prompt_mask"], ids.masked_fill(hidden, MASK))
         logps = logits.log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
         total, count = (logps * hidden).sum(1), hidden.sum(1)
@@ -411,8 +412,9 @@ def rewards_of(trainer, rows: dict[str, torch.Tensor]) -> torch.Tensor:
 @torch.no_grad()
 def weights_by_hand(trainer, rows: dict[str, torch.Tensor], reference) -> torch.Tensor:
     """[N, G], where the model that wrote the rows is still that of the trainer."""
+    masked = estimate_views(trainer, rows)["masked"][:, 0]
     trainer.model.eval()
-    gap = (elbo_by_hand(reference, rows) - elbo_by_hand(trainer.model, rows)).view(-1, 4)
+    gap = (elbo_by_hand(reference, rows, masked) - elbo_by_hand(trainer.model, rows, masked)).view(-1, 4)
     return (gap + rewards_of(trainer, rows) / trainer.args.alpha).softmax(1)
 
 
@@ -438,8 +440,7 @@ def test_weights_compare_the_policy_with_its_reference(kind, tmp_path):
         move(trainer.model)
     rows = rollout_of(trainer, "a b", "b a a")
     expected = weights_by_hand(trainer, rows, start)
-    torch.testing.assert_close(rows["weights"].view(-1, 4), expected, rtol=1e-3, atol=1e-5)
-    assert (rows["weight_baseline"] == 1 / 4).all()
+    torch.testing.assert_close(rows["advantages"].view(-1, 4), 4 * (expected - 1 / 4), rtol=1e-3, atol=4e-5)
     without = (rewards_of(trainer, rows) / 2.0).softmax(1)
     assert (without - expected).abs().max() > 0.05
     logged = trainer._metrics["train"]["dmpo/effective_sample_size"]
@@ -542,10 +543,10 @@ def test_truncated_completions_learn_nothing_and_are_weighed_like_the_others(tmp
     truncated = ~trainer.family.is_end(rows["completion_ids"]).any(1)
     assert truncated.any() and not truncated.all()
     assert (rows["completion_mask"].any(1) == ~truncated).all()
-    views = torch.stack([trainer._view_of(rows, 0, view).targets for view in range(4)], 1)
+    views = torch.stack([view_of(trainer, rows, 0, view).targets for view in range(4)], 1)
     assert not views[truncated].any() and views[~truncated].any(2).any(1).all()
     expected = weights_by_hand(trainer, rows, tiny_model(seed=3))
-    torch.testing.assert_close(rows["weights"].view(-1, 4), expected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(rows["advantages"].view(-1, 4), 4 * (expected - 1 / 4), rtol=1e-3, atol=4e-5)
 
 
 @pytest.mark.parametrize("settings", [{}, WDDO], ids=["cross_entropy", "wddo"])

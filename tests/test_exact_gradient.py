@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from enumeration import enumerate_paths, trajectory_of
 from tiny import END, MASK, TAIL, A, B, tiny_model, tiny_tokenizer
+from trainer_helpers import plan_of
 
 from trl_diffusion.trainers import AGRPOConfig, AGRPOTrainer
 
@@ -57,7 +58,7 @@ def as_rows(trainer: AGRPOTrainer, paths) -> tuple[dict[str, torch.Tensor], torc
     """The trainer's buffer rows for given trajectories, without advantages, and the eligible steps [B]."""
     trajectory = trajectory_of(paths, trainer.args.temperature)
     rows = {"completion_ids": trajectory.completion_ids, "global_row": torch.arange(len(paths))}
-    rows |= trainer._plan_views("train", trajectory, rows, torch.ones(len(paths), dtype=torch.bool))
+    rows |= plan_of(trainer, trajectory, rows)
     rows["prompt_ids"] = torch.tensor([PROMPT] * len(paths))
     rows["prompt_mask"] = torch.ones_like(rows["prompt_ids"])
     rows["num_items_in_batch"] = rows["completion_mask"].sum()

@@ -354,14 +354,15 @@ def test_empty_completions_are_counted_and_learn(tmp_path):
 
     trainer = AGRPO.make(tmp_path, reward=short_is_bad, logging_steps=1)
     rows = {}
-    plan = trainer._plan_views
+    likelihood = trainer.choices.likelihood
+    plan = likelihood.plan
 
-    def keep(mode, trajectory, batch, learns):
-        plans = plan(mode, trajectory, batch, learns)
-        rows.update(plans, completion_ids=trajectory.completion_ids)
+    def keep(rollout):
+        plans = plan(rollout)
+        rows.update(plans, completion_ids=rollout.trajectory.completion_ids)
         return plans
 
-    trainer._plan_views = keep
+    likelihood.plan = keep
     assert trained(trainer).any()
     share = sum(length == 1 for length in lengths) / len(lengths)
     assert 0 < share < 1 and logged(trainer, "completions/empty_share") == [share]

@@ -18,6 +18,7 @@ import torch
 from enumeration import enumerate_paths, trajectory_of
 from methods import method_named
 from tiny import END, MASK, TAIL, A, B, canvas_logits, tiny_model, without_ends
+from trainer_helpers import logps_of, loss_of_update, num_views, plan_of, rollout_with
 
 from trl_diffusion.likelihood import (
     NoisePlan,
@@ -29,6 +30,7 @@ from trl_diffusion.likelihood import (
     upper_bound_per_token,
 )
 from trl_diffusion.likelihood.plans import random_subsets, random_text, with_complements
+from trl_diffusion.sampling.rollout import RowNoise
 from trl_diffusion.trainers.coupled_grpo import coupled_statistic
 
 PROMPT, LENGTH = (A, B, A), 5
@@ -98,9 +100,9 @@ def test_the_elbo_is_the_mean_over_orders_of_the_chain_rule(n):
 
 def scored(plan: NoisePlan, completion: tuple[int, ...] = COMPLETION) -> torch.Tensor:
     """Log-probabilities [B, V, L] by the library, 0 where a position is no target."""
-    batch, views, _ = plan.hidden.shape
+    batch, views, _ = plan.masked.shape
     ids = torch.tensor([completion] * batch)
-    stacked = stack_views([noised_views(ids, plan.hidden[:, v], plan.targets[:, v], MASK) for v in range(views)])
+    stacked = stack_views([noised_views(ids, plan.masked[:, v], plan.targets[:, v], MASK) for v in range(views)])
     prompts = torch.tensor([PROMPT] * batch * views)
     with torch.no_grad():
         logps = score_views(network(), prompts, torch.ones_like(prompts), ids.repeat(views, 1), stacked).logps
@@ -115,13 +117,13 @@ def all_pairs() -> NoisePlan:
 
 def test_espo_estimate_averaged_over_all_masks_is_the_elbo():
     plan = all_pairs()
-    assert len({tuple(mask) for mask in plan.hidden[:, 0].tolist()}) == 32
+    assert len({tuple(mask) for mask in plan.masked[:, 0].tolist()}) == 32
     logps = scored(plan)
-    estimates = elbo_of_pairs(logps, plan.hidden)
+    estimates = elbo_of_pairs(logps, plan.masked)
     assert estimates.mean().item() == pytest.approx(elbo(), abs=1e-6)
     assert estimates.std() > 0.1
 
-    size = plan.hidden.sum(-1)
+    size = plan.masked.sum(-1)
     # negative controls: L/k, as if there were no empty sets,
     naive = (LENGTH / size.clamp(min=1) * logps.sum(-1)).mean()
     assert abs(naive - elbo()) > 0.05
@@ -141,10 +143,10 @@ def test_spg_random_estimate_averaged_over_all_masks_is_the_elbo_per_token(n):
     estimates = mean_of_targets(scored(plan), plan.targets)
     assert estimates.mean().item() == pytest.approx(elbo(n) / n, abs=1e-6)
     if n < LENGTH:  # negative control: what is behind the text shown
-        shown = NoisePlan(plan.targets, plan.targets, plan.share)
+        shown = NoisePlan(plan.targets, plan.targets, plan.rate)
         assert abs(mean_of_targets(scored(shown), plan.targets).mean().item() - elbo(n) / n) > 1e-2
     if n > 1:  # negative control: every subset equally likely
-        chosen = {tuple(mask): value for mask, value in zip(plan.hidden[:, 0].tolist(), estimates, strict=True)}
+        chosen = {tuple(mask): value for mask, value in zip(plan.masked[:, 0].tolist(), estimates, strict=True)}
         assert abs(float(sum(chosen.values())) / len(chosen) - elbo(n) / n) > 1e-3
 
 
@@ -171,20 +173,19 @@ def planned(trainer, count: int, completion: tuple[int, ...] = COMPLETION, row: 
         "num_items_in_batch": torch.tensor(count),
         "advantages": torch.zeros(count),
     }
-    trajectory = SimpleNamespace(completion_ids=ids, **more)
-    return rows | trainer._plan_views("train", trajectory, rows, torch.ones(count, dtype=torch.bool))
+    return rows | plan_of(trainer, SimpleNamespace(completion_ids=ids, given=None, **more), rows)
 
 
-def feed(trainer, monkeypatch, *values: torch.Tensor) -> None:
+def feed(monkeypatch, *values: torch.Tensor) -> None:
     """The noise that the trainer draws next, in order, over and over."""
     queue: list[torch.Tensor] = []
 
-    def draw(streams, *shape: int) -> torch.Tensor:
+    def draw(noise: RowNoise, *shape: int) -> torch.Tensor:
         queue[:] = queue or values
-        assert queue[0].shape == (len(streams), *shape)
+        assert queue[0].shape == (len(noise.generators), *shape)
         return queue.pop(0)
 
-    monkeypatch.setattr(trainer, "_uniforms", draw)
+    monkeypatch.setattr(RowNoise, "uniform", draw)
 
 
 @pytest.mark.parametrize("row", [0, 5])
@@ -192,15 +193,15 @@ def feed(trainer, monkeypatch, *values: torch.Tensor) -> None:
 def test_every_noise_that_pairs_can_get_averages_to_the_elbo(name, row, tmp_path, monkeypatch):
     """All sizes of the first pair of the batch and all orders, through the trainers' plans, views and scoring."""
     trainer = make(name, tmp_path, num_mc_samples=2)
-    pairs = trainer._num_views() // 2
+    pairs = num_views(trainer) // 2
     noise = ORDERS.unsqueeze(1).expand(-1, pairs, -1)
     total = 0.0
     for offset in range(LENGTH + 1):
-        feed(trainer, monkeypatch, torch.full((pairs,), (offset + 0.5) / (LENGTH + 1)).double(), noise)
+        feed(monkeypatch, torch.full((pairs,), (offset + 0.5) / (LENGTH + 1)).double(), noise)
         rows = planned(trainer, len(ORDERS), row=row)
-        logps = trainer._logps_of_views("train", trainer.model, rows).double()
-        assert len(rows["hidden"][:, 0, 0].sum(-1).unique()) == 1  # one size per offset
-        total += elbo_of_pairs(logps[:, 0], rows["hidden"][:, 0]).mean().item() / (LENGTH + 1)
+        logps = logps_of(trainer, trainer.model, rows).double()
+        assert len(rows["masked"][:, 0, 0].sum(-1).unique()) == 1  # one size per offset
+        total += elbo_of_pairs(logps[:, 0], rows["masked"][:, 0]).mean().item() / (LENGTH + 1)
     assert total == pytest.approx(elbo(), abs=1e-6)
 
 
@@ -208,7 +209,7 @@ def looked_up(plan: NoisePlan) -> torch.Tensor:
     """Log-probabilities of a plan for one completion [V, L], from the library's scores of all 32 masks."""
     every = torch.tensor(MASKS).unsqueeze(1)
     logps = scored(NoisePlan(every, every, every.float().mean(-1)))[:, 0]
-    return logps[(plan.hidden[0].long() * 2 ** torch.arange(LENGTH - 1, -1, -1)).sum(-1)] * plan.targets[0]
+    return logps[(plan.masked[0].long() * 2 ** torch.arange(LENGTH - 1, -1, -1)).sum(-1)] * plan.targets[0]
 
 
 def z_score(samples: torch.Tensor, mean: float) -> float:
@@ -219,23 +220,24 @@ def z_score(samples: torch.Tensor, mean: float) -> float:
 def test_the_trainers_own_pairs_average_to_the_elbo(name, tmp_path):
     trainer = make(name, tmp_path, num_mc_samples=40_000, num_iterations=1)
     rows = {"completion_ids": torch.tensor([COMPLETION]), "global_row": torch.tensor([5])}
-    scope = torch.ones(1, LENGTH, dtype=torch.bool)
-    plan = trainer._noise("train", 1, None, rows, scope)  # 1: what DMPO estimates its weights on
-    logps, hidden = (values.unflatten(0, (-1, 2)) for values in (looked_up(plan), plan.hidden[0]))
+    rollout = rollout_with(trainer, SimpleNamespace(completion_ids=rows["completion_ids"]), rows)
+    learned = trainer.choices.likelihood
+    plan = (trainer.choices.credit.estimates or learned).noise.draw(rollout, 1)  # DMPO estimates its weights on these
+    logps, hidden = (values.unflatten(0, (-1, 2)) for values in (looked_up(plan), plan.masked[0]))
     assert len(logps) == 20_000
     assert z_score(elbo_of_pairs(logps, hidden), elbo()) < 4
     naive = (LENGTH / hidden.sum(-1).clamp(min=1) * logps.sum(-1)).mean(1)
     assert z_score(naive, elbo()) > 8
     if name == "dmpo":  # the views that it learns on are others
-        plan = trainer._noise("train", 0, None, rows, scope)
-        logps, hidden = (values.unflatten(0, (-1, 2)) for values in (looked_up(plan), plan.hidden[0]))
+        plan = learned.noise.draw(rollout, 0)
+        logps, hidden = (values.unflatten(0, (-1, 2)) for values in (looked_up(plan), plan.masked[0]))
         assert z_score(elbo_of_pairs(logps, hidden), elbo()) > 8
 
 
 def test_spg_random_trainers_own_views_average_to_the_elbo_per_token(tmp_path):
     trainer = make("spg, random", tmp_path, num_mc_samples=20_000, num_iterations=1, prompt_mask_probability=0.0)
     rows = planned(trainer, 1, row=5)
-    plan = NoisePlan(rows["hidden"][:, 0], rows["targets"][:, 0], rows["hidden_share"][:, 0])
+    plan = NoisePlan(rows["masked"][:, 0], rows["targets"][:, 0], rows["mask_rate"][:, 0])
     estimates = mean_of_targets(looked_up(plan).unsqueeze(1), plan.targets[0].unsqueeze(1)).squeeze(1)
     assert len(estimates) == 20_000
     assert z_score(estimates, elbo(3) / 3) < 4
@@ -253,10 +255,10 @@ def test_spg_random_through_the_trainer_with_every_mask_of_text_and_prompt(tmp_p
     ]
     chances, sizes, orders, prompts = (torch.tensor(values).double() for values in zip(*cases, strict=True))
     noise = torch.cat([orders, torch.full((len(orders), LENGTH - 3), 0.5)], 1).unsqueeze(1)
-    feed(trainer, monkeypatch, sizes.unsqueeze(1), noise, prompts.unsqueeze(2))
+    feed(monkeypatch, sizes.unsqueeze(1), noise, prompts.unsqueeze(2))
     rows = planned(trainer, len(cases))
     assert chances.sum() / 18 == pytest.approx(1)
-    logps = trainer._logps_of_views("train", trainer.model, rows).double()[:, 0]
+    logps = logps_of(trainer, trainer.model, rows).double()[:, 0]
     found = (chances / 18 * mean_of_targets(logps, rows["targets"][:, 0]).squeeze(1)).sum()
 
     expected = 0.0
@@ -309,9 +311,9 @@ def test_block_random_averaged_over_all_noise_is_its_formula(scores_hidden, tmp_
     chances, blocks, counts, noise = (torch.tensor(values).double() for values in zip(*cases, strict=True))
     assert chances.sum() == pytest.approx(1)
     prompts = torch.full((len(cases), len(PROMPT), 1), 0.5).double()  # all shown
-    feed(trainer, monkeypatch, counts.unsqueeze(1), noise.unsqueeze(1), blocks.unsqueeze(1), prompts)
+    feed(monkeypatch, counts.unsqueeze(1), noise.unsqueeze(1), blocks.unsqueeze(1), prompts)
     rows = planned(trainer, len(cases), LONG)
-    scores = trainer._logps_of_views("train", trainer.model, rows).double()[:, 0]
+    scores = logps_of(trainer, trainer.model, rows).double()[:, 0]
     found = (chances * mean_of_targets(scores, rows["targets"][:, 0]).squeeze(1)).sum().item()
     assert found == pytest.approx(expected, abs=1e-6)
     assert abs(expected - shown_context) > 1e-3  # negative control: earlier blocks always shown
@@ -323,11 +325,11 @@ def test_coupled_statistic_averaged_over_all_masks_is_its_formula(rate, tmp_path
     trainer = make("coupled_grpo", tmp_path, num_mc_samples=2)
     rates = torch.full((32, 1), (rate - 0.2) / 0.6).double()
     noise = torch.where(torch.tensor(MASKS), rate / 2, (1 + rate) / 2).double().unsqueeze(1)
-    feed(trainer, monkeypatch, rates, noise)
+    feed(monkeypatch, rates, noise)
     rows = planned(trainer, 32)
-    rows["targets"] = rows["hidden"]  # all tokens, the text's and those behind it
-    logps = trainer._logps_of_views("train", trainer.model, rows).double()[:, 0]
-    share = rows["hidden_share"][:, 0].double()
+    rows["targets"] = rows["masked"]  # all tokens, the text's and those behind it
+    logps = logps_of(trainer, trainer.model, rows).double()[:, 0]
+    share = rows["mask_rate"][:, 0].double()
     chances = torch.tensor([rate ** sum(mask) * (1 - rate) ** (LENGTH - sum(mask)) for mask in MASKS]).double()
     found = (chances.unsqueeze(1) * coupled_statistic(logps, share)).sum(0)
 
@@ -349,13 +351,13 @@ def test_uni_grpo_averaged_over_all_masks_is_its_formula(tmp_path, monkeypatch):
     trainer = make("uni_grpo", tmp_path, num_mc_samples=1, beta=0.3, gradient_accumulation_steps=1)
     trainer.current_gradient_accumulation_steps = 1
     noise = torch.where(torch.tensor(MASKS), 0.25, 0.75).double().unsqueeze(1)
-    feed(trainer, monkeypatch, torch.full((32, 1), 0.5).double(), noise)
+    feed(monkeypatch, torch.full((32, 1), 0.5).double(), noise)
     rows = planned(trainer, 32)
     moved = tiny_model(seed=3).double()
     with torch.no_grad():
         moved.lm_head.weight.mul_(1.3)
-    rows["old_per_token_logps"] = trainer._logps_of_views("train", moved, rows)
-    rows["ref_per_token_logps"] = trainer._logps_of_views("train", network(seed=4), rows)
+    rows["old_per_token_logps"] = logps_of(trainer, moved, rows)
+    rows["ref_per_token_logps"] = logps_of(trainer, network(seed=4), rows)
     rows["advantages"] = torch.full((32,), 0.7)
 
     def chance_of(size: int) -> float:
@@ -422,10 +424,10 @@ def rows_of(trainer, paths) -> dict[str, torch.Tensor]:
     rows = {"completion_ids": trajectory.completion_ids, "global_row": torch.arange(len(paths))}
     rows["prompt_ids"] = torch.tensor([PROMPT] * len(paths))
     rows["prompt_mask"] = torch.ones_like(rows["prompt_ids"])
-    rows |= trainer._plan_views("train", trajectory, rows, torch.ones(len(paths), dtype=torch.bool))
+    rows |= plan_of(trainer, trajectory, rows)
     rows["num_items_in_batch"] = rows["completion_mask"].sum()
     if "old_per_token_logps" not in rows:
-        rows["old_per_token_logps"] = trainer._logps_of_views("train", trainer.model, rows)
+        rows["old_per_token_logps"] = logps_of(trainer, trainer.model, rows)
     return rows
 
 
@@ -451,11 +453,10 @@ def test_tracerl_with_one_token_per_view_is_the_policy_gradient(temperature, bet
         rows = rows_of(trainer, paths)
         rows["advantages"] = (probability.detach() * rewards * len(paths)).float()
         assert rows["targets"].any(-1).all()
-        rows["hidden"] = rows["hidden"].roll(-late, 2)
+        rows["masked"] = rows["masked"].roll(-late, 2)
         if late:
-            rows["old_per_token_logps"] = trainer._logps_of_views("train", model, rows)
-        views = range(trainer._num_views())
-        return -gradient(model, sum(trainer._view_loss(model, rows, 0, view) for view in views)).float()
+            rows["old_per_token_logps"] = logps_of(trainer, model, rows)
+        return -gradient(model, loss_of_update(trainer, rows)).float()
 
     # a mean over 4 views, where E[r] has the sum of their tokens
     torch.testing.assert_close(found(shrink=1), exact / 4, atol=1e-6, rtol=1e-5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import log, tanh
 from typing import Any
@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from methods import method_named, text_reward
-from tiny import canvas_logits, tiny_model
-from trainer_helpers import parameters_of, rollout_of
+from tiny import MASK, canvas_logits, tiny_model
+from trainer_helpers import estimate_views, loss_inputs, loss_of_update, parameters_of, rollout_of
 
 from trl_diffusion.credit import (
     effective_sample_size,
@@ -23,7 +23,13 @@ from trl_diffusion.credit import (
     scored_in_group,
     target_log_weights,
 )
+from trl_diffusion.credit.group_credit import GroupValues
+from trl_diffusion.credit.target_weights import TargetWeights
 from trl_diffusion.likelihood import elbo_of_pairs, mean_of_targets, upper_bound_per_token
+from trl_diffusion.losses import WeightedLikelihood
+from trl_diffusion.losses.bounds import sandwiched_bound
+from trl_diffusion.losses.contrast import wddo_loss
+from trl_diffusion.losses.sequence_ratio import clipped_loss, quadratic_kl, sequence_ratio
 from trl_diffusion.trainers import (
     CoupledGRPOConfig,
     DiffuGRPOConfig,
@@ -33,12 +39,8 @@ from trl_diffusion.trainers import (
     TraceRLConfig,
     UniGRPOConfig,
     WD1Config,
-    WD1Trainer,
 )
 from trl_diffusion.trainers.coupled_grpo import coupled_statistic
-from trl_diffusion.trainers.dmpo import wddo_loss, weighted_cross_entropy
-from trl_diffusion.trainers.espo import clipped_loss, quadratic_kl, sequence_ratio
-from trl_diffusion.trainers.spg import sandwiched_bound
 
 # ------------------------------------------- by hand: two completions, two tokens
 
@@ -102,8 +104,7 @@ def test_wd1_by_hand():
     assert weights.tolist() == [approx([tanh(1), -tanh(1)])]
     # −Σ weight · Σ ℓ = 0.761594 · (2.079442 − 2.525729) = −0.339890, as the mean over the group of G times that
     logps = logs([[[0.5, 0.25]], [[0.8, 0.1]]])
-    rows = {"weights": 2 * weights[0]}
-    losses = WD1Trainer._completion_losses(None, rows, 0, torch.ones(2, 1, 2).bool(), logps)
+    losses = WeightedLikelihood("sum")(loss_inputs(logps, torch.ones(2, 1, 2).bool(), 2 * weights[0])).loss
     assert losses.tolist() == approx([3.167381, -3.847160]) and losses.mean().item() == approx(-0.339890)
 
 
@@ -118,7 +119,7 @@ def test_dmpo_by_hand():
     weights = log_weights.softmax(1)
     assert weights.tolist() == [approx([0.970688, 0.029312])]  # 1 / (1 + e^−3.5)
     # ½ (−1.039721 − 0.916291) = −0.978006 and ½ (−0.223144 + 0) = −0.111572, times −0.5 and 0.5
-    found = weighted_cross_entropy(tensor([0.5, -0.5]), PROBABILITIES, TARGETS)
+    found = WeightedLikelihood("mean")(loss_inputs(PROBABILITIES, TARGETS, tensor([0.5, -0.5]))).loss
     assert found.tolist() == approx([0.489003, -0.055786])
     # log σ(0.2) = −0.598139, log σ(0.1) = −0.644397; log σ(−0.4) = −0.913015, log σ(−0.3) = −0.854355
     found = wddo_loss(tensor([1.5, 0.5]), tensor([0.2, -0.4]), tensor([-0.1, 0.3]))
@@ -143,31 +144,25 @@ def test_wddo_is_minimal_at_the_log_ratio_of_target_and_policy(weight):
         ("model", [0.5] * 4),  # as long as the policy is that of the rollout
     ],
 )
-def test_dmpo_baselines_by_hand(baseline, expected, tmp_path, monkeypatch):
-    trainer = method_named("dmpo").make(
-        tmp_path, alpha=0.5, weight_baseline=baseline, num_generations=2, per_device_train_batch_size=2
+def test_dmpo_baselines_by_hand(baseline, expected):
+    credit = TargetWeights(alpha=0.5, scale=2.0, baseline=baseline, views=None)
+    group = GroupValues(
+        advantages=tensor([[1, 0], [-1, 1]]),
+        lengths=torch.full((2, 2), 8),
+        current=tensor([[-1.5, -1], [-3, -3]]),
+        reference=tensor([[-1, -2], [-3, -3]]),
     )
-    trainer.model.train()
-    rows = {"advantages": tensor([1, 0, -1, 1]), "global_row": torch.arange(4), "hidden": torch.zeros(4, 2, 4, 8)}
-    now = [tensor([-1.5, -1, -3, -3])]
-    monkeypatch.setattr(trainer, "_elbo", lambda rows, views, estimates: estimates)
-    monkeypatch.setattr(trainer, "_logps_of_views", lambda mode, model, rows, views: now[0][rows["global_row"]])
-    monkeypatch.setattr(trainer, "_reference_logps", lambda mode, rows, views: tensor([-1, -2, -3, -3]))
-    trainer._assign_credit("train", rows)
     # (0.5, −1) + (2, 0) = (2.5, −1) and (0, 0) + (−2, 2)
-    assert rows["weights"].tolist() == approx([0.970688, 0.029312, 0.017986, 0.982014])
-    assert rows["weight_baseline"].tolist() == approx(expected)
-    size = trainer._metrics["train"]["dmpo/effective_sample_size"][-1]
+    weights = tensor([0.970688, 0.029312, 0.017986, 0.982014])
+    found = credit.weigh(group)
+    assert found.values.flatten().tolist() == approx((2 * (weights - tensor(expected))).tolist())
+    size = found.metrics["dmpo/effective_sample_size"]
     assert size == approx((1 / (0.970688**2 + 0.029312**2) + 1 / (0.017986**2 + 0.982014**2)) / 2, 1e-5)
-    if baseline == "model":  # after an update; TRL shuffled the rows and split them
-        now[0] = tensor([-0.5, -1, -3, -1])
-        order = torch.tensor([2, 0, 3, 1])
-        parts = [{name: value[own] for name, value in rows.items()} for own in (order[:2], order[2:])]
-        trainer._buffered_inputs = parts
-        trainer._refresh_model_baseline()
-        found = torch.cat([part["weight_baseline"] for part in parts])[order.argsort()]
-        # softmax of (1, 0) and of (0, 2)
-        assert found.tolist() == approx([0.731059, 0.268941, 0.119203, 0.880797])
+    assert credit.refreshes == (baseline == "model")
+    if baseline == "model":  # after an update: softmax of (1, 0) and of (0, 2)
+        found = credit.weigh(replace(group, now=tensor([[-0.5, -1], [-3, -1]])))
+        expected = tensor([0.731059, 0.268941, 0.119203, 0.880797])
+        assert found.values.flatten().tolist() == approx((2 * (weights - expected)).tolist())
 
 
 # ------------------------------------------- a group of rewards (none, 5, −2, −3), and one without any
@@ -175,30 +170,37 @@ def test_dmpo_baselines_by_hand(baseline, expected, tmp_path, monkeypatch):
 SCORED = [None, 5.0, -2.0, -3.0]
 SOFTMAX = [0.998754, 0.000911, 0.000335]  # of (5, −2, −3)
 THIRD = 1 / 3
-GROUP_CREDIT: dict[str, tuple[dict[str, Any], dict[str, list[float]]]] = {
-    "trajectory_grpo": ({"scale_rewards": "none"}, {"advantages": [0, 5, -2, -3]}),
+
+
+def less(baseline: list[float]) -> list[float]:
+    """DMPO's weights less a baseline, times 4, because the loss is a mean over completions."""
+    return [0, *(4 * (weight - base) for weight, base in zip(SOFTMAX, baseline, strict=True))]
+
+
+GROUP_CREDIT: dict[str, tuple[dict[str, Any], list[float]]] = {
+    "trajectory_grpo": ({"scale_rewards": "none"}, [0, 5, -2, -3]),
     # standard deviation √(38/2)
-    "atpo": ({}, {"advantages": [0, 1.147053, -0.458821, -0.688232]}),
-    "spg": ({}, {"advantages": [0, 5, -2, -3]}),
-    "espo": ({}, {"advantages": [0, 7.5, -3, -4.5]}),
-    "coupled_grpo": ({}, {"advantages": [0, 7.5, -3, -4.5]}),
-    "tracerl": ({}, {"advantages": [0, 1.404879, -0.561951, -0.842927]}),
-    "dipo": ({}, {"advantages": [0, 1.404879, -0.561951, -0.842927]}),
+    "atpo": ({}, [0, 1.147053, -0.458821, -0.688232]),
+    "spg": ({}, [0, 5, -2, -3]),
+    "espo": ({}, [0, 7.5, -3, -4.5]),
+    "coupled_grpo": ({}, [0, 7.5, -3, -4.5]),
+    "tracerl": ({}, [0, 1.404879, -0.561951, -0.842927]),
+    "dipo": ({}, [0, 1.404879, -0.561951, -0.842927]),
     # times 4, because the loss is a mean over completions
-    "wd1": ({}, {"weights": [0, 3.994037, -1.071862, -2.922175]}),
-    "dmpo": ({}, {"weights": [0, *SOFTMAX], "weight_baseline": [0, THIRD, THIRD, THIRD]}),
-    "dmpo, none": ({"weight_baseline": "none"}, {"weights": [0, *SOFTMAX], "weight_baseline": [0, 0, 0, 0]}),
+    "wd1": ({}, [0, 3.994037, -1.071862, -2.922175]),
+    "dmpo": ({}, less([THIRD] * 3)),
+    "dmpo, none": ({"weight_baseline": "none"}, less([0.0] * 3)),
     # of (−5, 2, 3)
     "dmpo, individual": (
         {"weight_baseline": "individual"},
-        {"weights": [0, *SOFTMAX], "weight_baseline": [0, 0.000245, 0.268876, 0.730879]},
+        less([0.000245, 0.268876, 0.730879]),
     ),
     "dmpo, model": (
         {"weight_baseline": "model"},
-        {"weights": [0, *SOFTMAX], "weight_baseline": [0, THIRD, THIRD, THIRD]},
+        less([THIRD] * 3),
     ),
-    # ¾ of it: times 4 they have mean 1 over the three
-    "dmpo, wddo": ({}, {"weights": [0, 0.749065, 0.000683, 0.000251]}),
+    # times 3: they have mean 1 over the three
+    "dmpo, wddo": ({}, [0, 2.996260, 0.002732, 0.001005]),
 }
 
 
@@ -212,9 +214,12 @@ def test_a_completion_without_a_reward_is_left_out_of_its_group(name, tmp_path):
 
     trainer = method.make(tmp_path, reward=reward, **settings)
     rows = rollout_of(trainer, "a b", "b a a")
-    for key, values in expected.items():
-        assert rows[key][:4].tolist() == approx(values, 1e-4), key
-        assert rows[key][4:].tolist() == [0] * 4, key
+    found = rows["advantages"]
+    if name == "spg":  # times n over its mean
+        length = rows["completion_mask"].sum(1)
+        found = found / (length / length.float().mean())
+    assert found[:4].tolist() == approx(expected, 1e-4)
+    assert found[4:].tolist() == [0] * 4
     assert rows["advantages"].isfinite().all() and rows["advantages"][[0, 4, 5, 6, 7]].tolist() == [0] * 5
     if name.startswith("dmpo"):
         size = trainer._metrics["train"]["dmpo/effective_sample_size"]
@@ -225,11 +230,13 @@ def test_a_completion_without_a_reward_is_left_out_of_its_group(name, tmp_path):
 def test_a_completion_without_a_reward_learns_nothing(name, tmp_path):
     trainer = method_named(name).make(tmp_path, reward=lambda completions, **kwargs: SCORED * 2)
     rows = rollout_of(trainer, "a b b a b", "b a a b a")
-    views = slice(None) if trainer.joint else slice(1)
-    shape = rows["targets"][:, 0, views].shape
+    views = slice(None) if trainer.choices.scored_together else slice(1)
     targets = rows["targets"][:, 0, views]
+    shape = targets.shape
     logps = (-torch.rand(shape, generator=torch.Generator().manual_seed(0)) * targets).requires_grad_()
-    losses = trainer._completion_losses(rows, 0, targets, logps)
+    inputs = loss_inputs(logps, targets, rows["advantages"], lengths=rows["completion_mask"].sum(1))
+    inputs = replace(inputs, old=torch.zeros_like(logps), estimate=trainer.choices.likelihood.estimate)
+    losses = trainer.choices.loss(inputs).loss
     (slopes,) = torch.autograd.grad(losses.sum(), logps)
     slopes = (slopes * targets).abs().amax((1, 2))
     assert slopes[[0, 4]].tolist() == [0, 0] and slopes[[1, 2, 3, 5, 6, 7]].min() > 0
@@ -241,11 +248,11 @@ def test_the_model_baseline_leaves_out_what_has_no_reward(tmp_path):
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter.mul_(1.1)
-    trainer._buffered_inputs = [rows]
-    trainer._refresh_model_baseline()
-    baseline = rows["weight_baseline"].view(2, 4)
-    assert baseline[:, 0].tolist() == [0, 0] and baseline.sum(1).tolist() == approx([1, 1])
-    assert (baseline[:, 1:] - THIRD).abs().max() > 1e-2
+    before = rows["advantages"].view(2, 4)
+    trainer._credit.refresh([rows], 4)
+    weights = rows["advantages"].view(2, 4)
+    assert weights[:, 0].tolist() == [0, 0] and weights.sum(1).tolist() == approx([0, 0], abs=1e-5)
+    assert (weights - before).abs().max() > 4e-2  # the baseline was 1/3
 
 
 SPG_LOGPS = logs([[[0.5, 0.25], [1.0, 0.4]], [[0.8, 1.0], [0.6, 1.0]]])
@@ -336,7 +343,7 @@ DIFFERENTIABLE: dict[str, tuple[Callable, list[torch.Tensor]]] = {
     ),
     "opposed_softmax": (opposed_softmax, [tensor([[1, -1], [0.3, 0.2]])]),
     "wd1's loss": (
-        lambda logps: WD1Trainer._completion_losses(None, {"weights": tensor([1.5, -1.5])}, 0, TARGETS, logps),
+        lambda logps: WeightedLikelihood("sum")(loss_inputs(logps, TARGETS, tensor([1.5, -1.5]))).loss,
         [PROBABILITIES],
     ),
     "target_log_weights": (
@@ -344,7 +351,7 @@ DIFFERENTIABLE: dict[str, tuple[Callable, list[torch.Tensor]]] = {
         [tensor([-1, -2]), tensor([-1.5, -1]), tensor([1, 0])],
     ),
     "weighted_cross_entropy": (
-        lambda logps: weighted_cross_entropy(tensor([0.5, -0.5]), logps * TARGETS, TARGETS),
+        lambda logps: WeightedLikelihood("mean")(loss_inputs(logps * TARGETS, TARGETS, tensor([0.5, -0.5]))).loss,
         [PROBABILITIES],
     ),
     "wddo_loss": (wddo_loss, [tensor([1.5, 0.5]), tensor([0.2, -0.4]), tensor([-0.1, 0.3])]),
@@ -415,8 +422,12 @@ class Batch:
     def views(self, update: int | None = None, temperature: float = 1.0):
         """Per view: targets [B, L] and log-probabilities [B, L] under policy, old policy and reference."""
         update = self.update if update is None else update
-        for view in range(self.trainer._num_views()):
-            shown = self.trainer._view_of(self.rows, update, view)
+        rows, likelihood = self.rows, self.trainer.choices.likelihood
+        if update == self.trainer.num_iterations:  # the views after the last update's
+            rows, update = rows | estimate_views(self.trainer, rows), 0
+            likelihood = self.trainer.choices.credit.estimates
+        for view in range(likelihood.num_views):
+            shown = likelihood.view(rows, update, view, MASK)
             prompt = self.rows["prompt_ids"] if shown.prompt_ids is None else shown.prompt_ids
 
             def logps(model, prompt=prompt, shown=shown) -> torch.Tensor:
@@ -460,7 +471,7 @@ def espo(batch: Batch) -> torch.Tensor:
 
 def coupled(batch: Batch) -> torch.Tensor:
     (_, *full), *pairs = list(batch.views())
-    share = batch.rows["hidden_share"][:, batch.update].tolist()
+    share = batch.rows["mask_rate"][:, batch.update].tolist()
     terms = []
     for i, advantage in enumerate(batch.left_out):
         for j in range(batch.n[i]):
@@ -611,12 +622,11 @@ def test_the_trainers_loss_is_the_written_out_one(name, tmp_path):
         for parameter in trainer.model.parameters():
             parameter.mul_(1.2)
     if settings.get("weight_baseline") == "model":
-        trainer._buffered_inputs = [rows]
-        trainer._refresh_model_baseline()
+        trainer._credit.refresh([rows], 4)
     losses = []
     for update in range(2):
         batch = Batch(trainer, rows, trainer.model, start, reference, update)
-        found = sum(trainer._view_loss(trainer.model, rows, update, view) for view in range(trainer._passes()))
+        found = loss_of_update(trainer, rows, update)
         expected = written_out(batch)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
         slope = gradient(expected, trainer.model)
@@ -654,8 +664,8 @@ def test_the_evaluation_loss_is_the_written_out_one_over_all_views(name, tmp_pat
         start = tiny_model(seed=3)
         batch = Batch(trainer, rows, trainer.model, start, start, 0)
         torch.testing.assert_close(found, written_out(batch), rtol=1e-4, atol=1e-6)
-        first = trainer._passes() * trainer._view_loss(trainer.model, rows, 0, 0)
-    assert (trainer._passes() > 1) == ((first - found).abs() > 1e-4)  # negative control
+        first = trainer.num_backwards() * trainer._view_loss(trainer.model, rows, 0, 0)
+    assert (trainer.num_backwards() > 1) == ((first - found).abs() > 1e-4)  # negative control
 
 
 # ------------------------------------------- groups and micro-batches
@@ -739,14 +749,14 @@ def test_dmpo_model_baseline_is_the_policys_own_change_before_each_update(tmp_pa
         tmp_path, num_generations=3, per_device_train_batch_size=4, gradient_accumulation_steps=3, **MODEL_BASELINE
     )
     seen: list[tuple[int, dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
-    losses = trainer._completion_losses
+    losses = trainer._loss_inputs
 
-    def record(rows, update, targets, logps):
+    def record(model, rows, update, view):
         weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
         seen.append((update, dict(rows), weights))
-        return losses(rows, update, targets, logps)
+        return losses(model, rows, update, view)
 
-    monkeypatch.setattr(trainer, "_completion_losses", record)
+    monkeypatch.setattr(trainer, "_loss_inputs", record)
     trainer.train()
     assert len(seen) == 3 * 3 * 4  # updates × micro-batches × views
     baselines = []
@@ -759,7 +769,8 @@ def test_dmpo_model_baseline_is_the_policys_own_change_before_each_update(tmp_pa
         batch = Batch(trainer, rows, policy, start, start, update, size=3)
         now, old, _ = batch.elbos(3)
         expected = batch.softmax(now - old).detach()
-        torch.testing.assert_close(batch.rows["weight_baseline"], expected, rtol=1e-4, atol=1e-5)
+        weights = batch.softmax(torch.tensor(batch.centred) / trainer.args.alpha)  # the reference wrote the rollout
+        torch.testing.assert_close(batch.rows["advantages"], 3 * (weights - expected), rtol=1e-3, atol=3e-5)
         baselines.append(expected)
     assert torch.allclose(baselines[0], torch.tensor(1 / 3), atol=1e-5)
     for earlier, later in pairwise(baselines):
@@ -876,8 +887,9 @@ def test_without_alpha_dmpo_runs_no_likelihoods_and_no_reference(tmp_path):
     assert trainer.ref_model is None
     rows = rollout_of(trainer, "a b", "b")
     rewards = Batch(trainer, rows, None, None, None, 0).groups
-    torch.testing.assert_close(rows["weights"].view(2, 4), (2 * rewards).softmax(1), rtol=1e-4, atol=1e-5)
-    assert "rollout_elbo" not in rows
+    expected = 4 * ((2 * rewards).softmax(1) - 1 / 4)
+    torch.testing.assert_close(rows["advantages"].view(2, 4), expected, rtol=1e-4, atol=4e-5)
+    assert trainer.choices.credit.estimates is None
 
 
 # ------------------------------------------- defaults and papers

@@ -22,7 +22,6 @@ from trl_diffusion.likelihood.plans import (
     prompt_noise,
     random_subsets,
     random_text,
-    repeat,
     stratified_counts,
     trajectory_groups,
     uniform_counts,
@@ -79,8 +78,8 @@ def all_orders(length: int) -> torch.Tensor:
 
 def test_full_mask_hides_and_scores_everything():
     plan = full_mask(3, 2, 5)
-    assert plan.hidden.shape == plan.targets.shape == (3, 2, 5) and plan.share.shape == (3, 2)
-    assert plan.hidden.all() and plan.targets.all() and (plan.share == 1).all() and plan.prompt_hidden is None
+    assert plan.masked.shape == plan.targets.shape == (3, 2, 5) and plan.rate.shape == (3, 2)
+    assert plan.masked.all() and plan.targets.all() and (plan.rate == 1).all() and plan.prompt_masked is None
 
 
 def rate_mixture(length: int, low: float, high: float) -> dict[Cell, float]:
@@ -98,30 +97,30 @@ def rate_mixture(length: int, low: float, high: float) -> dict[Cell, float]:
 def test_bernoulli_masks_independently_at_a_uniform_rate_of_each_view():
     low, high = 0.1, 0.9
     plan = bernoulli(noise(DRAWS, 2), noise(DRAWS, 2, 4, seed=1), low, high)
-    assert torch.equal(plan.hidden, plan.targets) and plan.share.dtype == torch.float32
-    assert p_value(plan.hidden[:, 0], rate_mixture(4, low, high)) > KEPT
-    assert p_value(plan.hidden[:, 0], {m: 0.5**4 for m in product((0, 1), repeat=4)}) < REJECTED  # the mean rate
-    assert p_value(plan.hidden[:, 0], rate_mixture(4, 0.1, 1.0)) < REJECTED
-    assert kstest(((plan.share - low) / (high - low)).flatten().numpy(), "uniform").pvalue > KEPT
+    assert torch.equal(plan.masked, plan.targets) and plan.rate.dtype == torch.float32
+    assert p_value(plan.masked[:, 0], rate_mixture(4, low, high)) > KEPT
+    assert p_value(plan.masked[:, 0], {m: 0.5**4 for m in product((0, 1), repeat=4)}) < REJECTED  # the mean rate
+    assert p_value(plan.masked[:, 0], rate_mixture(4, 0.1, 1.0)) < REJECTED
+    assert kstest(((plan.rate - low) / (high - low)).flatten().numpy(), "uniform").pvalue > KEPT
 
     # Each view has a rate of its own: sizes of two views are independent, those of one view and itself are not.
     sizes = Counter({k: 0.0 for k in range(5)})
     for mask, chance in rate_mixture(4, low, high).items():
         sizes[sum(mask)] += chance
     pairs = {(a, b): sizes[a] * sizes[b] for a in range(5) for b in range(5)}
-    assert p_value(plan.hidden.sum(-1), pairs) > KEPT
+    assert p_value(plan.masked.sum(-1), pairs) > KEPT
     one_rate = bernoulli(noise(DRAWS, 1).expand(-1, 2), noise(DRAWS, 2, 4, seed=1), low, high)
-    assert p_value(one_rate.hidden.sum(-1), pairs) < REJECTED
+    assert p_value(one_rate.masked.sum(-1), pairs) < REJECTED
 
 
 def test_bernoulli_at_the_given_rate():
     """At a fixed rate every mask has probability t^k (1 − t)^(L − k), and `share` is the rate."""
     plan = bernoulli(torch.full((DRAWS, 1), 0.25), noise(DRAWS, 1, 3), 0.2, 0.6)
-    assert torch.allclose(plan.share, torch.tensor(0.3))
+    assert torch.allclose(plan.rate, torch.tensor(0.3))
     rate = {m: 0.3 ** sum(m) * 0.7 ** (3 - sum(m)) for m in product((0, 1), repeat=3)}
-    assert p_value(plan.hidden[:, 0], rate) > KEPT
+    assert p_value(plan.masked[:, 0], rate) > KEPT
     highest = torch.full((1, 1, 8), JUST_BELOW_ONE, dtype=torch.double)
-    assert bernoulli(torch.zeros(1, 1), highest, 1.0, 1.0).hidden.all()
+    assert bernoulli(torch.zeros(1, 1), highest, 1.0, 1.0).masked.all()
 
 
 # ------------------------------------------- sizes
@@ -180,9 +179,9 @@ def test_every_subset_of_a_size_is_hidden_by_equally_many_orders(length):
     orders = all_orders(length)
     for count in range(length + 1):
         plan = random_subsets(torch.full((len(orders), 1), count), orders)
-        assert torch.equal(plan.hidden, plan.targets)
-        assert torch.allclose(plan.share, torch.tensor(count / length))
-        often = Counter(map(tuple, plan.hidden[:, 0].int().tolist()))
+        assert torch.equal(plan.masked, plan.targets)
+        assert torch.allclose(plan.rate, torch.tensor(count / length))
+        often = Counter(map(tuple, plan.masked[:, 0].int().tolist()))
         assert len(often) == comb(length, count) and len(set(often.values())) == 1
         assert all(sum(mask) == count for mask in often)
 
@@ -192,11 +191,11 @@ def test_every_subset_of_the_allowed_positions_is_hidden_equally_often():
     orders = all_orders(6)
     for count in range(5):
         plan = random_subsets(torch.full((720, 1), count), orders, allowed)
-        often = Counter(map(tuple, plan.hidden[:, 0].int().tolist()))
+        often = Counter(map(tuple, plan.masked[:, 0].int().tolist()))
         assert set(often) == {as_mask(s, 6) for s in combinations((1, 2, 4, 5), count)}
         assert len(set(often.values())) == 1
     # more than is allowed spills over: what the docstring asks of the caller
-    assert (random_subsets(torch.tensor([[5]]), orders[:1], allowed).hidden & ~allowed).any()
+    assert (random_subsets(torch.tensor([[5]]), orders[:1], allowed).masked & ~allowed).any()
 
 
 def test_random_subsets_from_noise_are_uniform_and_views_independent():
@@ -207,11 +206,11 @@ def test_random_subsets_from_noise_are_uniform_and_views_independent():
         as_mask(a, 5) + as_mask(b, 5): 1 / 100
         for a, b in product(combinations(range(5), 2), combinations(range(5), 3))
     }
-    assert p_value(plan.hidden.flatten(1), both) > KEPT
+    assert p_value(plan.masked.flatten(1), both) > KEPT
     uniform[..., 0] **= 1.2  # negative control: the first position comes too early
-    assert p_value(random_subsets(counts, uniform).hidden.flatten(1), both) < REJECTED
+    assert p_value(random_subsets(counts, uniform).masked.flatten(1), both) < REJECTED
     shared = random_subsets(counts, noise(DRAWS, 1, 5).expand(-1, 2, -1))
-    assert p_value(shared.hidden.flatten(1), both) < REJECTED
+    assert p_value(shared.masked.flatten(1), both) < REJECTED
 
 
 # ------------------------------------------- complements
@@ -220,21 +219,21 @@ def test_random_subsets_from_noise_are_uniform_and_views_independent():
 def test_complements_follow_their_views():
     first = torch.tensor([[[1, 0, 0], [1, 1, 1]], [[0, 0, 0], [0, 1, 1]]]).bool()
     plan = with_complements(NoisePlan(first, first, torch.tensor([[0.25, 1.0], [0.0, 0.5]])))
-    assert plan.hidden.int().tolist() == [
+    assert plan.masked.int().tolist() == [
         [[1, 0, 0], [0, 1, 1], [1, 1, 1], [0, 0, 0]],
         [[0, 0, 0], [1, 1, 1], [0, 1, 1], [1, 0, 0]],
     ]
-    assert torch.equal(plan.targets, plan.hidden)
-    assert plan.share.tolist() == [[0.25, 0.75, 1.0, 0.0], [0.0, 1.0, 0.5, 0.5]]
+    assert torch.equal(plan.targets, plan.masked)
+    assert plan.rate.tolist() == [[0.25, 0.75, 1.0, 0.0], [0.0, 1.0, 0.5, 0.5]]
 
 
 def test_a_pair_hides_every_position_once_and_a_complement_is_distributed_like_a_mask_at_the_other_rate():
     plan = with_complements(bernoulli(noise(DRAWS, 2), noise(DRAWS, 2, 3, seed=1), 0.2, 0.6))
-    pairs = plan.hidden.unflatten(1, (2, 2))
+    pairs = plan.masked.unflatten(1, (2, 2))
     assert (pairs.sum(2) == 1).all()
-    assert torch.allclose(plan.share.unflatten(1, (2, 2)).sum(-1), torch.tensor(1.0))
-    assert p_value(plan.hidden[:, 3], rate_mixture(3, 0.4, 0.8)) > KEPT
-    assert p_value(plan.hidden[:, 3], rate_mixture(3, 0.2, 0.6)) < REJECTED
+    assert torch.allclose(plan.rate.unflatten(1, (2, 2)).sum(-1), torch.tensor(1.0))
+    assert p_value(plan.masked[:, 3], rate_mixture(3, 0.4, 0.8)) > KEPT
+    assert p_value(plan.masked[:, 3], rate_mixture(3, 0.2, 0.6)) < REJECTED
 
 
 # ------------------------------------------- prompts
@@ -279,8 +278,8 @@ def test_random_text_scores_a_uniform_size_of_the_text_and_hides_all_behind(n):
     length = 5
     plan = random_text(noise(DRAWS, 2), noise(DRAWS, 2, length, seed=1), torch.full((DRAWS,), n))
     behind = torch.arange(length) >= n
-    assert torch.equal(plan.hidden, plan.targets | behind) and not (plan.targets & behind).any()
-    assert torch.allclose(plan.share, plan.targets.sum(-1) / length)
+    assert torch.equal(plan.masked, plan.targets | behind) and not (plan.targets & behind).any()
+    assert torch.allclose(plan.rate, plan.targets.sum(-1) / length)
     claim = uniform_size_then_subset(range(n), length)
     for view in range(2):
         assert p_value(plan.targets[:, view], claim) > KEPT
@@ -294,7 +293,7 @@ def test_random_text_scores_a_uniform_size_of_the_text_and_hides_all_behind(n):
 def test_texts_of_one_batch_have_lengths_of_their_own():
     plan = random_text(noise(3, 50), noise(3, 50, 4, seed=1), torch.tensor([1, 4, 2]))
     for row, n in enumerate([1, 4, 2]):
-        assert plan.hidden[row, :, n:].all() and not plan.targets[row, :, n:].any()
+        assert plan.masked[row, :, n:].all() and not plan.targets[row, :, n:].any()
         assert plan.targets[row].sum(-1).unique().tolist() == list(range(1, n + 1))
 
 
@@ -331,10 +330,10 @@ def block_claim(length: int, n: int, block: int, probability: float) -> dict[Cel
 def test_block_random_has_the_claimed_joint_distribution(length, n, block, probability):
     arguments = noise(DRAWS, 1), noise(DRAWS, 1, seed=1), noise(DRAWS, 1, length, seed=2)
     plan = block_random(*arguments, torch.full((DRAWS,), n), block, probability)
-    found = torch.cat([plan.targets, plan.hidden], -1)[:, 0]
+    found = torch.cat([plan.targets, plan.masked], -1)[:, 0]
     claim = block_claim(length, n, block, probability)
     assert p_value(found, claim) > KEPT
-    assert not (plan.targets & ~plan.hidden).any() and plan.targets.any(-1).all()
+    assert not (plan.targets & ~plan.masked).any() and plan.targets.any(-1).all()
     if n > block:  # negative controls: the masks of earlier blocks, a uniform position instead of a uniform block
         assert p_value(found, block_claim(length, n, block, 0.2)) < REJECTED
         first = sum(chance for cell, chance in claim.items() if any(cell[:block]))
@@ -371,17 +370,17 @@ def test_trajectory_groups_score_each_sampled_token_once(canvas, shrink):
     canvas = [taken.index(step) if step >= 0 else -1 for step in canvas]
     for view in range(plan.targets.size(1)):
         before = [i for i, step in enumerate(canvas) if 0 <= step < view * shrink]  # what had been committed by then
-        assert plan.hidden[0, view].tolist() == [i not in before for i in range(len(canvas))]
+        assert plan.masked[0, view].tolist() == [i not in before for i in range(len(canvas))]
         own = [i for i, step in enumerate(canvas) if step >= 0 and step // shrink == view]
         assert plan.targets[0, view].nonzero().flatten().tolist() == own
-        assert float(plan.share[0, view]) == pytest.approx(1 - len(before) / len(canvas))
+        assert float(plan.rate[0, view]) == pytest.approx(1 - len(before) / len(canvas))
 
 
 def test_trajectory_groups_by_hand():
     """Five steps in twos: the last view has one step. The second row left after its first block."""
     unmask_step = torch.tensor([[1, 0, 4, 2, 3, 2], [0, 1, 1, -1, -1, -1]], dtype=torch.int32)
     plan = trajectory_groups(unmask_step, 5, 2)
-    assert plan.hidden.int().tolist() == [
+    assert plan.masked.int().tolist() == [
         [[1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], [0, 0, 1, 0, 0, 0]],
         [[1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 1]],
     ]
@@ -400,7 +399,7 @@ def test_trajectory_groups_are_of_steps_that_were_taken():
         [[1, 1, 1, 0, 1, 0], [0, 0, 0, 1, 0, 1], [0, 0, 0, 0, 0, 0]],
         [[1, 1, 1, 1, 1, 0], [0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]],
     ]
-    assert plan.hidden.int().tolist() == [
+    assert plan.masked.int().tolist() == [
         [[1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 0, 1], [0, 0, 0, 0, 0, 0]],
         [[1, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 0, 1]],
     ]
@@ -416,34 +415,26 @@ def some_plan(seed: int, batch: int = 3, views: int = 2, length: int = 4) -> Noi
 def test_concatenate_joins_views_in_order():
     first, second = some_plan(0), some_plan(1, views=1)
     joined = concatenate([first, second])
-    assert torch.equal(joined.hidden[:, :2], first.hidden) and torch.equal(joined.hidden[:, 2:], second.hidden)
+    assert torch.equal(joined.masked[:, :2], first.masked) and torch.equal(joined.masked[:, 2:], second.masked)
     assert torch.equal(joined.targets, torch.cat([first.targets, second.targets], 1))
-    assert torch.equal(joined.share, torch.cat([first.share, second.share], 1))
-    assert joined.prompt_hidden is None
+    assert torch.equal(joined.rate, torch.cat([first.rate, second.rate], 1))
+    assert joined.prompt_masked is None
 
 
 def test_concatenate_joins_prompts():
     first, second = some_plan(0), some_plan(1)
-    first.prompt_hidden, second.prompt_hidden = noise(3, 2, 5) < 0.5, noise(3, 2, 5, seed=1) < 0.5
+    first.prompt_masked, second.prompt_masked = noise(3, 2, 5) < 0.5, noise(3, 2, 5, seed=1) < 0.5
     joined = concatenate([first, second])
-    assert torch.equal(joined.prompt_hidden, torch.cat([first.prompt_hidden, second.prompt_hidden], 1))
-
-
-def test_repeat_gives_the_same_views_again():
-    plan = some_plan(0)
-    thrice = repeat(plan, 3)
-    for name in ("hidden", "targets", "share"):
-        assert torch.equal(getattr(thrice, name), torch.cat([getattr(plan, name)] * 3, 1))
-    assert torch.equal(repeat(plan, 1).hidden, plan.hidden)
+    assert torch.equal(joined.prompt_masked, torch.cat([first.prompt_masked, second.prompt_masked], 1))
 
 
 def test_only_narrows_the_targets_and_nothing_else():
     plan = with_complements(some_plan(0))
     text = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]]).bool()
     narrowed = plan.only(text)
-    assert torch.equal(narrowed.targets, plan.hidden & text.unsqueeze(1))
-    assert torch.equal(narrowed.hidden, plan.hidden) and torch.equal(narrowed.share, plan.share)
-    assert torch.equal(plan.targets, plan.hidden)  # the plan itself is left alone
+    assert torch.equal(narrowed.targets, plan.masked & text.unsqueeze(1))
+    assert torch.equal(narrowed.masked, plan.masked) and torch.equal(narrowed.rate, plan.rate)
+    assert torch.equal(plan.targets, plan.masked)  # the plan itself is left alone
     assert torch.equal(narrowed.only(text).targets, narrowed.targets)
     assert torch.equal(concatenate([plan, plan]).only(text).targets, concatenate([narrowed, narrowed]).targets)
 
@@ -464,7 +455,6 @@ PURE = {
     "block_random": (block_random, (U2, U2.flip(0), U3, TEXT, 2, 0.15)),
     "trajectory_groups": (trajectory_groups, (torch.tensor([[0, 1, 2, -1]], dtype=torch.int32), 4, 3)),
     "concatenate": (concatenate, ([some_plan(0), some_plan(1)],)),
-    "repeat": (repeat, (some_plan(0), 2)),
     "only": (NoisePlan.only, (some_plan(0), torch.tensor([[True, False, True, True]] * 3))),
 }
 
@@ -473,7 +463,7 @@ def tensors_in(value) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, NoisePlan):
-        return tensors_in([value.hidden, value.targets, value.share, value.prompt_hidden])
+        return tensors_in([value.masked, value.targets, value.rate, value.prompt_masked])
     return [tensor for part in value for tensor in tensors_in(part)] if isinstance(value, (list, tuple)) else []
 
 

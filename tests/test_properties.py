@@ -18,11 +18,19 @@ import torch
 from methods import METHODS, Method, method_named, text_reward, with_property
 from peft import LoraConfig
 from tiny import END, MASK, TAIL
-from trainer_helpers import hidden_by_row, largest_log_ratio, losses_seen, parameters_of, rollout_of
+from trainer_helpers import (
+    hidden_by_row,
+    largest_log_ratio,
+    losses_seen,
+    num_views,
+    parameters_of,
+    plan_of,
+    rollout_of,
+    view_of,
+)
 from transformers import TrainerCallback
 
-import trl_diffusion.trainers.base.trainer as base
-from trl_diffusion.sampling import Trajectory, row_generators
+from trl_diffusion.sampling import Trajectory, row_generators, sample
 from trl_diffusion.streams import Purpose
 
 pytestmark = pytest.mark.slow
@@ -53,7 +61,7 @@ def test_1_ratios_are_one_on_policy(method, tmp_path, monkeypatch):
     trainer = method.make(tmp_path, learning_rate=0.0, num_iterations=3, max_steps=6)
     seen = losses_seen(trainer, monkeypatch)
     trainer.train()
-    views = trainer._num_views()
+    views = num_views(trainer)
     assert len(seen) == 6 * 2 * views  # updates × micro-batches × views
     assert sum(x["targets"].sum() for x in seen) > 100
     assert largest_log_ratio(seen) <= 1e-4
@@ -136,7 +144,7 @@ def drawn_steps_cover(method: Method, folder) -> None:
     drawn = eligible & (weight > 0)
     assert drawn.sum() >= 0.8 * eligible.sum()
     assert ((covered - claim).abs() < 2 * weight / draws)[drawn].all()
-    assert not (trainer._view_of(rows, 0, 0).targets & ~eligible).any()
+    assert not (view_of(trainer, rows, 0, 0).targets & ~eligible).any()
 
 
 def sampled_steps_cover(method: Method, folder) -> None:
@@ -161,7 +169,7 @@ def chosen_steps_cover(method: Method, folder) -> None:
     taken = committed_steps(rows).squeeze(1)
     assert taken.min() <= max(chosen)  # some completion ended before
     for view, step in enumerate(chosen):
-        targets = trainer._view_of(rows, 0, view).targets
+        targets = view_of(trainer, rows, 0, view).targets
         assert torch.equal(targets, (rows["unmask_step"] == step) & rows["completion_mask"].bool())
         assert torch.equal(targets.any(1), step < taken)
         assert torch.equal(rows["view_weights"][:, 0, view], (step < taken).float())
@@ -182,7 +190,7 @@ def noised_rows(method: Method, folder) -> tuple[dict[str, torch.Tensor], torch.
     trainer = method.make(folder, num_iterations=2)
     rows = rollout_of(trainer, "a b", "b a a")
     rows["unmask_step"] = trainer.last_rollout[0].unmask_step
-    views = [[trainer._view_of(rows, update, view) for view in range(trainer._num_views())] for update in range(2)]
+    views = [[view_of(trainer, rows, update, view) for view in range(num_views(trainer))] for update in range(2)]
     hidden = torch.stack([torch.stack([view.canvas == MASK for view in update]) for update in views])
     targets = torch.stack([torch.stack([view.targets for view in update]) for update in views])
     for view in (view for update in views for view in update):
@@ -377,13 +385,14 @@ def population_z_score(trainer, rows, centred: torch.Tensor, rewards: torch.Tens
 
 def softmax_of_the_target(trainer, rows, centred: torch.Tensor, rewards: torch.Tensor) -> None:
     """The reference is the policy before the first update, so the weights are those of exp(r/α)."""
-    expected = (rewards / trainer.args.alpha).softmax(1)
-    torch.testing.assert_close(rows["weights"].view(-1, 4), expected, atol=1e-5, rtol=1e-4)
+    weights = (rewards / trainer.args.alpha).softmax(1)
+    baseline = 1 / 4 if trainer.args.weight_baseline == "group" else 0
+    torch.testing.assert_close(rows["advantages"].view(-1, 4), 4 * (weights - baseline), atol=4e-5, rtol=1e-4)
 
 
 def difference_of_softmaxes(trainer, rows, centred: torch.Tensor, rewards: torch.Tensor) -> None:
     expected = 4 * (centred.softmax(1) - (-centred).softmax(1))
-    torch.testing.assert_close(rows["weights"].view(-1, 4), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rows["advantages"].view(-1, 4), expected, atol=1e-5, rtol=1e-5)
 
 
 CREDIT = {
@@ -426,7 +435,7 @@ def test_7_noise_is_private_and_keyed_by_the_global_row(method, tmp_path):
     model, config = trainer.model, trainer.args.sampling_config()
     for row in (0, 5):
         stream = row_generators(trainer.args.seed, Purpose.TRAIN_ROLLOUT, 0, rows=[row])
-        alone = base.sample(model, rows["prompt_ids"][:1], None, config, stream)
+        alone = sample(model, rows["prompt_ids"][:1], None, config, stream)
         assert torch.equal(alone.completion_ids[0], rows["completion_ids"][row])
         assert torch.equal(alone.unmask_step[0], trajectory.unmask_step[row])
     # The next rollout of the same prompts differs.
@@ -443,8 +452,8 @@ def part_of(trajectory: Trajectory, rows: list[int]) -> Trajectory:
 
 def shown(trainer, rows: dict[str, torch.Tensor]) -> torch.Tensor:
     """Prompt, canvas and targets of every view of two inner updates, [views, B, tokens]."""
-    places = product(range(2), range(trainer._num_views()))
-    views = [trainer._view_of(rows, update, view) for update, view in places]
+    places = product(range(2), range(num_views(trainer)))
+    views = [view_of(trainer, rows, update, view) for update, view in places]
     prompts = [rows["prompt_ids"] if x.prompt_ids is None else x.prompt_ids for x in views]
     return torch.stack([torch.cat([p, x.canvas, x.targets], 1) for p, x in zip(prompts, views, strict=True)])
 
@@ -463,12 +472,10 @@ def test_7_views_of_a_completion_are_drawn_from_its_own_stream(method, tmp_path)
 
     def planned(own: list[int], rollout: int = 0, **changes: torch.Tensor) -> torch.Tensor:
         """What the views show if the trainer plans them for some of the rows alone."""
-        trainer._rollouts["train"] = rollout
         names = ("prompt_ids", "prompt_mask", "completion_ids", "global_row", "advantages")
         part = {name: rows[name][own] for name in names}
         part |= changes
-        learns = torch.ones(len(own), dtype=torch.bool)
-        return shown(trainer, part | trainer._plan_views("train", part_of(trajectory, own), part, learns))
+        return shown(trainer, part | plan_of(trainer, part_of(trajectory, own), part, number=rollout))
 
     expected = shown(trainer, rows)[:, apart]
     assert torch.equal(planned(apart), expected)

@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rich.console import Console
 from tiny import tiny_model, tiny_tokenizer
 from torch import nn
-from trainer_helpers import rollout_of
+from trainer_helpers import logps_of, rollout_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
@@ -180,7 +180,7 @@ def test_an_adapter_that_is_trained_further_is_not_rounded(base, tmp_path):
 def reference_and_others(trainer, *models: nn.Module) -> list[torch.Tensor]:
     """Log-probabilities of the targets of one rollout: the trainer's reference, its policy, and the given models."""
     rows = rollout_of(trainer, "a b", "b a")
-    others = [trainer._logps_of_views("train", model, rows) for model in (trainer.model, *models)]
+    others = [logps_of(trainer, model, rows) for model in (trainer.model, *models)]
     return [rows["ref_per_token_logps"], *others]
 
 

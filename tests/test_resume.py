@@ -267,13 +267,14 @@ def test_every_epoch_has_its_own_order_of_prompts_also_after_a_resume(tmp_path):
 def test_an_inner_update_goes_once_through_the_rollout_batch(tmp_path):
     """A rollout batch has four micro-batches and an update two, so four micro-batches are one inner update."""
     trainer = AGRPO.make(tmp_path, **SHORT | {"max_steps": 6, "num_mc_samples": 1})
-    view_of, updates = trainer._view_of, []
+    likelihood = trainer.choices.likelihood
+    view_of, updates = likelihood.view, []
 
-    def record(rows, update, view):
+    def record(rows, update, view, mask_token_id):
         updates.append(update)
-        return view_of(rows, update, view)
+        return view_of(rows, update, view, mask_token_id)
 
-    trainer._view_of = record
+    likelihood.view = record
     trainer.train()
     assert updates == [0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0]
 

@@ -11,10 +11,12 @@ from enumeration import enumerate_paths
 from methods import method_named
 from test_exact_gradient import PROMPT, as_rows, gradient, make_trainer, reward_of, trainer_gradient
 from tiny import forwards_of, tiny_model
-from trainer_helpers import largest_log_ratio, losses_seen, rollout_of
+from trainer_helpers import largest_log_ratio, logps_of, loss_inputs, losses_seen, rollout_of, score, view_of
 from trl import GRPOTrainer
 
 from trl_diffusion.likelihood import Scores
+from trl_diffusion.losses import TokenRatio
+from trl_diffusion.runtime.scoring import ViewScorer
 from trl_diffusion.trainers import AGRPOConfig
 
 DUAL = {"cache": "dual", "unmasking": "max_prob", "denoising_steps": 8, "learning_rate": 0.0, "num_iterations": 2}
@@ -43,7 +45,7 @@ def gradients(tmp_path, length: int, distance: float = 0.2, **settings) -> tuple
     )
     rows["advantages"] = behaviour * (rewards - behaviour @ rewards) * len(paths)
     if "old_per_token_logps" not in rows:
-        rows["old_per_token_logps"] = trainer._logps_of_views("train", model, rows)
+        rows["old_per_token_logps"] = logps_of(trainer, model, rows)
     return gradient(model, (probability * rewards).sum()), -trainer_gradient(trainer, rows)
 
 
@@ -85,16 +87,25 @@ def test_behaviour_takes_the_ratio_to_the_policy_that_wrote(tmp_path):
 # ------------------------------------------- in training
 
 
+def weights_seen(trainer, monkeypatch) -> list[tuple[torch.Tensor, ...]]:
+    """Weights, the rollout's and the old log-probabilities, and targets [B, L] of every view that is learned."""
+    seen, collect = [], trainer._loss_inputs
+
+    def record(model, rows, update, view):
+        inputs = collect(model, rows, update, view)
+        found = inputs.importance, inputs.old, inputs.views.targets
+        weight, old, targets = (None if values is None else values[:, 0] for values in found)
+        seen.append((weight, rows["rollout_logps"], old, targets))
+        return inputs
+
+    monkeypatch.setattr(trainer, "_loss_inputs", record)
+    return seen
+
+
 @pytest.mark.parametrize("name", ["agrpo", "agrpo, truncated support", "atpo", "trajectory_grpo"])
 def test_recomputed_old_log_probabilities_are_the_networks(name, tmp_path, monkeypatch):
     trainer = method_named(name).make(tmp_path, **DUAL, max_steps=1, logging_steps=1)
-    seen, weights, compute = losses_seen(trainer, monkeypatch), [], trainer._importance
-
-    def record(rows, logps, old, targets):
-        weights.append((compute(rows, logps, old, targets), rows["rollout_logps"], old, targets))
-        return weights[-1][0]
-
-    monkeypatch.setattr(trainer, "_importance", record)
+    seen, weights = losses_seen(trainer, monkeypatch), weights_seen(trainer, monkeypatch)
     trainer.train()
     assert largest_log_ratio(seen) <= 1e-4
     off, total = [], 0.0
@@ -158,19 +169,17 @@ def test_an_exact_rollout_may_be_recomputed(tmp_path, monkeypatch):
     """Of a writer that rounds: its log-probabilities are off by up to 0.2, as bfloat16 leaves them."""
     settings = DUAL | {"cache": "none", "rollout_correction": "recompute", "rollout_correction_cap": 1.1}
     trainer = method_named("agrpo").make(tmp_path, **settings, max_steps=1, logging_steps=1)
-    seen, weights, compute, plan = losses_seen(trainer, monkeypatch), [], trainer._importance, trainer._plan_views
+    seen, weights = losses_seen(trainer, monkeypatch), weights_seen(trainer, monkeypatch)
+    likelihood = trainer.choices.likelihood
+    plan = likelihood.plan
 
-    def rounded(mode, trajectory, rows, learns):
+    def rounded(rollout):
+        trajectory = rollout.trajectory
         off = 0.4 * torch.rand(trajectory.logps.shape, generator=torch.Generator().manual_seed(0)) - 0.2
         trajectory.logps += off * (trajectory.unmask_step >= 0)
-        return plan(mode, trajectory, rows, learns)
+        return plan(rollout)
 
-    def record(rows, logps, old, targets):
-        weights.append((compute(rows, logps, old, targets), rows["rollout_logps"], old, targets))
-        return weights[-1][0]
-
-    monkeypatch.setattr(trainer, "_plan_views", rounded)
-    monkeypatch.setattr(trainer, "_importance", record)
+    monkeypatch.setattr(likelihood, "plan", rounded)
     trainer.train()
     assert largest_log_ratio(seen) <= 1e-4
     for weight, rollout, old, targets in weights:
@@ -191,16 +200,16 @@ def test_views_are_scored_on_the_rollouts_columns(name, tmp_path, monkeypatch):
     settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4, "cache": "none"}
     trainer = method_named(name).make(tmp_path, **settings, max_steps=1)
     trainer.train_dataset = Dataset.from_dict({"prompt": [LONG, SHORT] * 2})
-    widths, score = [], trainer._score
+    widths, score = [], ViewScorer.score
 
-    def record(model, rows, views):
+    def record(self, model, rows, views, likelihood):
         with forwards_of(trainer.model) as calls:
-            scores = score(model, rows, views)
+            scores = score(self, model, rows, views, likelihood)
         shown = views.canvas.size(1) * (1 if views.context is None else 2)
         widths.append((calls[0]["input_ids"].size(1) - shown, rows["prompt_mask"].sum(1).max().item()))
         return scores
 
-    monkeypatch.setattr(trainer, "_score", record)
+    monkeypatch.setattr(ViewScorer, "score", record)
     monkeypatch.setattr(
         "trl.trainer.grpo_trainer.shuffle_sequence_dict", lambda rows: rows
     )  # one prompt a micro-batch
@@ -213,7 +222,7 @@ def test_padding_that_other_rows_need_does_not_move_a_rows_positions(tmp_path):
     trainer = method_named("agrpo").make(tmp_path)
     rows = rollout_of(trainer, LONG, SHORT, copies=8)
     with forwards_of(trainer.model) as calls:
-        trainer._score(trainer.model, rows, trainer._view_of(rows, 0, 0))
+        score(trainer, trainer.model, rows, view_of(trainer, rows, 0, 0))
     positions = calls[0]["position_ids"]
     assert positions[0].tolist() == list(range(48))
     assert positions[8].tolist() == [0] * 38 + list(range(10))  # as in the rollout: 2 of the prompt, 8 of the canvas
@@ -278,14 +287,17 @@ def test_weights_are_those_of_trl_in_every_loss(loss_type, tmp_path, monkeypatch
     generator = torch.Generator().manual_seed(0)
     logps, old, reference, importance = torch.rand(4, *targets.shape, generator=generator).unbind()
     scores = Scores((logps - 1).requires_grad_(), torch.ones_like(logps))
-    passed = (scores, targets, old - 1, reference - 1)
+    found = {"old": old - 1, "reference": reference - 1, "entropies": scores.entropies}
+    found = {name: values.unsqueeze(1) for name, values in found.items()}
+    inputs = loss_inputs(scores.logps.unsqueeze(1), targets.unsqueeze(1), rows["advantages"], **found)
+    weighted = replace(inputs, importance=(importance + 0.5).unsqueeze(1))
 
-    found = trainer._token_loss(trainer.model, rows, *passed, importance=importance + 0.5)
+    found = trainer._token_loss(trainer.model, rows, TokenRatio(), weighted)
     (gradient,) = torch.autograd.grad(found, scores.logps)
-    trainer._token_loss(trainer.model, rows, *passed)
+    trainer._token_loss(trainer.model, rows, TokenRatio(), inputs)
     trainer.use_vllm = trainer.vllm_importance_sampling_correction = True
     with trainer._as_trl_reads(scores):
         expected = compute(trainer, trainer.model, read | {"importance_sampling_ratio": importance + 0.5})
-    (of_trl,) = torch.autograd.grad(expected / trainer._passes(), scores.logps)
+    (of_trl,) = torch.autograd.grad(expected / trainer.num_backwards(), scores.logps)
     torch.testing.assert_close(gradient, of_trl, rtol=1e-5, atol=1e-7)
     assert of_trl.norm() > 1e-3

@@ -170,9 +170,9 @@ def replayed(model, trajectory: Trajectory, config: SamplingConfig, shrink: int 
     prompts, mask = coded_prompts(ROWS)
     plan = block_steps(trajectory.unmask_step, config.steps_per_block, shrink)
     total = torch.zeros(ROWS, CANVAS)
-    for view in range(plan.hidden.size(1)):
+    for view in range(plan.masked.size(1)):
         views = noised_views(
-            trajectory.completion_ids, plan.hidden[:, view], plan.targets[:, view], MASK, beside_context=True
+            trajectory.completion_ids, plan.masked[:, view], plan.targets[:, view], MASK, two_stream=True
         )
         scores = score_views(
             model, prompts, mask, trajectory.completion_ids, views, config.temperature, trajectory.support
@@ -201,7 +201,7 @@ def test_what_is_not_an_exact_replay():
     sampled = trajectory.unmask_step >= 0
     assert (replayed(model, trajectory, config, shrink=2) - trajectory.logps).abs()[sampled].max() > 0.1
     plan = block_steps(trajectory.unmask_step, config.steps_per_block, 1)
-    single = noised_views(trajectory.completion_ids, plan.hidden[:, 0], plan.targets[:, 0], MASK)
+    single = noised_views(trajectory.completion_ids, plan.masked[:, 0], plan.targets[:, 0], MASK)
     first_steps = single.targets[:, BLOCK:]
     beside = replace(single, context=trajectory.completion_ids)
     scores = [
@@ -234,7 +234,7 @@ def test_agrpo_trains_a_block_causal_model_on_the_rollouts_probabilities(tmp_pat
 
 def test_views_of_a_batch_keep_their_completions():
     _, _, completions, hidden = noised()
-    views = [noised_views(completions, part, part, MASK, beside_context=True) for part in (hidden, ~hidden)]
+    views = [noised_views(completions, part, part, MASK, two_stream=True) for part in (hidden, ~hidden)]
     assert torch.equal(stack_views(views).context, completions.repeat(2, 1))
     assert stack_views([noised_views(completions, hidden, hidden, MASK)] * 2).context is None
     assert views[0].forward_units(prompt_length=8) == pytest.approx(4 * (8 + 2 * CANVAS) / (8 + CANVAS))

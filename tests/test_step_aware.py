@@ -6,7 +6,7 @@ import asyncio
 import functools
 import math
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pandas as pd
 import pytest
@@ -18,7 +18,7 @@ from tiny import END, MASK, TAIL, A, B, tiny_model, tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 from trl import GRPOConfig, GRPOTrainer
 
-import trl_diffusion.runtime.step_aware_probe as probe_module
+import trl_diffusion.runtime.rollouts as rollouts_module
 from trl_diffusion.credit import StepAwareReward
 from trl_diffusion.credit.step_aware import group_success_rate
 from trl_diffusion.credit.step_aware_states import probe_points, probe_state, settled
@@ -553,24 +553,25 @@ def test_written_out_cases(case, method, tmp_path, monkeypatch):
 
 
 # Rewards (1, 0, 1), process rewards 1/3 and −1/3 of the first and the third, and rewards (0, 0, 0).
-JOINED = {
+JOINED: dict[str, list[float]] = {
     # 1 − 1/2, 0 − 1, 1 − 1/2
-    "espo": ("advantages", [1 / 2 + 1 / 3, -1, 1 / 2 - 1 / 3, 0, 0, 0]),
-    "coupled_grpo": ("advantages", [1 / 2 + 1 / 3, -1, 1 / 2 - 1 / 3, 0, 0, 0]),
+    "espo": [1 / 2 + 1 / 3, -1, 1 / 2 - 1 / 3, 0, 0, 0],
+    "coupled_grpo": [1 / 2 + 1 / 3, -1, 1 / 2 - 1 / 3, 0, 0, 0],
     # deviations of ⅓ and −⅔ from a standard deviation of √2 / 3
-    "tracerl": ("advantages", [0.707107 + 1 / 3, -1.414214, 0.707107 - 1 / 3, 0, 0, 0]),
-    "spg": ("advantages", [1 / 3 + 1 / 3, -2 / 3, 1 / 3 - 1 / 3, 0, 0, 0]),
+    "tracerl": [0.707107 + 1 / 3, -1.414214, 0.707107 - 1 / 3, 0, 0, 0],
+    # times n over its mean
+    "spg": [1 / 3 + 1 / 3, -2 / 3, 1 / 3 - 1 / 3, 0, 0, 0],
     # A = (⅔, −⅔, 0): softmax (0.562742, 0.148337, 0.288921) less that of (−⅔, ⅔, 0), times 3
-    "wd1": ("weights", [1.243215, -1.243215, 0, 0, 0, 0]),
-    "dmpo": ("weights", [0.562742, 0.148337, 0.288921, 1 / 3, 1 / 3, 1 / 3]),
+    "wd1": [1.243215, -1.243215, 0, 0, 0, 0],
+    # less 1/3, times 3
+    "dmpo": [0.688226, -0.554989, -0.133237, 0, 0, 0],
 }
 
 
 @pytest.mark.parametrize("name", JOINED)
 def test_the_process_reward_joins_the_methods_own_advantage_and_precedes_its_weights(name, tmp_path, monkeypatch):
-    key, expected = JOINED[name]
     result = outcome(tmp_path, monkeypatch, [1, 0, 1, 0, 0, 0], {0: [1, 1, 1], 2: [0, 0, 1]}, BY_NAME[name])
-    assert result.rows[key].tolist() == pytest.approx(expected, abs=1e-5)
+    assert result.rows["advantages"].tolist() == pytest.approx(JOINED[name], abs=1e-5)
 
 
 def test_an_earlier_state_as_the_baseline(tmp_path, monkeypatch):
@@ -693,10 +694,11 @@ def recorded_continuations(monkeypatch) -> list[dict]:
 
     def spy(model, input_ids, attention_mask, config, generators, any_process=None, state=None):
         drawn = sample(model, input_ids, attention_mask, config, generators, any_process, state)
-        calls.append({"prompts": input_ids, "config": config, "state": state, "drawn": drawn})
+        if state is not None:  # a rollout starts from all masks
+            calls.append({"prompts": input_ids, "config": config, "state": state, "drawn": drawn})
         return drawn
 
-    monkeypatch.setattr(probe_module, "sample", spy)
+    monkeypatch.setattr(rollouts_module, "sample", spy)
     return calls
 
 
@@ -994,9 +996,9 @@ def test_the_completions_table_has_the_process_rewards(tmp_path, monkeypatch):
     trainer.eval_dataset = Dataset.from_dict({"prompt": PROMPTS[:2]})
     seen, measure = [], StepAwareProbe.measure
 
-    def spy(self, rows, *others):
-        probed = measure(self, rows, *others)
-        seen.append((probed.advantages - rows["advantages"]).tolist())
+    def spy(self, rollout, advantages, *others):
+        probed = measure(self, rollout, advantages, *others)
+        seen.append((probed.advantages - advantages).tolist())
         return probed
 
     monkeypatch.setattr(StepAwareProbe, "measure", spy)
@@ -1089,7 +1091,7 @@ def test_where_weights_are_sharded_a_process_keeps_step(tmp_path, monkeypatch):
 
     blocks = Counter()
 
-    def any_process(here: bool) -> bool:
+    def any_process(self, here: bool) -> bool:
         sampling = trainer.last_rollout is None, len(calls)
         blocks[sampling] += 1
         return here or blocks[sampling] <= 3
@@ -1099,7 +1101,9 @@ def test_where_weights_are_sharded_a_process_keeps_step(tmp_path, monkeypatch):
             return torch.cat([values, torch.tensor([40])])
         return gather(values)
 
-    monkeypatch.setattr(trainer, "_any_process", lambda: any_process)
+    engine = trainer._engine
+    monkeypatch.setattr(trainer, "_engine", lambda: replace(engine(), sharded=True))
+    monkeypatch.setattr(rollouts_module.RolloutEngine, "_any_process", any_process)
     monkeypatch.setattr(trainer.accelerator, "gather", gather_with_another)
     rows = trainer._generate_and_score_completions(batch())
     assert torch.equal(rows["advantages"], expected)

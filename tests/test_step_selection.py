@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from methods import Method, method_named
 from tiny import MASK, canvas_logits, forwards_of, tiny_model
-from trainer_helpers import parameters_of, rollout_of
+from trainer_helpers import parameters_of, rollout_of, view_of
 
 from trl_diffusion.credit import SELECTORS, StepSelection, StepSignals, Threshold, selected_draws, step_signals
 from trl_diffusion.credit.step_selection import hybrid_score
@@ -553,7 +553,7 @@ def test_views_of_parallel_unmasking_have_something_to_score(name, tmp_path):
     taken = (steps.unsqueeze(-1) == torch.arange(8)).any(1)
     assert (~taken & (torch.arange(8) < steps.max(1, keepdim=True).values)).any()  # there are gaps
     for view in range(2):
-        targets = trainer._view_of(rows, 0, view).targets
+        targets = view_of(trainer, rows, 0, view).targets
         assert torch.equal(targets.any(1), drawn[:, 0, view] >= 0)
     if name == "agrpo":
         assert (drawn >= 0).all()
@@ -593,11 +593,12 @@ def test_a_threshold_by_name_and_as_an_object(tmp_path):
 def test_evaluation_leaves_the_selection_of_training_alone(tmp_path):
     trainer = ATPO.make(tmp_path, signal_average="running", per_device_eval_batch_size=8)
     rollout_of(trainer, "a b", "b a a")
-    signals, selection, kept = trainer._running_signals, trainer.last_selection, trainer.last_rollout
+    steps = trainer.choices.likelihood.steps
+    signals, selection, kept = steps.running, trainer.last_selection, trainer.last_rollout
     trainer.eval_dataset = trainer.train_dataset.select(range(4))
     first, second = trainer.evaluate(), trainer.evaluate()
     assert first["eval_loss"] == second["eval_loss"] and np.isfinite(first["eval_loss"])
-    assert trainer._running_signals is signals and trainer.last_selection is selection
+    assert steps.running is signals and trainer.last_selection is selection
     assert trainer.last_rollout is kept
 
 
@@ -615,13 +616,18 @@ def test_running_averages_survive_a_resume(stop, tmp_path, monkeypatch):
 
     again = resumed()
     for name in ("entropy", "confidence_margin", "roec"):
-        assert torch.equal(getattr(again._running_signals, name), getattr(whole._running_signals, name)), name
+        assert torch.equal(
+            getattr(again.choices.likelihood.steps.running, name),
+            getattr(whole.choices.likelihood.steps.running, name),
+        ), name
     assert torch.equal(again.last_selection, whole.last_selection)
     assert torch.equal(parameters_of(again), parameters_of(whole))
     assert again.forward_units == whole.forward_units > 0
     # negative control: without them the averages start anew
     monkeypatch.setattr(ATPOTrainer, "_load_extra_state", lambda self, state: None)
-    assert not torch.equal(resumed()._running_signals.entropy, whole._running_signals.entropy)
+    assert not torch.equal(
+        resumed().choices.likelihood.steps.running.entropy, whole.choices.likelihood.steps.running.entropy
+    )
 
 
 @pytest.mark.parametrize(

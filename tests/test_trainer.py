@@ -26,7 +26,7 @@ from peft import (
     get_peft_model,
 )
 from tiny import END, MASK, A, B, tiny_model, tiny_tokenizer
-from trainer_helpers import parameters_of
+from trainer_helpers import parameters_of, score, view_of
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, TrainerCallback
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -331,7 +331,7 @@ def test_reference_logps_are_those_of_the_views(tmp_path):
     assert rows["ref_per_token_logps"].shape == (8, 2, 16, 8)
     covered = torch.zeros_like(rows["completion_mask"], dtype=torch.bool)
     for update, view in product(range(2), range(16)):
-        targets = trainer._view_of(rows, update, view).targets
+        targets = view_of(trainer, rows, update, view).targets
         reference = rows["ref_per_token_logps"][:, update, view]
         # the reference is the policy
         torch.testing.assert_close(reference[targets], rows["old_per_token_logps"][targets], atol=1e-5, rtol=0)
@@ -746,11 +746,11 @@ def test_scoring_goes_through_the_wrapped_model(tmp_path):
     trainer = AGRPO.make(tmp_path, peft_config=LoraConfig(r=2, target_modules="all-linear"))
     trainer.model.train()
     rows = trainer._generate_and_score_completions(batch())
-    views = trainer._view_of(rows, 0, 0)
+    views = view_of(trainer, rows, 0, 0)
     bare = tiny_model(seed=3).eval()
     expected = score_views(
         bare, rows["prompt_ids"], rows["prompt_mask"], rows["completion_ids"], views, trainer.temperature
     )
-    torch.testing.assert_close(trainer._score(trainer.model, rows, views).logps, expected.logps, atol=1e-5, rtol=0)
+    torch.testing.assert_close(score(trainer, trainer.model, rows, views).logps, expected.logps, atol=1e-5, rtol=0)
     assert family_of(trainer.model) == family_of(bare)
     assert issubclass(AGRPOTrainer, DiffusionGRPOTrainer) and issubclass(AGRPOConfig, DiffusionGRPOConfig)

@@ -129,6 +129,7 @@ ATTRIBUTES: dict[str, tuple[type, str]] = {
     "_initial_global_step": (Trainer, "the step from which speed is counted"),
     # what is set to something else than TRL would
     "beta": (GRPOTrainer, "0 while TRL generates, so that it does not score the reference model itself"),
+    "args": (Trainer, "set before transformers does, because the choices of a method read it"),
     "ref_model": (GRPOTrainer, "a copy of the model given, where TRL would load a path"),
     "reward_funcs": (GRPOTrainer, "guarded and step-aware rewards in place of those given"),
     "eos_token_ids": (GRPOTrainer, "all ids that end a text, for TRL's test of truncated completions"),
@@ -366,7 +367,7 @@ def loss_flags() -> set[str]:
 
 
 def used_input_keys() -> set[str]:
-    """Keys of TRL's rows that occur in the trainers."""
+    """Keys of TRL's rows that occur in the trainers and losses."""
     of_trl = set()
     for node in ast.walk(tree_of(GRPOTrainer)):
         match node:
@@ -378,7 +379,6 @@ def used_input_keys() -> set[str]:
                 of_trl.add(key)
             case ast.Assign(targets=[ast.Name(id="output")], value=ast.Dict() as table):
                 of_trl |= string_constants(table)
-    trainers = [
-        tree_of(module) for module in package_modules() if module.__name__.startswith("trl_diffusion.trainers.")
-    ]
+    parts = ("trl_diffusion.trainers.", "trl_diffusion.losses.")
+    trainers = [tree_of(module) for module in package_modules() if module.__name__.startswith(parts)]
     return of_trl & set().union(*map(string_constants, trainers))

@@ -51,6 +51,7 @@ class Rollout:
         group_size: G, completions per prompt.
         num_rows: R, completions of all processes.
         global_rows: long [B], index prompt · G + g of each completion among those of all processes.
+        own_rows: where this process's rows lie in what `gather` returns.
         family: of the model.
         sampling: how the completions were drawn.
         prompt_ids: long [B, P], left-padded.
@@ -68,6 +69,7 @@ class Rollout:
     group_size: int
     num_rows: int
     global_rows: torch.Tensor
+    own_rows: slice
     family: DiffusionFamily
     sampling: SamplingConfig
     prompt_ids: torch.Tensor
@@ -94,7 +96,7 @@ class Rollout:
 
     def own(self, gathered: torch.Tensor) -> torch.Tensor:
         """The rows [B, …] of this process among those of all."""
-        return gathered[self.global_rows.to(gathered.device)]
+        return gathered[self.own_rows]
 
     def groups(self, values: torch.Tensor) -> torch.Tensor:
         """Values [B] of every process as whole prompt groups, [N, G]; a group may span processes."""

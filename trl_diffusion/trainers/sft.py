@@ -410,7 +410,7 @@ def masked_loss(
         masked,
         masked,
         family.mask_token_id,
-        beside_context=family.attention_block is not None,
+        two_stream=family.attention_block is not None,
     )
     logps = score_views(model, prompt_ids, prompt_mask, completion_ids, views).logps
     return -(logps / level.unsqueeze(1)).mean()

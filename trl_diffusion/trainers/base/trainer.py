@@ -369,7 +369,8 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
         trajectory, self._trajectory = self._trajectory, None
         finished, self._finished = self._finished, None
         assert trajectory is not None and finished is not None
-        args, trains = self.args, mode == "train"
+        args, trains, count = self.args, mode == "train", len(finished.prompts)
+        first = self.accelerator.process_index * count
         evaluated = args.per_device_eval_batch_size * self.accelerator.num_processes
         return Rollout(
             mode=mode,
@@ -378,7 +379,8 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
             updates=range(self.num_iterations if trains else 1),
             group_size=self.group_size(mode),
             num_rows=(args.generation_batch_size or 1) if trains else evaluated,
-            global_rows=self._global_rows(len(finished.prompts)),
+            global_rows=self._global_rows(count),
+            own_rows=slice(first, first + count),
             family=self.family,
             sampling=args.sampling_config(),
             prompt_ids=rows["prompt_ids"],
@@ -431,9 +433,8 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
                 advantages, process_rewards = probed.advantages, probed.process_rewards
                 self.meter.add(mode, probed.metrics)
                 self.meter.count_forwards(probed.forward_units)
-            self.meter.add(
-                mode, self._reward_guard.watch_ties(finished.rewards, self.reward_weights, rollout.group_size)
-            )
+            tied = self._reward_guard.watch_ties(finished.rewards, self.reward_weights, rollout.group_size)
+            self.meter.add(mode, tied)
         if self._probe is not None:  # in an evaluation too: the table of completions has one length for all columns
             logs: Any = self._logs
             logs["extra"]["process_reward"].extend(process_rewards)
