@@ -26,6 +26,8 @@ class LossInputs:
             completion the completion's own.
         views: targets, weights, mask rates and lengths.
         estimate: the likelihood's estimate of log p(completion), [B], from log-probabilities [B, V, L].
+        drawn: float32 [B, V, L] under the policy that the sampler's approximate cache makes of the network; `None` where
+            the old policy wrote the completions.
         importance: float32 [B, V, L], weights of tokens whose old log-probability is not the one they were drawn with;
             `None` where it is.
     """
@@ -37,11 +39,14 @@ class LossInputs:
     advantages: torch.Tensor
     views: ScoredViews
     estimate: Callable[[torch.Tensor, ScoredViews], torch.Tensor]
+    drawn: torch.Tensor | None = None
     importance: torch.Tensor | None = None
 
     def part(self, views: slice) -> LossInputs:
         """Some of the views."""
-        tensors = {name: getattr(self, name) for name in ("logps", "entropies", "old", "reference", "importance")}
+        tensors = {
+            name: getattr(self, name) for name in ("logps", "entropies", "old", "reference", "drawn", "importance")
+        }
         chosen = {name: value[:, views] for name, value in tensors.items() if value is not None}
         return replace(self, advantages=self.advantages[:, views], views=self.views.part(views), **chosen)
 

@@ -23,6 +23,8 @@ from trl_diffusion.runtime.checkpoints import Checkpoints
 from trl_diffusion.runtime.earlier_buffers import upgrade
 from trl_diffusion.runtime.meter import Meter
 from trl_diffusion.runtime.run_facts import Facts, as_json
+from trl_diffusion.sampling import Trajectory
+from trl_diffusion.sampling.rollout import FinishedBatch
 
 REFERENCE_WEIGHTS = "reference_model.safetensors"
 
@@ -40,6 +42,8 @@ class RolloutCheckpoints(Checkpoints):
     reward_func_names: list[str]
     meter: Meter
     choices: Any
+    last_rollout: tuple[Trajectory, FinishedBatch] | None
+    _unshown_completions: bool
     entropy_coef: float
     _last_world_entropy: float
     _rollouts: dict[str, int]
@@ -109,8 +113,14 @@ class RolloutCheckpoints(Checkpoints):
         return self._step % (self.args.steps_per_generation * self.args.num_iterations) != 0
 
     def _extra_state(self) -> dict[str, Any]:
-        """What a method must remember in a checkpoint."""
-        return {}
+        """What lies outside of TRL's own state: the likelihood's, and the rollout in use."""
+        state = {"unshown_completions": self._unshown_completions} | self.choices.likelihood.state()
+        # Only `ConfusionZoneCallback` looks at a rollout again.
+        if self.last_rollout is not None and self.args.record_signals and self._buffer_in_use():
+            trajectory, finished = self.last_rollout
+            if is_plain(vars(finished)):
+                state["last_rollout"] = vars(trajectory), vars(finished)
+        return state
 
     def _take_back(self, state: dict[str, Any], checkpoint: Path) -> None:
         super()._take_back(state, checkpoint)
@@ -128,6 +138,12 @@ class RolloutCheckpoints(Checkpoints):
 
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         """Take back what `_extra_state` gave."""
+        self._unshown_completions = state.get("unshown_completions", True)  # checkpoints of 0.1.0.dev0 lack it
+        small = {name: value for name, value in state.items() if name not in ("buffer", "last_rollout")}
+        self.choices.likelihood.load_state(send_to_device(small, self.accelerator.device))
+        if "last_rollout" in state:
+            trajectory, finished = send_to_device(state["last_rollout"], self.accelerator.device)
+            self.last_rollout = Trajectory(**trajectory), FinishedBatch(**finished)
 
     # ---------------------------------------------------------------- data
 

@@ -22,7 +22,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from rich.console import Console
 from trl import GRPOTrainer
 from trl.extras.profiling import profiling_context
@@ -57,12 +56,13 @@ from trl_diffusion.runtime.arguments import (
 from trl_diffusion.runtime.cost import completion_cost, padded_length
 from trl_diffusion.runtime.credit_assignment import CreditAssignment
 from trl_diffusion.runtime.launch import check_backend, check_device_map
+from trl_diffusion.runtime.loss_inputs import collect_loss_inputs
 from trl_diffusion.runtime.meter import Meter
 from trl_diffusion.runtime.model_card import PortableCards, card_arguments, complete_card
 from trl_diffusion.runtime.reference import ReferenceSource, reference_policy
 from trl_diffusion.runtime.report import startup_report
 from trl_diffusion.runtime.reward_guard import RewardGuard
-from trl_diffusion.runtime.rollout_checkpoints import RolloutCheckpoints, is_plain
+from trl_diffusion.runtime.rollout_checkpoints import RolloutCheckpoints
 from trl_diffusion.runtime.rollouts import RolloutEngine, RolloutFigures
 from trl_diffusion.runtime.run import CompletionCost, RolloutRun
 from trl_diffusion.runtime.run_facts import Facts
@@ -503,10 +503,7 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
         """The loss of one view, or of all that are scored together, divided by the backward passes of an update."""
         mode = "train" if self.model.training else "eval"
         inputs = self._loss_inputs(model, rows, update, view)
-        if inputs.old is not None and self._on_policy():
-            self.meter.keep_largest(
-                mode, "rollout/max_abs_log_ratio", (inputs.logps.detach() - inputs.old).abs().max()
-            )
+        self._log_distances(inputs)
         loss = self.choices.loss
         if isinstance(loss, TokenRatio):
             return self._token_loss(model, rows, loss, inputs)
@@ -519,53 +516,27 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
     def _loss_inputs(self, model, rows: Rows, update: int, view: int) -> LossInputs:
         """Score the policy on a view, or on all that are scored together, and collect what the loss compares with."""
         likelihood, loss = self.choices.likelihood, self.choices.loss
-        numbers = range(likelihood.num_views) if self.choices.scored_together else range(view, view + 1)
-        views = [likelihood.view(rows, update, number, self.family.mask_token_id) for number in numbers]
-        scores = self.scorer.score_together(model, rows, views, likelihood)
+        views = range(likelihood.num_views) if self.choices.scored_together else range(view, view + 1)
+        inputs, units = collect_loss_inputs(model, rows, update, views, likelihood, loss, self.scorer)
         if self.model.training:
-            units = sum(one.forward_units(rows["prompt_ids"].size(1)) for one in views)
             self.meter.count_forwards(3 * units * self.accelerator.num_processes)
-        facts = likelihood.scored(rows, update, numbers, torch.stack([one.targets for one in views], 1))
-        chosen = slice(numbers.start, numbers.stop)
-
-        def recorded(name: str) -> torch.Tensor | None:
-            """Log-probabilities [B, V, L] of the targets, which one number per token, or one per view, gives."""
-            values = rows.get(name)
-            if values is None:
-                return None
-            return (values.unsqueeze(1) if values.dim() == 2 else values[:, update, chosen]) * facts.targets
-
-        old = recorded("old_per_token_logps") if loss.needs_old else None
-        drawn = recorded("rollout_logps")
-        if drawn is not None and old is not None and self._on_policy():
-            self._log_mismatch(scores.logps, drawn, facts.targets)
-        importance = None
-        if likelihood.importance_cap is not None and old is not None and drawn is not None:
-            importance = (old - drawn).exp().clamp(max=likelihood.importance_cap)
-        advantages = rows["advantages"].unsqueeze(1).expand(-1, len(numbers))
-        if "view_advantages" in rows:
-            advantages = rows["view_advantages"][:, update, chosen]
-        inputs = LossInputs(
-            scores.logps,
-            scores.entropies,
-            old,
-            recorded("ref_per_token_logps"),
-            advantages,
-            facts,
-            likelihood.estimate,
-            importance,
-        )
-        if likelihood.scored_together and not loss.scores_together:
-            return inputs.combined(likelihood.combine, rows["completion_mask"].bool())
         return inputs
 
-    def _log_mismatch(self, logps: torch.Tensor, drawn: torch.Tensor, targets: torch.Tensor) -> None:
-        """Log how far the log-probabilities of a rollout under an approximate cache are from the network's, under
-        TRL's names for vLLM."""
-        difference = (logps.detach() - drawn).abs() * targets
-        name = "sampling/sampling_logp_difference"
-        self.meter.add_mean_of("train", f"{name}/mean", difference, targets)
-        self.meter.keep_largest("train", f"{name}/max", difference.max())
+    def _log_distances(self, inputs: LossInputs) -> None:
+        """Log how far log-probabilities that should be equal before the first update are from each other.
+
+        Those under an approximate cache go by TRL's names for vLLM.
+        """
+        if not self._on_policy():
+            return
+        logps = inputs.logps.detach()
+        if inputs.old is not None:
+            self.meter.keep_largest("train", "rollout/max_abs_log_ratio", (logps - inputs.old).abs().max())
+        if inputs.drawn is not None:
+            name, targets = "sampling/sampling_logp_difference", inputs.views.targets
+            difference = (logps - inputs.drawn).abs() * targets
+            self.meter.add_mean_of("train", f"{name}/mean", difference, targets)
+            self.meter.keep_largest("train", f"{name}/max", difference.max())
 
     def _token_loss(self, model, rows: Rows, loss: TokenRatio, inputs: LossInputs) -> torch.Tensor:
         """TRL's loss, divided by the number of backward passes of an update."""
@@ -621,19 +592,3 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
     def _collect_facts(self) -> Facts:
         facts = super()._collect_facts()
         return facts | {"run": facts["run"] | self.choices.facts()} if self._composed else facts
-
-    def _extra_state(self) -> dict[str, Any]:
-        state = {"unshown_completions": self._unshown_completions} | self.choices.likelihood.state()
-        # Only `ConfusionZoneCallback` looks at a rollout again.
-        if self.last_rollout is not None and self.args.record_signals and self._buffer_in_use():
-            trajectory, finished = self.last_rollout
-            if is_plain(vars(finished)):
-                state["last_rollout"] = vars(trajectory), vars(finished)
-        return state
-
-    def _load_extra_state(self, state: dict[str, Any]) -> None:
-        self._unshown_completions = state.get("unshown_completions", True)  # checkpoints of 0.1.0.dev0 lack it
-        self.choices.likelihood.load_state(send_to_device(state, self.accelerator.device))
-        if "last_rollout" in state:
-            trajectory, finished = send_to_device(state["last_rollout"], self.accelerator.device)
-            self.last_rollout = Trajectory(**trajectory), FinishedBatch(**finished)
