@@ -96,7 +96,14 @@ class Method:
     applies: frozenset[int] = ALL_PROPERTIES
 
     def make(
-        self, output_dir, *, model=None, reward: Callable | None = None, peft_config=None, **settings
+        self,
+        output_dir,
+        *,
+        model=None,
+        reward: Callable | None = None,
+        peft_config=None,
+        choices: dict[str, Any] | None = None,
+        **settings,
     ) -> DiffusionGRPOTrainer:
         """A trainer on the four-word model: 4 prompts × 4 completions per update, plain SGD with rate 1."""
         defaults = dict(
@@ -135,6 +142,7 @@ class Method:
             None,
             tiny_tokenizer(),
             peft_config=peft_config,
+            **choices or {},
         )
 
 

@@ -26,8 +26,8 @@ class LossInputs:
             completion the completion's own.
         views: targets, weights, mask rates and lengths.
         estimate: the likelihood's estimate of log p(completion), [B], from log-probabilities [B, V, L].
-        drawn: float32 [B, V, L] under the policy that the sampler's approximate cache makes of the network; `None` where
-            the old policy wrote the completions.
+        drawn: float32 [B, V, L] under the policy that wrote the completions, where that is not the old one (an
+            approximate cache makes another of it); else `None`.
         importance: float32 [B, V, L], weights of tokens whose old log-probability is not the one they were drawn with;
             `None` where it is.
     """
@@ -44,11 +44,21 @@ class LossInputs:
 
     def part(self, views: slice) -> LossInputs:
         """Some of the views."""
-        tensors = {
-            name: getattr(self, name) for name in ("logps", "entropies", "old", "reference", "drawn", "importance")
-        }
-        chosen = {name: value[:, views] for name, value in tensors.items() if value is not None}
-        return replace(self, advantages=self.advantages[:, views], views=self.views.part(views), **chosen)
+
+        def chosen(values: torch.Tensor | None) -> torch.Tensor | None:
+            return None if values is None else values[:, views]
+
+        return replace(
+            self,
+            logps=self.logps[:, views],
+            entropies=self.entropies[:, views],
+            old=chosen(self.old),
+            reference=chosen(self.reference),
+            advantages=self.advantages[:, views],
+            views=self.views.part(views),
+            drawn=chosen(self.drawn),
+            importance=chosen(self.importance),
+        )
 
     def combined(
         self, combine: Callable[[torch.Tensor, ScoredViews], torch.Tensor], targets: torch.Tensor

@@ -19,7 +19,7 @@ def collect_loss_inputs(
 
     Args:
         model: the wrapped policy.
-        rows: the micro-batch, see `Likelihood.plan`; `view_advantages` [B, μ, V] if views have advantages of their own.
+        rows: the micro-batch, see `Likelihood.plan`; with `view_advantages` [B, μ, V] if they differ between views.
         update: index of the inner update.
         views: one view, or all that are scored together.
         likelihood: of the method.

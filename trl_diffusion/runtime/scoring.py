@@ -30,7 +30,7 @@ class ViewScorer:
     mask_token_id: int
     sampling_temperature: float
     batch_size: int
-    checkpointing: dict[str, Any] | None
+    checkpointing: Any
 
     def score(self, model: Any, rows: Rows, views: Views, likelihood: Likelihood) -> Scores:
         """Log-probabilities and entropies [R, L] of the views' targets, in one forward pass of the wrapped model."""

@@ -219,10 +219,10 @@ class TrajectoryGRPOTrainer(DiffusionGRPOTrainer):
 
     def _steps(self) -> StepChoice:
         args, selector = self.args, self._given_selector
-        if selector is None and args.step_selector is None:
-            return DrawnSteps(args.num_mc_samples, args.step_draws, args.step_scope, args.step_reduction)
-        if selector is None:
+        if selector is None and args.step_selector is not None:
             selector = named_selector(args.step_selector, args.step_threshold)
+        if selector is None:
+            return DrawnSteps(args.num_mc_samples, args.step_draws, args.step_scope, args.step_reduction)
         may_weigh = args.beta == 0.0 or args.weighted_views
         return SelectedSteps(args.num_mc_samples, selector, args.step_scope, args.signal_average, may_weigh)
 

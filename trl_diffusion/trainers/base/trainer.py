@@ -172,7 +172,8 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
                 **kwargs,
             )
         args.beta, args.sync_ref_model = beta, sync_ref_model
-        self.beta = 0.0  # TRL would score a reference while it generates; its loss gets β from `_as_trl_reads`
+        # Without a reference model TRL must not look for one while it generates; its loss gets β from `_as_trl_reads`.
+        self.beta = beta if self.choices.loss.needs_reference(args) else 0.0
         share_checkpointing_kwargs(args)
         copied = source.prepare(args, self.accelerator, self.is_deepspeed_enabled, self.is_fsdp_enabled)
         if copied is not None:
@@ -547,12 +548,12 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
 
     @contextmanager
     def _as_trl_reads(self, scores: Scores) -> Iterator[None]:
-        """Set the scores of the view and β on the trainer while TRL's loss reads them."""
-        self.beta, self._scored = self.args.beta, scores
+        """Set the scores of the view and β on the trainer while TRL's loss reads them; TraceRL's β is 0 otherwise."""
+        beta, self.beta, self._scored = self.beta, self.args.beta, scores
         try:
             yield
         finally:
-            self.beta, self._scored = 0.0, None
+            self.beta, self._scored = beta, None
 
     # ---------------------------------------------------------------- logs, model card, evaluation and checkpoints
 
