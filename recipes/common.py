@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -69,7 +70,12 @@ class RecipeArguments(RunArguments):
         }
 
 
-def parse(script_arguments: type, config: type, embedded: str):
+def parse(
+    script_arguments: type,
+    config: type,
+    embedded: str,
+    overrides: Sequence[str] = (),
+):
     """Script, training and model arguments from the command line and `--config`.
 
     Without a config and for an embedded model, which is also the default, the config of the embedded models is used,
@@ -79,10 +85,12 @@ def parse(script_arguments: type, config: type, embedded: str):
         script_arguments: dataclass of the recipe's own arguments.
         config: the trainer's config class.
         embedded: config file of the embedded model, below `recipes/configs`.
+        overrides: arguments for the embedded model that win over that file, and lose against the command line.
     """
     arguments = sys.argv[1:]
     block = "--block_length" if "block_length" in {field.name for field in fields(config)} else "--eval_block_length"
-    if (for_embedded := embedded_arguments(arguments, ["--config", str(CONFIGS / embedded)], block)) is not None:
+    defaults = ["--config", str(CONFIGS / embedded), *overrides]
+    if (for_embedded := embedded_arguments(arguments, defaults, block)) is not None:
         arguments = for_embedded
         real = next(CONFIGS.glob(f"*_8b/{Path(embedded).name}"))
         Console().print(
@@ -101,6 +109,14 @@ def parse(script_arguments: type, config: type, embedded: str):
         **(training_args.model_init_kwargs or {}),
     }
     return script_args, training_args, model_args, get_quantization_config(model_args)
+
+
+def no_such(kind: str, name: str, choices: Iterable[str]) -> str:
+    """Return an error message that lists the choices, and names the one that was probably meant."""
+    choices = list(choices)
+    close = difflib.get_close_matches(name, choices, n=1)
+    meant = f"; did you mean {close[0]!r}?" if close else "."
+    return f"there is no {kind} {name!r}{meant} Choose one of {', '.join(choices)}."
 
 
 def load_tokenizer(model_args: ModelConfig) -> PreTrainedTokenizerBase:

@@ -1,11 +1,11 @@
 """Registers the model families with transformers without loading their classes.
 
 Model cards promise that after `import trl_diffusion` transformers' Auto classes load our checkpoints. Importing the
-model classes loads torch's model code and PEFT, and took half of the time of `import trl_diffusion.tasks`. But whatever
-the Auto classes load, they read its config first. So a family is registered by a stand-in for its config class alone:
-when a config of the family is read, the stand-in imports `trl_diffusion.models`, which registers the real classes in
-its place. This uses only `AutoConfig.register`; nothing of transformers is replaced. torch itself cannot be avoided: it
-is imported with the base class of all configs.
+model classes loads torch's model code and PEFT, and took half of the time of `import trl_diffusion.tasks`. But
+whatever the Auto classes load, they read its config first. So a family is registered by a stand-in for its config
+class alone: when a config of the family is read, the stand-in imports `trl_diffusion.models`, which registers the real
+classes in its place. This uses only `AutoConfig.register`; nothing of transformers is replaced. torch itself cannot be
+avoided: it is imported with the base class of all configs.
 
 One thing comes later than the rest: `AutoTokenizer` knows Dream's tokenizer in a folder without a `config.json` only
 once `trl_diffusion.models` is imported, as loading any model of this library does.

@@ -8,8 +8,8 @@ from trl_diffusion.tasks import TASKS
 def metric_path(task: str) -> str:
     """Return the path of a task's metric for `evaluate.load`.
 
-    `evaluate` copies a script and imports the copy, so a script stands for one task. A task without a script of its own
-    has that of any task, which is told the name: `evaluate.load(metric_path(name), name)`.
+    `evaluate` copies a script and imports the copy, so a script stands for one task. A task that has none uses the one
+    for any task, which is told the name: `evaluate.load(metric_path(name), name)`.
 
     Raises:
         ValueError: if there is no such task.
