@@ -87,7 +87,7 @@ def _cached(cache: str, correction: str) -> Arm:
 
 
 def fixed_steps(signals, count: int, noise):
-    """Select the middle of each of K equal parts of a rollout: with K = 4 of 16 steps, the third step of every block."""
+    """Select the middle of each of K equal parts: with K = 4 of 16 steps, the third step of every block."""
     steps = signals.entropy.size(1)
     middle = [[(2 * part + 1) * steps // (2 * count) for part in range(count)]]
     return StepSelection(signals.num_candidates.new_tensor(middle))
