@@ -59,7 +59,7 @@ def sizes(args: argparse.Namespace) -> dict[str, dict[int, dict[str, int]]]:
 
 
 def seconds_of(trainers: Trainers, points: dict[int, dict[str, int]]) -> dict[int, float]:
-    """Median seconds of an update, by size; updates alternate, behind one to warm up."""
+    """Median seconds of an update, by size; updates alternate, after one to warm up."""
     args = trainers.args
     made = {size: trainers.make("AGRPO", **settings) for size, settings in points.items()}
     seconds: dict[int, list[float]] = {size: [] for size in made}

@@ -2,9 +2,9 @@
 
 Not TRL's `loss_type="sapo"`, which is Soft Adaptive Policy Optimization.
 
-A completion that succeeded may owe that to its first half or to luck at the end. Its process reward tells: the success
-rate of continuations from its own partly denoised state, minus the success rate of its group, whose completions start
-from all masks. `StepAwareReward` wraps a reward function and says how this is measured; the trainers of this library
+A completion that succeeded may owe that to its first half or to luck at the end. Its process reward measures which:
+it is the success rate of continuations from its own partly denoised state, minus the success rate of its group, whose
+completions start from all masks. `StepAwareReward` wraps a reward function and says how this is measured; the trainers of this library
 measure it. The code of the paper is not public: states, success and the form below are our reading.
 """
 
@@ -45,8 +45,8 @@ class StepAwareReward:
 
     Args:
         reward: a reward function in TRL's form, also an asynchronous one.
-        success: tells which completions succeeded; called like a reward function, returns one truth value per
-            completion, or `None` if it cannot say. Give this or `success_threshold`.
+        success: a function that says which completions succeeded; called like a reward function, it returns one truth
+            value per completion, or `None` if it cannot say. Give this or `success_threshold`.
         success_threshold: a completion succeeded if the wrapped reward is at least this.
         num_rollouts: N, continuations per completion.
         num_mask_tokens: masked positions that a state is continued on, as far as the canvas has room.

@@ -81,7 +81,7 @@ def successes(
 def awaited(value: Any) -> Any:
     """Return what a reward function gave, also an asynchronous one.
 
-    A thread of its own waits, because an event loop may already run in this one.
+    Another thread waits for it, because an event loop may already run in this one.
     """
     if not inspect.isawaitable(value):
         return value

@@ -100,14 +100,14 @@ class ConfusionZoneCallback(TrainerCallback):
     Args:
         trainer: the trainer it is added to, with `record_signals=True` or a step selector.
         every: updates between figures.
-        success: tells which completions succeeded; called like a reward function, returns one truth value per
-            completion, or `None` if it cannot say. Give this or `success_threshold`.
+        success: a function that says which completions succeeded; called like a reward function, it returns one truth
+            value per completion, or `None` if it cannot say. Give this or `success_threshold`.
         success_threshold: a completion succeeded if its reward is at least this.
         reward: which of the trainer's reward functions the threshold is for.
 
     Raises:
         TypeError: if the trainer is not one of this library.
-        ValueError: if the trainer does not record signals, or the settings do not fit together.
+        ValueError: if the trainer does not record signals, or the settings contradict each other.
     """
 
     def __init__(
