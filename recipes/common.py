@@ -1,4 +1,4 @@
-"""What the recipes share: arguments, progress, and the report at the end."""
+"""Shared by the recipes: arguments, progress, and the report at the end."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def parse(
     embedded: str,
     overrides: Sequence[str] = (),
 ):
-    """Script, training and model arguments from the command line and `--config`.
+    """Parse script, training and model arguments from the command line and `--config`.
 
     Without a config and for an embedded model, which is also the default, the config of the embedded models is used,
     and the console says so. An adapter as the model is trained further, with its own shape.
@@ -120,13 +120,13 @@ def no_such(kind: str, name: str, choices: Iterable[str]) -> str:
 
 
 def load_tokenizer(model_args: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; for an adapter its base's, as in evaluation."""
+    """Load the model's tokenizer; for an adapter its base's, as in evaluation."""
     name = str(model_args.model_name_or_path)
     return AutoTokenizer.from_pretrained((is_adapter(name) and base_of(name)) or name, padding_side="left")
 
 
 def new_adapter(model_args: ModelConfig) -> PeftConfig | None:
-    """The adapter that `--use_peft` asks for; none if the model is an adapter, which is trained further as it is."""
+    """Return the adapter that `--use_peft` asks for; none for a model that is an adapter, which is trained further."""
     name = str(model_args.model_name_or_path)
     if not is_adapter(name):
         return get_peft_config(model_args)

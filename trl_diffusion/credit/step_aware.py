@@ -4,8 +4,8 @@ Not TRL's `loss_type="sapo"`, which is Soft Adaptive Policy Optimization.
 
 A completion that succeeded may owe that to its first half or to luck at the end. Its process reward measures which:
 it is the success rate of continuations from its own partly denoised state, minus the success rate of its group, whose
-completions start from all masks. `StepAwareReward` wraps a reward function and says how this is measured; the trainers of this library
-measure it. The code of the paper is not public: states, success and the form below are our reading.
+completions start from all masks. `StepAwareReward` wraps a reward function and says how this is measured; the trainers
+of this library measure it. The code of the paper is not public: states, success and the form below are our reading.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def same_latex(given: str, gold: str) -> bool:
 
 @lru_cache(maxsize=65536)
 def how_same(given: str, gold: str) -> str | None:
-    """Return what shows that two answers are the same: `"string"`, `"number"`, `"math-verify"` or `None` for nothing."""
+    """Return what shows that two answers are the same: `"string"`, `"number"`, `"math-verify"`, or `None`: nothing."""
     given, gold = readable(given), readable(gold)
     if len(given) > LONGEST_ANSWER:
         return None
