@@ -31,7 +31,7 @@ from update import Trainers
 
 
 def linear_fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
-    """Fit a line by least squares: slope, value at 0, R², and the largest distance of a point relative to its value."""
+    """Fit a line by least squares: slope, value at 0, R², and the largest distance of a point relative to its own."""
     slope, intercept = np.polyfit(x, y, 1)
     values = np.asarray(y)
     distance = values - (slope * np.asarray(x) + intercept)
