@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -45,24 +44,13 @@ from trl_diffusion.evaluation.decoding import decode_completions, encode_prompt,
 from trl_diffusion.models import family_of
 from trl_diffusion.models.embedded import EMBEDDED_MODEL, embedded_arguments
 from trl_diffusion.sampling import SamplingConfig, row_generators, sample
-from trl_diffusion.tasks.countdown import check_countdown, load_countdown
-from trl_diffusion.tasks.gsm8k import correctness_reward, load_gsm8k
-from trl_diffusion.tasks.sudoku import check_sudoku, load_sudoku
-from trl_diffusion.tasks.word_problems import load_word_problems
+from trl_diffusion.tasks import TASKS
 
-# (number of problems, seed) -> held-out problems
-LOADERS: dict[str, Callable[[int, int], Dataset]] = {
-    "word_problems": lambda size, seed: load_word_problems("test", size, seed),
-    "countdown": lambda size, seed: load_countdown("test", size, seed),
-    "sudoku": lambda size, seed: load_sudoku("test", size, seed),
-    "gsm8k": lambda size, seed: load_gsm8k(split="test", limit=size),
-}
-CHECKS: dict[str, Callable[[str, dict], bool]] = {
-    "word_problems": lambda text, row: correctness_reward([text], [row["answer"]]) == [1.0],
-    "countdown": lambda text, row: check_countdown(text, row["numbers"], row["target"]),
-    "sudoku": lambda text, row: check_sudoku(text, row["solution"]),
-    "gsm8k": lambda text, row: correctness_reward([text], [row["answer"]]) == [1.0],
-}
+
+def held_out(task: str, size: int, seed: int) -> Dataset:
+    """Return held-out problems: generated ones where the task has a generator, or the first of its test split."""
+    found = TASKS[task]
+    return found.load("test", limit=size) if found.generate is None else found.generate("test", size, seed)
 
 
 @dataclass
@@ -83,9 +71,7 @@ class AnalysisArguments:
     attn_implementation: str | None = field(default=None, metadata={"help": "As in transformers."})
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU although there is a GPU."})
 
-    task: str = field(
-        default="word_problems", metadata={"help": f"One of {', '.join(LOADERS)}.", "choices": [*LOADERS]}
-    )
+    task: str = field(default="word_problems", metadata={"help": f"One of {', '.join(TASKS)}.", "choices": [*TASKS]})
     num_completions: int = field(default=256, metadata={"help": "Completions, one per held-out problem."})
     batch_size: int = field(default=64, metadata={"help": "Completions sampled together."})
     canvas_length: int = field(default=32, metadata={"help": "Positions to write."})
@@ -190,8 +176,8 @@ def main() -> None:
         attn_implementation=args.attn_implementation,
         device="cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu",
     )
-    problems = LOADERS[args.task](args.num_completions, args.seed)
-    entropy, margin, steps, success = sample_signals(model, tokenizer, problems, CHECKS[args.task], args)
+    problems = held_out(args.task, args.num_completions, args.seed)
+    entropy, margin, steps, success = sample_signals(model, tokenizer, problems, TASKS[args.task].is_correct, args)
 
     steps_per_block = args.sampling_config().steps_per_block
     frame = signal_frame(entropy, margin, steps, success, steps_per_block)

@@ -1,10 +1,11 @@
-"""What the recipes share: arguments, progress, and the report at the end."""
+"""Shared by the recipes: arguments, progress, and the report at the end."""
 
 from __future__ import annotations
 
+import difflib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -69,8 +70,13 @@ class RecipeArguments(RunArguments):
         }
 
 
-def parse(script_arguments: type, config: type, embedded: str):
-    """Script, training and model arguments from the command line and `--config`.
+def parse(
+    script_arguments: type,
+    config: type,
+    embedded: str,
+    overrides: Sequence[str] = (),
+):
+    """Parse script, training and model arguments from the command line and `--config`.
 
     Without a config and for an embedded model, which is also the default, the config of the embedded models is used,
     and the console says so. An adapter as the model is trained further, with its own shape.
@@ -79,10 +85,12 @@ def parse(script_arguments: type, config: type, embedded: str):
         script_arguments: dataclass of the recipe's own arguments.
         config: the trainer's config class.
         embedded: config file of the embedded model, below `recipes/configs`.
+        overrides: arguments for the embedded model that win over that file, and lose against the command line.
     """
     arguments = sys.argv[1:]
     block = "--block_length" if "block_length" in {field.name for field in fields(config)} else "--eval_block_length"
-    if (for_embedded := embedded_arguments(arguments, ["--config", str(CONFIGS / embedded)], block)) is not None:
+    defaults = ["--config", str(CONFIGS / embedded), *overrides]
+    if (for_embedded := embedded_arguments(arguments, defaults, block)) is not None:
         arguments = for_embedded
         real = next(CONFIGS.glob(f"*_8b/{Path(embedded).name}"))
         Console().print(
@@ -103,14 +111,22 @@ def parse(script_arguments: type, config: type, embedded: str):
     return script_args, training_args, model_args, get_quantization_config(model_args)
 
 
+def no_such(kind: str, name: str, choices: Iterable[str]) -> str:
+    """Return an error message that lists the choices, and names the one that was probably meant."""
+    choices = list(choices)
+    close = difflib.get_close_matches(name, choices, n=1)
+    meant = f"; did you mean {close[0]!r}?" if close else "."
+    return f"there is no {kind} {name!r}{meant} Choose one of {', '.join(choices)}."
+
+
 def load_tokenizer(model_args: ModelConfig) -> PreTrainedTokenizerBase:
-    """The model's tokenizer; for an adapter its base's, as in evaluation."""
+    """Load the model's tokenizer; for an adapter its base's, as in evaluation."""
     name = str(model_args.model_name_or_path)
     return AutoTokenizer.from_pretrained((is_adapter(name) and base_of(name)) or name, padding_side="left")
 
 
 def new_adapter(model_args: ModelConfig) -> PeftConfig | None:
-    """The adapter that `--use_peft` asks for; none if the model is an adapter, which is trained further as it is."""
+    """Return the adapter that `--use_peft` asks for; none for a model that is an adapter, which is trained further."""
     name = str(model_args.model_name_or_path)
     if not is_adapter(name):
         return get_peft_config(model_args)

@@ -1,6 +1,6 @@
-"""AGRPO on GSM8K, from prompts to a trained model or adapter.
+r"""AGRPO on GSM8K, from prompts to a trained model or adapter.
 
-The embedded model on synthetic word problems (a few minutes on two CPU cores):
+The bundled model on synthetic word problems (a few minutes on two CPU cores):
 
     accelerate launch recipes/gsm8k_agrpo.py
 
@@ -10,11 +10,10 @@ LLaDA-8B on GSM8K:
         --config recipes/configs/llada_8b/gsm8k_agrpo.yaml
 
 Everything in a config can be overridden on the command line, for example `--seed 1 --max_steps 20`.
+`recipes/train.py` has other tasks and methods.
 """
 
-from gsm8k import train
-
-from trl_diffusion.trainers import AGRPOConfig, AGRPOTrainer
+from train import main
 
 if __name__ == "__main__":
-    train(AGRPOTrainer, AGRPOConfig, "embedded/gsm8k_agrpo.yaml")
+    main(method="agrpo")

@@ -1,21 +1,6 @@
-"""ATPO on GSM8K, from prompts to a trained model or adapter.
+"""ATPO on GSM8K: `recipes/train.py --method atpo`; `--plot_every 20` shows the rollouts' confusion zones."""
 
-The embedded model on synthetic word problems (a few minutes on two CPU cores):
-
-    accelerate launch recipes/gsm8k_atpo.py
-
-LLaDA-8B on GSM8K:
-
-    accelerate launch --config_file recipes/accelerate_configs/zero2.yaml recipes/gsm8k_atpo.py \
-        --config recipes/configs/llada_8b/gsm8k_atpo.yaml
-
-Everything in a config can be overridden on the command line, for example `--seed 1 --max_steps 20`;
-`--plot_every 20` shows the rollouts' confusion zones.
-"""
-
-from gsm8k import train
-
-from trl_diffusion.trainers import ATPOConfig, ATPOTrainer
+from train import main
 
 if __name__ == "__main__":
-    train(ATPOTrainer, ATPOConfig, "embedded/gsm8k_atpo.yaml")
+    main(method="atpo")

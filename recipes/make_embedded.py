@@ -27,10 +27,7 @@ from trl import TrlParser
 
 from trl_diffusion.evaluation import evaluate_accuracy
 from trl_diffusion.models import DiffusionLM, LLaDAModelLM, SDARForCausalLM
-from trl_diffusion.tasks.countdown import check_countdown, load_countdown
-from trl_diffusion.tasks.gsm8k import correctness_reward
-from trl_diffusion.tasks.sudoku import check_sudoku, load_sudoku
-from trl_diffusion.tasks.word_problems import load_word_problems
+from trl_diffusion.tasks import TASKS
 from trl_diffusion.trainers.sft import SFTConfig, SFTTrainer
 
 SPECIAL_TOKENS = [
@@ -52,17 +49,11 @@ CHAT_TEMPLATE = (
 )
 CANVAS = 32
 FAMILIES: dict[str, type[DiffusionLM]] = {"llada": LLaDAModelLM, "sdar": SDARForCausalLM}
-LOADERS = {"word problems": load_word_problems, "Countdown": load_countdown, "Sudoku": load_sudoku}
-CHECKS: dict[str, Callable[[str, dict], bool]] = {
-    "word problems": lambda text, row: correctness_reward([text], [row["answer"]]) == [1.0],
-    "Countdown": lambda text, row: check_countdown(text, row["numbers"], row["target"]),
-    "Sudoku": lambda text, row: check_sudoku(text, row["solution"]),
-}
 
 
 @dataclass
 class EmbeddedArguments:
-    """What to make."""
+    """The network, its training and its data."""
 
     output_dir: str = field(default="outputs/embedded", metadata={"help": "Where the checkpoint goes."})
     family: str = field(default="llada", metadata={"help": f"Kind of network: {', '.join(FAMILIES)}."})
@@ -74,15 +65,16 @@ class EmbeddedArguments:
     intermediate_size: int = field(default=256, metadata={"help": "Width of its MLPs."})
     layers: int = field(default=4, metadata={"help": "Depth."})
     heads: int = field(default=4, metadata={"help": "Attention heads."})
-    word_problems: int = field(default=40000, metadata={"help": "Word problems to draw."})
-    countdowns: int = field(default=12000, metadata={"help": "Countdown problems to draw."})
-    sudokus: int = field(default=12000, metadata={"help": "Sudoku puzzles to draw."})
+    tasks: list[str] = field(
+        default_factory=lambda: ["word_problems=40000", "countdown=12000", "sudoku=12000"],
+        metadata={"help": "NAME=SIZE: what it learns, and how many problems of it to generate, in this order."},
+    )
     held_out: int = field(default=256, metadata={"help": "Held-out rows per task for the table."})
     seed: int = field(default=0, metadata={"help": "Seed of data, initialisation and noise."})
 
 
 def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Byte-complete BPE of at most 512 ids, digits one by one, with LLaDA's special tokens and chat template."""
+    """Train byte-complete BPE of at most 512 ids, digits one by one, with LLaDA's special tokens and chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -112,7 +104,7 @@ def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def make_model(args: EmbeddedArguments, tokenizer: PreTrainedTokenizerBase):
-    """The untrained network."""
+    """Make the untrained network."""
     end, turn_end = (tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|eot_id|>"))
     family = FAMILIES[args.family]
     config = family.config_class(
@@ -136,13 +128,31 @@ def make_model(args: EmbeddedArguments, tokenizer: PreTrainedTokenizerBase):
 
 
 def make_dataset(args: EmbeddedArguments, slips: bool) -> Dataset:
-    """The training rows of all the tasks."""
-    sizes = {"word problems": args.word_problems, "Countdown": args.countdowns, "Sudoku": args.sudokus}
+    """Return the training rows of all the tasks."""
     parts = [
-        load("train", sizes[task], seed=args.seed + slips, slips=slips).select_columns(["prompt", "completion"])
-        for task, load in LOADERS.items()
+        generator(task)("train", size, seed=args.seed + slips, slips=slips).select_columns(["prompt", "completion"])
+        for task, size in sizes(args).items()
     ]
     return concatenate_datasets(parts)
+
+
+def sizes(args: EmbeddedArguments) -> dict[str, int]:
+    """Return the number of problems of every task."""
+    named = (each.partition("=") for each in args.tasks)
+    return {name: int(size) for name, _, size in named}
+
+
+def generator(task: str) -> Callable[..., Dataset]:
+    """Return the generator of a task.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    found = TASKS.get(task)
+    if found is None or found.generate is None:
+        names = [name for name, known in TASKS.items() if known.generate is not None]
+        raise ValueError(f"{task!r} is no task with a generator; there are {', '.join(names)}.")
+    return found.generate
 
 
 def train(
@@ -153,7 +163,7 @@ def train(
     learning_rate: float,
     args: EmbeddedArguments,
 ) -> None:
-    """Masked SFT of all the weights, in place."""
+    """Train all the weights by masked SFT, in place."""
     with tempfile.TemporaryDirectory() as scratch:
         config = SFTConfig(
             output_dir=scratch,
@@ -178,21 +188,21 @@ def train(
 
 
 def report(model, tokenizer: PreTrainedTokenizerBase, args: EmbeddedArguments) -> Table:
-    """Held-out accuracy of every task, greedy and sampled."""
+    """Measure held-out accuracy of every task, greedy and sampled."""
     table = Table(title="Held-out accuracy (95 % interval)")
     for column in ("task", "greedy", "temperature 1, 8 samples"):
         table.add_column(column)
     model.eval()
-    for task, load in LOADERS.items():
-        rows = load("test", args.held_out, seed=args.seed)
+    for task in sizes(args):
+        rows = generator(task)("test", args.held_out, seed=args.seed)
         block_length = model.family.attention_block or 8
         settings = {"canvas_length": CANVAS, "denoising_steps": 16, "block_length": block_length, "batch_size": 128}
-        greedy = evaluate_accuracy(model, tokenizer, rows, CHECKS[task], **settings)
+        greedy = evaluate_accuracy(model, tokenizer, rows, TASKS[task].is_correct, **settings)
         sampled = evaluate_accuracy(
             model,
             tokenizer,
             rows.select(range(min(64, len(rows)))),
-            CHECKS[task],
+            TASKS[task].is_correct,
             **settings,
             temperature=1.0,
             unmasking="random",

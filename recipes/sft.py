@@ -21,8 +21,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 from common import (
     RunArguments,
@@ -40,7 +38,7 @@ from transformers import ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
 from trl_diffusion.tasks import TASKS
-from trl_diffusion.tasks.rows import is_file, read_rows
+from trl_diffusion.tasks.rows import hold_out, read_rows
 from trl_diffusion.trainers import SFTConfig, SFTTrainer
 
 
@@ -91,31 +89,13 @@ class LossProgress(ShortProgress):
 
 
 def load(args: SFTArguments) -> tuple[Dataset, Dataset]:
-    """Training and held-out rows; the last `eval_size` rows of what has no test split are held out."""
-    source = args.dataset_path.partition("=")[2] or None
-    if args.task is None:
-        rows = read_rows(args.dataset_path, ("prompt", "completion"), "SFT")
-        return _split(Dataset.from_list(rows), args)
-    load_split = TASKS[args.task].load
-    if source is not None and is_file(source):
-        return _split(load_split("train", source=source, prompt=args.prompt), args)
-    train = load_split("train", source=source, limit=args.dataset_size, prompt=args.prompt)
-    return train, load_split("test", source=source, limit=args.eval_size, prompt=args.prompt)
-
-
-def _split(rows: Dataset, args: SFTArguments) -> tuple[Dataset, Dataset]:
-    left = len(rows) - args.eval_size
-    if left < 1 or args.eval_size < 1:
-        raise ValueError(
-            f"{args.dataset_path} has {len(rows)} rows, of which --eval_size {args.eval_size} are held out. Choose it "
-            "so that at least one row is held out and one is left to train on."
-        )
-    return rows.select(range(min(left, args.dataset_size or left))), rows.select(range(left, len(rows)))
-
-
-def is_correct(task: str, text: str, row: dict[str, Any]) -> bool:
-    """Whether the first of the task's scores is full."""
-    return next(iter(TASKS[task].score(text, row).values())) == 1.0
+    """Return training and held-out rows; the last `eval_size` rows of what has no test split are held out."""
+    if args.task is not None:
+        source = args.dataset_path.partition("=")[2] or None
+        return TASKS[args.task].training_rows(source, args.dataset_size, args.eval_size, prompt=args.prompt)
+    rows = Dataset.from_list(read_rows(args.dataset_path, ("prompt", "completion"), "SFT"))
+    train, held_out = hold_out(rows, args.eval_size, args.dataset_path)
+    return train.select(range(min(len(train), args.dataset_size or len(train)))), held_out
 
 
 def report_loss(trainer: SFTTrainer, seconds: float) -> None:
@@ -155,8 +135,7 @@ def main() -> None:
     if script_args.task is None:
         train_and_save(trainer, arguments, lambda: report_loss(trainer, time.perf_counter() - start))
         return
-    correct = partial(is_correct, script_args.task)
-    accuracy = measure_accuracy(trainer, held_out, correct, script_args)
+    accuracy = measure_accuracy(trainer, held_out, TASKS[script_args.task].is_correct, script_args)
     train_and_save(trainer, arguments, lambda: report(trainer, accuracy, time.perf_counter() - start, "loss"))
 
 

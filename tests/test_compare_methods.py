@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))
 
-from compare_methods import ARMS, markdown, summarise  # noqa: E402
+from comparison.arms import ARMS  # noqa: E402
+from comparison.summary import markdown, summarise  # noqa: E402
 from statistics_of_runs import sign_flip_p_value, standard_error  # noqa: E402
 
 TUNED = ("diffu_grpo_tuned", "agrpo_tuned")  # baselines of the family that compares all methods

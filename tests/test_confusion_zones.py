@@ -328,7 +328,7 @@ def test_what_cannot_work_is_refused_at_start(tmp_path):
 
 def test_a_success_function_of_the_wrong_length_is_refused(tmp_path):
     trainer = with_callback(DIFFU, tmp_path, success=lambda completions, **_: [True], record_signals=True)
-    with pytest.raises(ValueError, match="16, got 1"):
+    with pytest.raises(ValueError, match="16 completions got 1 successes"):
         trainer.train()
 
 

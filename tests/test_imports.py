@@ -4,19 +4,25 @@ circle."""
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+from transformers import CONFIG_MAPPING
+
 import trl_diffusion
+import trl_diffusion.models
+from trl_diffusion.registration import MODEL_TYPES
 
 PACKAGE = Path(trl_diffusion.__file__).parent
 FLOORS = [
     {"family", "distribution", "streams", "tokenization", "tasks"},
     {"sampling"},
     {"models"},
-    {"adapters", "credit"},
+    {"adapters", "credit", "registration"},
     {"likelihood"},
     {"losses"},
     {"runtime"},
@@ -100,3 +106,41 @@ for module in pkgutil.walk_packages(trl_diffusion.__path__, "trl_diffusion."):
 def test_extras_are_not_needed():
     found = subprocess.run([sys.executable, "-c", WALK], capture_output=True, text=True, timeout=300)
     assert found.returncode == 0, found.stderr[-2000:]
+
+
+def run_python(code: str) -> str:
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr[-2000:]
+    return found.stdout
+
+
+def test_importing_the_package_and_its_tasks_loads_no_model_code_and_no_trainer():
+    loaded = run_python("import trl_diffusion, trl_diffusion.tasks, sys; print(*sys.modules)").split()
+    assert "trl_diffusion.tasks.gsm8k" in loaded and "trl_diffusion.registration" in loaded
+    packages = ("peft", "trl", "accelerate", "trl_diffusion.models", "trl_diffusion.trainers")
+    heavy = [name for name in loaded if any(name == part or name.startswith(f"{part}.") for part in packages)]
+    modelling = [name for name in loaded if re.search(r"^transformers\.models\.(?!auto\.).*\.modeling_", name)]
+    assert not heavy and not modelling and "transformers.modeling_utils" not in loaded
+
+
+CHECKPOINT, SDAR = (str(PACKAGE / "models" / name) for name in ("embedded", "embedded_sdar"))
+AUTO = "import trl_diffusion\nfrom transformers import "
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        (f"{AUTO}AutoModelForCausalLM as Auto; print(Auto.from_pretrained({CHECKPOINT!r}))", "LLaDAModelLM("),
+        (f"{AUTO}AutoModelForCausalLM as Auto; print(Auto.from_pretrained({SDAR!r}))", "SDARForCausalLM("),
+        (f"{AUTO}AutoConfig as Auto; print(Auto.from_pretrained({CHECKPOINT!r}))", "LLaDAConfig {"),
+        (f"{AUTO}AutoConfig as Auto; print(Auto.for_model('Dream', hidden_size=8))", '"hidden_size": 8'),
+    ],
+)
+def test_after_it_the_auto_classes_load_our_checkpoints(code, expected):
+    assert expected in run_python(code)
+
+
+def test_every_family_has_its_stand_in_and_replaces_it():
+    ours = {kind for kind in CONFIG_MAPPING if CONFIG_MAPPING[kind].__module__.startswith("trl_diffusion.")}
+    assert ours == set(MODEL_TYPES)
+    assert all(CONFIG_MAPPING[kind].__module__.startswith("trl_diffusion.models.") for kind in ours)

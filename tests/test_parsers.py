@@ -23,7 +23,7 @@ from trl_diffusion.tasks.parsing.answers import last_answer, tagged_answer
 from trl_diffusion.tasks.parsing.arithmetic import evaluate_expression, parse_expression
 from trl_diffusion.tasks.parsing.number import parse_number
 from trl_diffusion.tasks.parsing.text import readable
-from trl_diffusion.tasks.sudoku import cells_correct, extract_grid, stated_grid
+from trl_diffusion.tasks.sudoku import cells_correct, stated_grid
 
 pytestmark = pytest.mark.slow
 
@@ -147,7 +147,6 @@ PARSERS: dict[str, tuple[Callable, Callable[..., bool]]] = {
     "parse_number": (parse_number, fraction_or_none),
     "evaluate_expression": (evaluate_expression, fraction_or_none),
     "stated_grid": (stated_grid, lambda grid: grid is None or (len(grid) == 16 and set(grid) <= set("01234"))),
-    "extract_grid": (extract_grid, lambda grid: grid is None or (len(grid) == 16 and set(grid) <= set("1234"))),
     "how_same": (lambda text: latex.how_same(text, "\\frac{1}{2}"), lambda how: how in (None, "string", "number")),
     "same_math_string": (lambda text: d1.same_math_string(text, "\\frac{1}{2}"), lambda same: type(same) is bool),
 } | {

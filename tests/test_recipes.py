@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
 from trl_diffusion.models.embedded import EMBEDDED_MODEL, embedded_arguments
+from trl_diffusion.tasks import TASKS
 from trl_diffusion.trainers import METHODS, AGRPOConfig, ATPOConfig, DiffuGRPOConfig
 
 ROOT = Path(__file__).parent.parent
@@ -232,14 +233,14 @@ def recipe(module: str):
         sys.path.pop(0)
 
 
-def parsed(name: str, module: str, arguments: str, config: type, folder: str = "llada_8b") -> tuple:
+def parsed(name: str, config: type, folder: str = "llada_8b") -> tuple:
     """Script, training and model arguments of a config of a large model."""
-    parser = TrlParser((getattr(recipe(module), arguments), config, ModelConfig))
+    parser = TrlParser((recipe("train").TrainArguments, config, ModelConfig))
     return parser.parse_args_and_config(["--config", str(CONFIGS / folder / f"{name}.yaml"), "--use_cpu"])
 
 
 def test_the_agrpo_config_parses_to_the_papers_settings():
-    script, config, model = parsed("gsm8k_agrpo", "gsm8k", "GSM8KArguments", AGRPOConfig)
+    script, config, model = parsed("gsm8k_agrpo", AGRPOConfig)
     assert (config.num_mc_samples, config.max_completion_length, config.block_length) == (24, 384, 12)
     assert (config.temperature, config.top_k, config.top_p, config.step_draws) == (0.6, 150, 0.99, "entropy")
     assert (model.lora_r, model.lora_alpha, model.lora_dropout) == (64, 64, 0.0)
@@ -253,8 +254,8 @@ def test_the_agrpo_config_parses_to_the_papers_settings():
 
 
 def test_the_diffu_grpo_and_sapo_configs_parse_to_the_papers_settings():
-    diffu = parsed("gsm8k_diffu_grpo", "gsm8k", "GSM8KArguments", DiffuGRPOConfig)
-    sapo = parsed("countdown_sapo", "countdown_sapo", "CountdownArguments", DiffuGRPOConfig)
+    diffu = parsed("gsm8k_diffu_grpo", DiffuGRPOConfig)
+    sapo = parsed("countdown_sapo", DiffuGRPOConfig)
     for _, config, model in (diffu, sapo):
         assert (config.max_completion_length, config.block_length, config.denoising_steps) == (256, 32, 128)
         assert (config.temperature, config.unmasking, config.num_generations) == (0.9, "low_confidence", 6)
@@ -267,12 +268,12 @@ def test_the_diffu_grpo_and_sapo_configs_parse_to_the_papers_settings():
 
 
 def test_the_atpo_config_selects_eight_steps_by_the_hybrid_rule():
-    _, config, _ = parsed("gsm8k_atpo", "gsm8k", "GSM8KArguments", ATPOConfig)
+    _, config, _ = parsed("gsm8k_atpo", ATPOConfig)
     assert (config.step_selector, config.num_mc_samples, config.denoising_steps) == ("roec_cm", 8, 128)
     assert (config.loss_type, config.step_reduction, config.beta) == ("grpo", "mean", 0.0)
 
 
-# By `recipes/gsm8k.py` alone: paper and, of the LLaDA-8B config, what the paper says.
+# By `recipes/train.py` alone: paper and, of the LLaDA-8B config, what the paper says.
 SHARED = {
     "dmpo": ("2510.08233", dict(alpha=0.04, temperature=0.2, num_generations=16, num_iterations=8, num_mc_samples=4)),
     "espo": ("2512.03759", dict(epsilon=0.2, beta=1e-3, denoising_steps=256, num_generations=6, num_iterations=8)),
@@ -298,11 +299,11 @@ def test_every_method_has_its_configs():
 
 @pytest.mark.parametrize("name", [*SHARED, "dipo"])
 def test_the_shared_recipe_trains_the_embedded_model(name, tmp_path, monkeypatch, capsys):
-    gsm8k, (paper, _) = recipe("gsm8k"), (SHARED | {"dipo": ("2512.22234", {})})[name]
+    train, (paper, _) = recipe("train"), (SHARED | {"dipo": ("2512.22234", {})})[name]
     small = ["--max_steps", "2", "--save_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "16"]
     small += ["--eval_size", "4", "--use_cpu", "--output_dir", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", ["gsm8k.py", "--method", name, *small])
-    gsm8k.main()
+    monkeypatch.setattr(sys, "argv", ["train.py", "--method", name, *small])
+    train.main()
     output = capsys.readouterr().out
     assert "running on the embedded model" in output
     assert f"recipes/configs/{'sdar_8b' if name == 'dipo' else 'llada_8b'}/gsm8k_{name}.yaml" in output.replace(
@@ -315,10 +316,9 @@ def test_the_shared_recipe_trains_the_embedded_model(name, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("name", SHARED)
 def test_llada_configs_of_the_shared_recipe_name_their_method_and_keep_the_papers_settings(name):
-    gsm8k = recipe("gsm8k")
     path = str(CONFIGS / "llada_8b" / f"gsm8k_{name}.yaml")
-    assert gsm8k.chosen_method(["--config", path]) == name
-    _, config, model = parsed(f"gsm8k_{name}", "gsm8k", "MethodArguments", METHODS[name].config_class)
+    assert recipe("train").chosen(["--config", path]).method == name
+    _, config, model = parsed(f"gsm8k_{name}", METHODS[name].config_class)
     expected = SHARED[name][1]
     assert {field: getattr(config, field) for field in expected} == expected
     assert (config.max_completion_length, config.block_length, config.unmasking) == (256, 32, "low_confidence")
@@ -326,9 +326,8 @@ def test_llada_configs_of_the_shared_recipe_name_their_method_and_keep_the_paper
 
 
 def test_the_sdar_config_names_dipo_and_keeps_the_papers_settings():
-    gsm8k = recipe("gsm8k")
-    assert gsm8k.chosen_method(["--config", str(CONFIGS / "sdar_8b" / "gsm8k_dipo.yaml")]) == "dipo"
-    _, config, model = parsed("gsm8k_dipo", "gsm8k", "MethodArguments", METHODS["dipo"].config_class, "sdar_8b")
+    assert recipe("train").chosen(["--config", str(CONFIGS / "sdar_8b" / "gsm8k_dipo.yaml")]).method == "dipo"
+    _, config, model = parsed("gsm8k_dipo", METHODS["dipo"].config_class, "sdar_8b")
     assert model.model_name_or_path == "JetLM/SDAR-8B-Chat"
     assert (config.epsilon, config.epsilon_high, config.beta, config.num_iterations) == (0.2, 0.28, 0.0, 1)
     assert (config.block_length, config.sampling_config().steps_per_block, config.num_mc_samples) == (4, 4, 4)
@@ -338,8 +337,13 @@ def test_the_sdar_config_names_dipo_and_keeps_the_papers_settings():
 
 def test_the_command_line_decides_about_the_method():
     path = str(CONFIGS / "llada_8b" / "gsm8k_dmpo.yaml")
-    assert recipe("gsm8k").chosen_method(["--config", path, "--method", "wd1"]) == "wd1"
-    assert recipe("gsm8k").chosen_method(["--method=espo", "--max_steps", "3"]) == "espo"
+    chosen = recipe("train").chosen
+    assert chosen(["--config", path, "--method", "wd1"]).method == "wd1"
+    assert chosen(["--method=espo", "--max_steps", "3"], method="agrpo").method == "espo"
+    sapo = str(CONFIGS / "llada_8b" / "countdown_sapo.yaml")
+    found = chosen(["--config", sapo])
+    assert (found.task, found.method, found.num_rollouts) == ("countdown", "diffu_grpo", 3)
+    assert chosen(["--config", sapo, "--num_rollouts", "0", "--task", "sudoku"]).num_rollouts == 0
 
 
 @pytest.mark.parametrize(
@@ -347,23 +351,30 @@ def test_the_command_line_decides_about_the_method():
     [
         ([], "no method was given"),
         (["--config", str(CONFIGS / "llada_8b" / "gsm8k_agrpo.yaml")], "no method was given"),
-        (["--method", "ppo"], "there is no method 'ppo'"),
+        (["--method", "ppo"], "there is no method 'ppo'. Choose one of"),
+        (["--method", "difu_grpo"], "there is no method 'difu_grpo'; did you mean 'diffu_grpo'?"),
     ],
 )
 def test_without_a_known_method_the_names_are_listed(arguments, problem, capsys):
-    gsm8k = recipe("gsm8k")
     with pytest.raises(SystemExit) as stopped:
-        gsm8k.chosen_method(arguments)
+        recipe("train").chosen(arguments)
     message = capsys.readouterr().err
     assert stopped.value.code == 2 and problem in message and ", ".join(METHODS) in message
 
 
+def test_an_unknown_task_is_refused_with_the_names(capsys):
+    with pytest.raises(SystemExit):
+        recipe("train").chosen(["--method", "agrpo", "--task", "countdwn"])
+    message = capsys.readouterr().err
+    assert "there is no task 'countdwn'; did you mean 'countdown'?" in message and ", ".join(TASKS) in message
+
+
 def test_help_works_with_and_without_a_method(monkeypatch, capsys):
-    gsm8k = recipe("gsm8k")
+    train = recipe("train")
     for arguments, shown in (["--help"], "--method dmpo"), (["--method", "dmpo", "--help"], "--weight_baseline"):
-        monkeypatch.setattr(sys, "argv", ["gsm8k.py", *arguments])
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         with pytest.raises(SystemExit) as stopped:
-            gsm8k.main()
+            train.main()
         assert stopped.value.code in (0, None) and shown in capsys.readouterr().out
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
+import runpy
 import socket
 import subprocess
 import sys
 from dataclasses import replace
-from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from trl_diffusion.models.embedded import EMBEDDED_MODEL
 from trl_diffusion.runtime import cost
 from trl_diffusion.runtime.report import startup_report
 from trl_diffusion.sampling import SamplingConfig
+from trl_diffusion.tasks import TASKS
 from trl_diffusion.tasks.word_problems import load_word_problems
 from trl_diffusion.trainers import DiffusionGRPOTrainer
 
@@ -254,39 +255,23 @@ def test_training_prints_the_panel_once_with_the_progress_bar(disable_tqdm, tmp_
 # ---------------------------------------------------------------- the dry run
 
 
-def recipe(name: str):
+def start(name: str) -> None:
     sys.path.insert(0, str(ROOT / "recipes"))
     try:
-        return import_module(name)
+        runpy.run_path(str(ROOT / "recipes" / f"{name}.py"), run_name="__main__")
     finally:
         sys.path.pop(0)
 
 
-def start(name: str, trainer: str, config: str) -> None:
-    if name == "countdown_sapo":
-        recipe(name).main()
-    else:
-        trainers = import_module("trl_diffusion.trainers")
-        recipe("gsm8k").train(getattr(trainers, trainer), getattr(trainers, config), f"embedded/{name}.yaml")
-
-
-@pytest.mark.parametrize(
-    ("name", "trainer", "config"),
-    [
-        ("gsm8k_agrpo", "AGRPOTrainer", "AGRPOConfig"),
-        ("gsm8k_atpo", "ATPOTrainer", "ATPOConfig"),
-        ("gsm8k_diffu_grpo", "DiffuGRPOTrainer", "DiffuGRPOConfig"),
-        ("countdown_sapo", "DiffuGRPOTrainer", "DiffuGRPOConfig"),
-    ],
-)
-def test_a_dry_run_of_a_recipe_neither_samples_nor_trains(name, trainer, config, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("name", ["gsm8k_agrpo", "gsm8k_atpo", "gsm8k_diffu_grpo", "countdown_sapo"])
+def test_a_dry_run_of_a_recipe_neither_samples_nor_trains(name, tmp_path, monkeypatch, capsys):
     def never(*args, **kwargs):
         raise AssertionError("a dry run must not do this")
 
     monkeypatch.setattr(sys, "argv", [name, "--dry_run", "--use_cpu", "--output_dir", str(tmp_path / "out")])
     for method in ("train", "_generate_single_turn", "save_model"):
         monkeypatch.setattr(DiffusionGRPOTrainer, method, never)
-    start(name, trainer, config)
+    start(name)
     assert capsys.readouterr().out.count("forward units") == 1
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
@@ -313,18 +298,19 @@ def test_a_dry_run_on_two_processes_reports_once_and_exits_with_0(tmp_path):
 
 
 def test_a_dry_run_checks_the_columns(tmp_path, monkeypatch):
-    gsm8k = recipe("gsm8k")
-    monkeypatch.setattr(gsm8k, "load_word_problems", lambda *args: load_word_problems(*args).remove_columns("answer"))
+    task = TASKS["word_problems"]
+    without = replace(task, load=lambda *args, **settings: task.load(*args, **settings).remove_columns("answer"))
+    monkeypatch.setitem(TASKS, "word_problems", without)
     monkeypatch.setattr(sys, "argv", ["gsm8k_agrpo", "--dry_run", "--use_cpu", "--output_dir", str(tmp_path)])
     with pytest.raises(ValueError, match="no column 'answer'"):
-        start("gsm8k_agrpo", "AGRPOTrainer", "AGRPOConfig")
+        start("gsm8k_agrpo")
 
 
 def test_a_dry_run_checks_the_number_of_rows(tmp_path, monkeypatch):
     few = ["--dataset_size", "5", "--per_device_train_batch_size", "64", "--num_generations", "8"]
     monkeypatch.setattr(sys, "argv", ["gsm8k_agrpo", "--dry_run", *few, "--output_dir", str(tmp_path)])
     with pytest.raises(ValueError, match="train_dataset has 5 rows, and a rollout batch needs 8 prompts"):
-        start("gsm8k_agrpo", "AGRPOTrainer", "AGRPOConfig")
+        start("gsm8k_agrpo")
 
 
 def test_shards_and_whole_weights_are_counted_together(tmp_path):

@@ -2,9 +2,11 @@
 
 from typing import Any
 
-from trl_diffusion import models as models  # registers the native model classes with transformers
+from trl_diffusion.registration import register_families
 
 __version__ = "0.1.0.dev0"
+
+register_families()
 
 
 def __getattr__(name: str) -> Any:

@@ -10,7 +10,7 @@ from networks import SHAPES
 
 
 def parser(description: str, name: str) -> ArgumentParser:
-    """Shape, rounds and output of the benchmark `name`."""
+    """Return a parser with the shape, rounds and output of the benchmark `name`."""
     made = ArgumentParser(description=description)
     made.add_argument("--shapes", nargs="+", choices=SHAPES, default=["head-heavy", "backbone-heavy"])
     made.add_argument("--rows", type=int, default=4, help="completions")
@@ -25,19 +25,19 @@ def parser(description: str, name: str) -> ArgumentParser:
 
 
 def add_compile(to: ArgumentParser) -> None:
-    """Whether scored passes are compiled; rollouts never are."""
+    """Add the option to compile scored passes; rollouts never are compiled."""
     to.add_argument("--compile", action="store_true", help="run the layers of scored passes through torch.compile")
 
 
 def add_sampling(to: ArgumentParser) -> None:
-    """How a canvas is written."""
+    """Add the options that say how a canvas is written."""
     to.add_argument("--steps", type=int, default=128, help="denoising steps")
     to.add_argument("--block", type=int, default=32, help="positions per block")
     to.add_argument("--published_steps", type=int, default=2, help="denoising steps timed of the published schedule")
 
 
 def add_updates(to: ArgumentParser) -> None:
-    """What is learnt from a rollout."""
+    """Add the options that say what is learnt from a rollout."""
     to.add_argument("--views", type=int, default=24, help="views per completion, AGRPO")
     to.add_argument("--iterations", type=int, default=12, help="inner updates, diffu-GRPO")
     to.add_argument("--full", action="store_true", help="train all weights instead of LoRA's")

@@ -1,4 +1,4 @@
-"""Where the time of an update goes: forward passes, backward passes, the optimizer, all the rest."""
+"""Measures where the time of an update goes: forward passes, backward passes, the optimizer, all the rest."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class _Clock(TrainerCallback):
 
 
 def breakdown(trainer: DiffusionGRPOTrainer, rounds: int) -> dict[str, float]:
-    """Shares of the time of `trainer.train()`, medians over rounds.
+    """Return the shares of the time of `trainer.train()`, medians over rounds.
 
     `overhead` is all that is no forward and no backward pass, the optimizer included. The LM head and the scoring of
     targets are part of the forward pass; drawing tokens is not.

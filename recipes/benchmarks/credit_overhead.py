@@ -1,4 +1,4 @@
-"""What step selection and SAPO's bookkeeping add to an update, without continuations.
+"""Measures what step selection and SAPO's bookkeeping add to an update, without continuations.
 
     python recipes/benchmarks/credit_overhead.py
 
@@ -43,7 +43,7 @@ PAIRS = {
 
 
 class Stopwatch(TrainerCallback):
-    """Seconds of every update, rollout included."""
+    """Return the seconds of every update, rollout included."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []

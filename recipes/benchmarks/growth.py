@@ -1,4 +1,4 @@
-"""How the cost of an AGRPO update grows with completions, denoising steps and canvas blocks.
+"""Measures how the cost of an AGRPO update grows with completions, denoising steps and canvas blocks.
 
     python recipes/benchmarks/growth.py
 
@@ -31,7 +31,7 @@ from update import Trainers
 
 
 def linear_fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
-    """Least-squares line: its slope, its value at 0, R², and the largest distance of a point relative to its value."""
+    """Fit a line by least squares: slope, value at 0, R², and the largest distance of a point relative to its own."""
     slope, intercept = np.polyfit(x, y, 1)
     values = np.asarray(y)
     distance = values - (slope * np.asarray(x) + intercept)
@@ -44,7 +44,7 @@ def linear_fit(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
 
 
 def sizes(args: argparse.Namespace) -> dict[str, dict[int, dict[str, int]]]:
-    """The settings of an update for every size of every quantity."""
+    """Return the settings of an update for every size of every quantity."""
     blocks = args.canvas // args.block
     quarter, fifth = max(blocks // 4, 1), max(args.steps // (5 * blocks), 1) * blocks
     return {
@@ -59,7 +59,7 @@ def sizes(args: argparse.Namespace) -> dict[str, dict[int, dict[str, int]]]:
 
 
 def seconds_of(trainers: Trainers, points: dict[int, dict[str, int]]) -> dict[int, float]:
-    """Median seconds of an update, by size; updates alternate, behind one to warm up."""
+    """Measure the median seconds of an update, by size; updates alternate, after one to warm up."""
     args = trainers.args
     made = {size: trainers.make("AGRPO", **settings) for size, settings in points.items()}
     seconds: dict[int, list[float]] = {size: [] for size in made}
@@ -102,7 +102,7 @@ def main() -> None:
 
 
 def plot(name: str, results: dict[str, Any], path: Path) -> None:
-    """Seconds against every quantity, with the fitted lines."""
+    """Plot the seconds against every quantity, with the fitted lines."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""How far the first |log ratio| after a rollout is from 0, by dtype and by what is done about it.
+"""Measures how far the first |log ratio| after a rollout is from 0, by dtype and by what is done about it.
 
     python recipes/benchmarks/log_ratios.py
 
@@ -54,7 +54,7 @@ def rewards(completions, **kwargs) -> list[float]:
 
 
 def measure(way: str, dtype: str, args: argparse.Namespace, folder: str) -> torch.Tensor:
-    """|log ratio| of all tokens scored in one update."""
+    """Return |log ratio| of all tokens scored in one update."""
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL, padding_side="left")
     texts = [" ".join(["Tom has 3 apples. He buys 4 more."] * n) + " How many apples?" for n in range(1, 9)]
     config = AGRPOConfig(

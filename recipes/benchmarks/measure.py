@@ -202,7 +202,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on, beside the settings."""
+    """Return what the figures depend on in addition to the settings."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
         "threads": torch.get_num_threads(),

@@ -2,7 +2,7 @@
 
     python recipes/benchmarks/memory.py --views 1 4 16
 
-Every number of views runs in a process of its own, on a LLaDA-architecture network with random weights. Peak memory is
+Every number of views runs in a separate process, on a LLaDA-architecture network with random weights. Peak memory is
 the resident set on a CPU and the allocator's peak on CUDA. Views are scored one after the other and their gradients
 added, so memory should not grow with them. With `--full` all weights are trained instead of LoRA's: then the gradient
 of the largest weight exists twice while it is added, from the second view on.

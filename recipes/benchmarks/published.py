@@ -64,8 +64,8 @@ def rollout(
             confidence = _at(logits, tokens) - logits.logsumexp(-1)
         else:
             confidence = _at(logits.softmax(-1), tokens)
-        behind = start + (block + 1) * config.block_length
-        open_ = (ids == mask_token) & (place >= start) & (place < behind)
+        after = start + (block + 1) * config.block_length
+        open_ = (ids == mask_token) & (place >= start) & (place < after)
         chosen = confidence.masked_fill(~open_[:, first:], -torch.inf).topk(count, dim=1).indices
         ids.scatter_(1, first + chosen, tokens.gather(1, chosen))
     return ids[:, start:]

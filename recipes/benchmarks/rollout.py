@@ -68,7 +68,7 @@ class Rollouts:
         self.modes = {name: replace(self.config, cache=cache) for name, cache in caches.items() if name in args.modes}
 
     def plain(self, lean: bool, steps: int) -> Work:
-        """The first `steps` steps of the published schedule."""
+        """Run the first `steps` steps of the published schedule."""
         canvas = self.published(self.config, lean, steps)
         return Work(steps * len(canvas), int((canvas != self.family.mask_token_id).sum()))
 
@@ -77,7 +77,7 @@ class Rollouts:
         return published.rollout(self.model, self.prompts, self.mask, config, generator, lean, steps)
 
     def whole(self, config: SamplingConfig, kind: str = "") -> Work:
-        """A rollout of the library."""
+        """Run a rollout of the library."""
         mask, state = self.mask, None
         if kind == "uneven texts":
             state = CanvasState.empty(
@@ -116,7 +116,7 @@ class Rollouts:
 
 
 def compare(networks: list[Rollouts], args: argparse.Namespace) -> list[Measured]:
-    """Every mode of every network; the first one also runs the published schedule."""
+    """Time every mode of every network; the first one also runs the published schedule."""
     times = args.steps / args.published_steps
     modes = [
         Mode(name, [Part(partial(networks[0].plain, name == "lean", args.published_steps), times)])
@@ -131,7 +131,7 @@ def compare(networks: list[Rollouts], args: argparse.Namespace) -> list[Measured
 
 
 def gains(results: list[Measured]) -> Table:
-    """How much less time uneven rows take than full ones in the same mode."""
+    """Return how much less time uneven rows take than full ones in the same mode."""
     by_name = {result.name: result for result in results}
     table = Table("mode", *(f"full rows ÷ {kind}" for kind in UNEVEN), title="Further gain of uneven rows")
     for name in (name for name in by_name if f"{name}, {UNEVEN[0]}" in by_name):

@@ -56,7 +56,7 @@ class Scoring:
         return score_views(self.model, self.prompts, self.mask, self.completions, self.views).logps
 
     def run(self, score, gradient: bool) -> Work:
-        """One view of every row."""
+        """Score one view of every row."""
         with torch.set_grad_enabled(gradient):
             logps = score()
         if gradient:

@@ -74,7 +74,7 @@ class Trainers:
         return model
 
     def config(self, method: str, **settings: Any) -> DiffusionGRPOConfig:
-        """The command line's settings, for one rollout and all its inner updates.
+        """Return the command line's settings, for one rollout and all its inner updates.
 
         Args:
             method: one of `METHODS`.
@@ -103,7 +103,7 @@ class Trainers:
         return config
 
     def make(self, method: str, **settings: Any) -> DiffusionGRPOTrainer:
-        """A trainer with that config, whose `train` does one rollout and all its inner updates."""
+        """Make a trainer with that config, whose `train` does one rollout and all its inner updates."""
         config = self.config(method, **settings)
         trainer = METHODS[method][0](
             self.network(),
@@ -118,7 +118,7 @@ class Trainers:
 
 
 def work_of(trainer: DiffusionGRPOTrainer) -> Work:
-    """What one rollout and all its inner updates do."""
+    """The work of one rollout and all its inner updates."""
     rows, cost = trainer.args.per_device_train_batch_size, trainer.completion_cost()
     passes = trainer.args.denoising_steps + cost.old + cost.reference + cost.training
     return Work(rows * passes, rows * trainer.args.max_completion_length)
@@ -131,7 +131,7 @@ def train(trainer: DiffusionGRPOTrainer, work: Work) -> Work:
 
 
 class PublishedUpdate:
-    """The passes of an update of the published schedule, with the numbers of a trainer's config.
+    """Count the passes of an update of the published schedule, with the numbers of a trainer's config.
 
     Args:
         trainers: make the network.
@@ -195,7 +195,7 @@ class PublishedUpdate:
         return Work()
 
     def parts(self) -> list[Part]:
-        """Every kind of pass, and how often an update needs it."""
+        """Yield every kind of pass, and how often an update needs it."""
         counted = [
             Part(self.denoise, self.sampling.denoising_steps / self.steps),
             Part(self.old, self.cost.old),

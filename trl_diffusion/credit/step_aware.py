@@ -2,27 +2,24 @@
 
 Not TRL's `loss_type="sapo"`, which is Soft Adaptive Policy Optimization.
 
-A completion that succeeded may owe that to its first half or to luck at the end. Its process reward tells: the success
-rate of continuations from its own partly denoised state, minus the success rate of its group, whose completions start
-from all masks. `StepAwareReward` wraps a reward function and says how this is measured; the trainers of this library
-measure it. The code of the paper is not public: states, success and the form below are our reading.
+A completion that succeeded may owe that to its first half or to luck at the end. Its process reward measures which:
+it is the success rate of continuations from its own partly denoised state, minus the success rate of its group, whose
+completions start from all masks. `StepAwareReward` wraps a reward function and says how this is measured; the trainers
+of this library measure it. The code of the paper is not public: states, success and the form below are our reading.
 """
 
 from __future__ import annotations
 
-import asyncio
 import functools
-import inspect
 import textwrap
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import torch
 from trl.trainer.utils import get_callable_name
 
 from trl_diffusion.credit.step_aware_states import STATES
+from trl_diffusion.credit.success import awaited, check_success, successes
 
 CITATION = textwrap.dedent("""\
     @article{xie2025step,
@@ -48,8 +45,8 @@ class StepAwareReward:
 
     Args:
         reward: a reward function in TRL's form, also an asynchronous one.
-        success: tells which completions succeeded; called like a reward function, returns one truth value per
-            completion, or `None` if it cannot say. Give this or `success_threshold`.
+        success: a function that says which completions succeeded; called like a reward function, it returns one truth
+            value per completion, or `None` if it cannot say. Give this or `success_threshold`.
         success_threshold: a completion succeeded if the wrapped reward is at least this.
         num_rollouts: N, continuations per completion.
         num_mask_tokens: masked positions that a state is continued on, as far as the canvas has room.
@@ -93,11 +90,7 @@ class StepAwareReward:
                 f"StepAwareReward wraps a reward function, got {type(reward).__name__}. Wrap a reward model in a "
                 "function that returns one number per completion."
             )
-        if (success is None) == (success_threshold is None):
-            raise ValueError(
-                "StepAwareReward needs to know which completions succeeded: give either `success`, a function, or "
-                f"`success_threshold`, a number; got success={success}, success_threshold={success_threshold}."
-            )
+        check_success("StepAwareReward", success, success_threshold)
         for name, value, choices in (
             ("state", state, STATES),
             ("state_shared_by", state_shared_by, SHARED),
@@ -129,12 +122,12 @@ class StepAwareReward:
 
     def __call__(self, prompts, completions, **columns) -> list[float | None]:
         """The wrapped reward."""
-        return _result(self.reward(prompts=prompts, completions=completions, **columns))
+        return awaited(self.reward(prompts=prompts, completions=completions, **columns))
 
     def successes(
         self, prompts, completions, *, rewards: list[float | None] | None = None, **columns: Any
     ) -> torch.Tensor:
-        """Which completions succeeded.
+        """Return which completions succeeded.
 
         Args:
             prompts: as a reward function gets them.
@@ -147,22 +140,9 @@ class StepAwareReward:
         """
         if rewards is None:
             rewards = self(prompts=prompts, completions=completions, **columns)
-        if self.success_threshold is not None:
-            # In float32, in which TRL keeps rewards: a reward of 0.9 from there would miss a threshold of 0.9.
-            threshold = np.float32(self.success_threshold)
-            values: list = [None if reward is None else np.float32(reward) >= threshold for reward in rewards]
-        else:
-            assert self.success is not None
-            values = _result(self.success(prompts=prompts, completions=completions, **columns))
-        if not len(values) == len(rewards) == len(completions):
-            raise ValueError(
-                f"{len(completions)} completions got {len(rewards)} rewards and {len(values)} successes; the reward "
-                "and success functions must return one value per completion."
-            )
-        # TRL takes NaN for None.
-        none = [r is None or r != r or value is None for r, value in zip(rewards, values, strict=True)]
-        success = [float("nan") if missing else float(bool(v)) for missing, v in zip(none, values, strict=True)]
-        return torch.tensor(success, dtype=torch.float64)
+        return successes(
+            self.success, self.success_threshold, rewards, prompts=prompts, completions=completions, **columns
+        )
 
     def probed(self, advantages: torch.Tensor, success: torch.Tensor) -> torch.Tensor:
         """Which completions are continued: bool [B] from advantages [B] and successes [B] (NaN for unknown)."""
@@ -209,15 +189,3 @@ def group_success_rate(success: torch.Tensor, num_generations: int, leave_one_ou
     if leave_one_out:
         count, right = count - known, right - total
     return (right / count).flatten()
-
-
-def _result(value: Any) -> Any:
-    """The value, also of an asynchronous function; a thread of its own, since a loop may already run in this one."""
-    if not inspect.isawaitable(value):
-        return value
-
-    async def wait() -> Any:
-        return await value
-
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        return pool.submit(asyncio.run, wait()).result()

@@ -1,10 +1,13 @@
-"""Tasks: data, prompts, rewards, scores. One file per task; what several share stands in files of its own."""
+"""Tasks: data, prompts, rewards and scores. One file per task; what several tasks share has files of its own.
+
+To add a task, write its file and add its `TASK` to the list below. Nothing else names the tasks one by one.
+"""
 
 from trl_diffusion.tasks import countdown, gsm8k, math500, sudoku, word_problems
-from trl_diffusion.tasks.task import Task
+from trl_diffusion.tasks.task import EMBEDDED, Task
 
 TASKS: dict[str, Task] = {
     task.name: task for task in (gsm8k.TASK, math500.TASK, countdown.TASK, sudoku.TASK, word_problems.TASK)
 }
 
-__all__ = ["TASKS", "Task"]
+__all__ = ["EMBEDDED", "TASKS", "Task"]

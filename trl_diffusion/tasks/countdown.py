@@ -1,30 +1,29 @@
-"""Countdown: combine given numbers, each used once, into a target. The answer is an expression."""
+"""Countdown: combine given numbers, each used once, into an expression that makes a target."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Sequence, Value
 
 from trl_diffusion.tasks import d1_prompts as prompts
 from trl_diffusion.tasks import d1_scores as d1
-from trl_diffusion.tasks.parsing.answers import last_answer, tagged_answer
+from trl_diffusion.tasks.parsing.answers import last_answer
 from trl_diffusion.tasks.parsing.arithmetic import Expression, evaluate_expression, parse_expression
 from trl_diffusion.tasks.parsing.text import Completion, completion_text
 from trl_diffusion.tasks.rows import check_split, is_file, read_rows
 from trl_diffusion.tasks.split import held_out
-from trl_diffusion.tasks.task import Task
+from trl_diffusion.tasks.task import EMBEDDED, Task
 
 __all__ = [
     "TASK",
     "check_countdown",
     "correctness_reward",
     "evaluate_expression",
-    "extract_expression",
     "format_reward",
     "load_countdown",
     "read_countdown",
@@ -40,11 +39,13 @@ INSTRUCTION = (
 TEST_SIZE = 256
 LARGEST_NUMBER = 9
 SLIP_RATE = 0.4
+Numbers = list[int] | tuple[int, ...]
+
 MOST_SIDES = 4  # of an equation such as (3*7)+25 = 21+25 = 46
 
 
 def load_countdown(split: str = "train", size: int = 1000, seed: int = 0, slips: bool = False) -> Dataset:
-    """Seeded Countdown problems of three numbers in 1..9; no problem is in both splits, whatever the seed.
+    """Generate Countdown problems of three numbers in 1..9; no problem is in both splits, whatever the seed.
 
     Args:
         split: `"train"` or `"test"` (held out).
@@ -75,7 +76,7 @@ def load_countdown(split: str = "train", size: int = 1000, seed: int = 0, slips:
 def _row(numbers: list[int], target: int, slip: bool) -> dict:
     expression = solve_countdown(numbers, target)
     if slip:
-        # always the same way, so that the wrong operator is a habit and not noise
+        # Always in the same way, so that the wrong operator is a habit and not noise.
         swap = {"+": "-", "-": "+", "*": "+"}
         at = max(expression.rfind(operator) for operator in swap)
         expression = expression[:at] + swap[expression[at]] + expression[at + 1 :]
@@ -88,12 +89,12 @@ def _row(numbers: list[int], target: int, slip: bool) -> dict:
     }
 
 
-def _write(numbers: Sequence[int], operations: Sequence[str]) -> str:
+def _write(numbers: Numbers, operations: Iterable[str]) -> str:
     return f"{numbers[0]}" + "".join(f"{op}{n}" for op, n in zip(operations, numbers[1:], strict=True))
 
 
-def solve_countdown(numbers: Sequence[int], target: int) -> str:
-    """The first expression without brackets, of `+`, `-` and `*`, that makes the target from all the numbers.
+def solve_countdown(numbers: Numbers, target: int) -> str:
+    """Find the first expression without brackets, of `+`, `-` and `*`, that makes the target from all the numbers.
 
     Raises:
         ValueError: if there is none.
@@ -114,7 +115,7 @@ def read_countdown(
     exclude: str | Path | None = None,
     count: int = 3,
 ) -> Dataset:
-    """Countdown problems from a file or the Hub.
+    """Load Countdown problems from a file or the Hub.
 
     Args:
         path_or_id: a JSON-lines file with `nums` and `target`, or in d1's form with `input` (`"30,100,93"`) and
@@ -180,25 +181,23 @@ def _prompt(numbers: list[int], target: int, name: str) -> prompts.Prompt:
     return prompts.user(f"{INSTRUCTION}\n\nNumbers: {', '.join(map(str, numbers))}\nTarget: {target}")
 
 
-def extract_expression(text: str) -> str | None:
-    """The expression in the last `<answer>…</answer>`, or `None`."""
-    return tagged_answer(text)
-
-
-def check_countdown(text: str, numbers: Sequence[int], target: int) -> bool:
-    """Whether the answer in a completion uses exactly the given numbers, each once, and makes the target.
+def check_countdown(text: str, numbers: Numbers, target: int) -> bool:
+    """Return whether the answer in a completion uses exactly the given numbers, each once, and makes the target.
 
     Args:
         text: the completion; the answer is the last box or what stands between the last answer tags.
         numbers: the numbers to use.
         target: the value to reach.
     """
-    expression = _stated(text)
+    return _solves(_stated(text), numbers, target)
+
+
+def _solves(expression: Expression | None, numbers: Numbers, target: int) -> bool:
     return expression is not None and _valid(expression, numbers) and expression.value == target
 
 
 def _stated(text: str) -> Expression | None:
-    """The expression stated last; of an equation, the side with most numbers: `3 + 5 = 8` states `3 + 5`."""
+    """Return the expression stated last; of an equation, the side with most numbers: `3 + 5 = 8` states `3 + 5`."""
     answer = last_answer(text)
     if answer is None:
         return None
@@ -208,18 +207,18 @@ def _stated(text: str) -> Expression | None:
     return max((side for side in sides if side is not None), key=lambda side: len(side.numbers))
 
 
-def _valid(expression: Expression, numbers: Sequence[int]) -> bool:
+def _valid(expression: Expression, numbers: Numbers) -> bool:
     return sorted(expression.numbers) == sorted(numbers)
 
 
 def correctness_reward(
     completions: list[Completion],
-    numbers: list[Sequence[int] | None],
+    numbers: list[Numbers | None],
     target: list[int | None],
     log_extra: Callable | None = None,
     **kwargs: Any,
 ) -> list[float | None]:
-    """1 for every completion whose expression uses each number once and makes the target, else 0.
+    """Return 1 for every completion whose expression uses each number once and makes the target, else 0.
 
     Args:
         completions: texts or messages.
@@ -237,26 +236,41 @@ def correctness_reward(
 
 
 def format_reward(completions: list[Completion], **kwargs: Any) -> list[float]:
-    """1 for every completion that states an expression (in a box or answer tags), right or wrong, else 0."""
+    """Return 1 for every completion that states an expression (in a box or answer tags), right or wrong, else 0."""
     return [float(_stated(completion_text(completion)) is not None) for completion in completions]
 
 
 def score(text: str, row: dict[str, Any]) -> dict[str, float]:
-    """`accuracy`: valid and equal to the target; `format`: an expression is stated; `validity`: the right numbers."""
+    """Return `accuracy` (valid, equal to the target), `format` (an expression is stated), `validity` (its numbers)."""
     expression = _stated(text)
-    valid = expression is not None and _valid(expression, row["numbers"])
-    right = valid and expression is not None and expression.value == row["target"]
-    return {"accuracy": float(right), "format": float(expression is not None), "validity": float(valid)}
+    return {
+        "accuracy": float(_solves(expression, row["numbers"], row["target"])),
+        "format": float(expression is not None),
+        "validity": float(expression is not None and _valid(expression, row["numbers"])),
+    }
 
 
-def load(split: str, source: str | None = None, limit: int | None = None, prompt: str = prompts.PLAIN) -> Dataset:
-    """See `trl_diffusion.tasks.Task`. With embedded data the plain prompt is the one the embedded model knows."""
-    if source != "embedded":
+def load(
+    split: str, source: str | None = None, limit: int | None = None, prompt: str = prompts.PLAIN, seed: int = 0
+) -> Dataset:
+    """See `trl_diffusion.tasks.Task`. With embedded data the plain prompt is the one that the bundled model knows."""
+    if source != EMBEDDED:
         return read_countdown(source or HUB_ID, split, limit, prompt)
-    rows = load_countdown(split, limit or TEST_SIZE)
+    rows = load_countdown(split, limit or TEST_SIZE, seed)
     if prompts.check(prompt) == prompts.PLAIN:
         return rows
     return rows.map(lambda row: {"prompt": prompts.countdown(row["numbers"], row["target"], prompt)})
 
 
-TASK = Task("countdown", load, score, d1.score_countdown, prompts.NAMES, embedded=True)
+TASK = Task(
+    name="countdown",
+    description="Share of Countdown problems solved, of expressions stated, and of those with the right numbers.",
+    load=load,
+    score=score,
+    rewards=(correctness_reward, format_reward),
+    columns={"numbers": Sequence(Value("int64")), "target": Value("int64")},
+    score_d1=d1.score_countdown,
+    prompts=prompts.NAMES,
+    hub_id=HUB_ID,
+    generate=load_countdown,
+)

@@ -1,4 +1,4 @@
-"""The prompts of d1 (2504.12216), in its words: published tables were measured with them.
+"""Writes the prompts of d1 (2504.12216), in its words: published tables were measured with them.
 
 From github.com/dllm-reasoning/d1, Apache License 2.0. `d1` is the prompt of its evaluation, whose answer begins with
 `<reasoning>`; `d1_train` is the one of its reinforcement learning, which has other words and no beginning.
@@ -48,7 +48,7 @@ Your step-by-step solving process
 
 
 def user(content: str) -> Prompt:
-    """A prompt of one user message."""
+    """Return a prompt of one user message."""
     return [{"role": "user", "content": content}]
 
 
@@ -57,21 +57,21 @@ def _begun(content: str) -> Prompt:
 
 
 def gsm8k(question: str, name: str) -> Prompt:
-    """d1's prompt for a GSM8K question."""
+    """Return d1's prompt for a GSM8K question."""
     if check(name) == D1_TRAIN:
         return user(f"{_TRAIN}\n\n{question}")
     return _begun(f"{MATHS}\nRespond in the following format:\n{_TAGS}\n\n{question}")
 
 
 def math(problem: str, name: str) -> Prompt:
-    """d1's prompt for a MATH problem."""
+    """Return d1's prompt for a MATH problem."""
     if check(name) == D1_TRAIN:
         return user(f"{_TRAIN}\n\n{MATHS}\n\n{problem}")
     return gsm8k(problem, name)
 
 
 def countdown(numbers: list[int], target: int, name: str) -> Prompt:
-    """d1's prompt for a Countdown problem."""
+    """Return d1's prompt for a Countdown problem."""
     if check(name) == D1_TRAIN:
         return user(
             f"{_TRAIN}\nUsing only the numbers {numbers}, create an arithmetic expression that evaluates to exactly "
@@ -85,13 +85,13 @@ def countdown(numbers: list[int], target: int, name: str) -> Prompt:
 
 
 def sudoku(puzzle: str, name: str) -> Prompt:
-    """d1's prompt for a Sudoku."""
+    """Return d1's prompt for a Sudoku."""
     content = f"{SUDOKU}\n\nSolve the following Sudoku puzzle: {puzzle}\n"
     return user(content) if check(name) == D1_TRAIN else _begun(content)
 
 
 def check(name: str) -> str:
-    """The name of a prompt.
+    """Return the name of a prompt, after a check that there is such a prompt.
 
     Raises:
         ValueError: if there is no such prompt.

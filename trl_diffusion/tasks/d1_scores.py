@@ -1,4 +1,4 @@
-"""The scores of d1 (2504.12216) and of the tables that follow it, rule by rule.
+"""Scores completions by the rules of d1 (2504.12216), which other published tables follow too.
 
 Published numbers can be compared under these rules only. They are not the library's own: they take the first box of a
 GSM8K answer and the first number in it, read equations out of the whole text where there is no answer, cut or pad
@@ -29,13 +29,13 @@ _ENDS = ("<|eot_id|>", "<|endoftext|>")
 
 
 def score_gsm8k(text: str, row: dict[str, Any]) -> dict[str, float]:
-    """`accuracy`: 1 if d1 reads the number in `row["answer"]` (`None`: d1 could not read the gold answer itself)."""
+    """Return `accuracy`, 1 if d1 reads the number in `row["answer"]` (`None`: d1 could not read the gold answer)."""
     given, gold = read_gsm8k(text), row["answer"]
     return {"accuracy": float(given is not None and gold is not None and given == _float(str(gold)))}
 
 
 def read_gsm8k(text: str) -> float | None:
-    """The number of the first box that has one, else the last between answer tags."""
+    """Return the number of the first box that has one, else the last number between answer tags."""
     text = text[:LONGEST_TEXT]
     for box in _boxes_on_a_line(text):
         box = box.strip()
@@ -63,7 +63,7 @@ def _float(text: str) -> float | None:
 
 
 def _boxes_on_a_line(text: str) -> Iterator[str]:
-    """What `\\boxed{` and the next `}` enclose, where both stand on one line."""
+    """Yield the text between `\\boxed{` and the next `}`, where both stand on one line."""
     at = 0
     while (start := text.find("\\boxed{", at)) >= 0:
         start += len("\\boxed{")
@@ -77,17 +77,17 @@ def _boxes_on_a_line(text: str) -> Iterator[str]:
 
 
 def _between_tags(text: str) -> str | None:
-    """What the first `<answer>` and the next `</answer>` enclose."""
+    """Return the text between the first `<answer>` and the next `</answer>`."""
     _, opened, rest = text.partition("<answer>")
     answer, closed, _ = rest.partition("</answer>")
     return answer.strip() if opened and closed else None
 
 
 def _last_box(text: str) -> str | None:
-    """What the last box encloses, or stands behind `\\boxed` and a space.
+    """Return the contents of the last box, or what follows `\\boxed` and a space.
 
-    The whole text if it has no box at all: then answer tags are never looked at. `None` if the braces of the last box
-    do not balance.
+    Without any box this is the whole text, so that answer tags are never looked at. If the braces of the last box do
+    not balance, it is `None`.
     """
     if "\\boxed " in text:
         return text.rsplit("\\boxed ", 1)[1].split("$", 1)[0]
@@ -104,19 +104,19 @@ def _last_box(text: str) -> str | None:
 
 
 def score_math(text: str, row: dict[str, Any]) -> dict[str, float]:
-    """`accuracy`: 1 if the last box, else what stands between answer tags, is `row["answer"]` as a MATH string."""
+    """Return `accuracy`, 1 if the last box, else the text between answer tags, is `row["answer"]` as a MATH string."""
     answer = read_math(text)
     return {"accuracy": float(answer is not None and same_math_string(answer, row["answer"]))}
 
 
 def read_math(text: str) -> str | None:
-    """The last box, else what stands between answer tags; the whole text where there is no box at all."""
+    """Return the last box, else the text between answer tags; the whole text where there is no box at all."""
     text = text[:LONGEST_TEXT]
     return _last_box(text) or _between_tags(text)
 
 
 def same_math_string(given: str, gold: str) -> bool:
-    """Whether two answers are the same string after the normalisation of the MATH data set (2103.03874).
+    """Return whether two answers are the same string after the normalisation of the MATH data set (2103.03874).
 
     Where the normalisation of either fails, the strings themselves are compared.
     """
@@ -127,7 +127,7 @@ def same_math_string(given: str, gold: str) -> bool:
 
 
 def normal_math_string(text: str) -> str:
-    """An answer without layout, units, percent and degree signs; fractions and roots with braces.
+    """Return an answer without layout, units, percent and degree signs, and with braces in fractions and roots.
 
     Raises:
         ValueError: for more than one `\\text{ `, a root or fraction of nothing, or a slash between other things than
@@ -182,7 +182,7 @@ def _braced_fractions(text: str) -> str:
 
 
 def score_countdown(text: str, row: dict[str, Any]) -> dict[str, float]:
-    """`accuracy`: 1 if d1's equation uses `row["numbers"]`, each once, and makes `row["target"]`."""
+    """Return `accuracy`, 1 if d1's equation uses `row["numbers"]`, each once, and makes `row["target"]`."""
     equation = read_countdown(text)
     # Longer numbers than these are never right, and Python refuses to read thousands of digits.
     numbers = re.findall(r"\d+", equation)
@@ -194,7 +194,7 @@ def score_countdown(text: str, row: dict[str, Any]) -> dict[str, float]:
 
 
 def read_countdown(text: str) -> str:
-    """The last box, else what stands between answer tags, else the text; its left side, if it is an equation."""
+    """Return the last box, else the text between answer tags, else all of it; of an equation, its left side."""
     text = text[:LONGEST_TEXT]
     equation = _last_box(text)
     if equation is None:
@@ -213,7 +213,9 @@ def read_countdown(text: str) -> str:
 
 
 def score_sudoku(text: str, row: dict[str, Any]) -> dict[str, float]:
-    """`cells_correct`, the number in d1's tables: share of the blanks with the digit of the published solution.
+    """Return `cells_correct`, the number in d1's tables: the share of blanks with the digit of the published solution.
+
+    Puzzles can have other solutions, which d1 does not count; the library's own score does.
 
     `puzzles_solved`, which d1 does not report, is 1 if that holds for all blanks.
     """
@@ -225,9 +227,9 @@ def score_sudoku(text: str, row: dict[str, Any]) -> dict[str, float]:
 
 
 def read_sudoku(text: str) -> str:
-    """What stands in the first of five places that holds anything; not always digits, and not always 16."""
+    """Return the contents of the first of five places that holds anything: not always digits, and not always 16."""
     text = text[:LONGEST_TEXT]
-    for found in (_code_block, _open_answer, _behind_answer):
+    for found in (_code_block, _open_answer, _after_answer):
         if answer := found(text).strip():
             return answer
     for pattern in (_GRID_BEFORE_TAG, _GRID):
@@ -251,7 +253,7 @@ def _open_answer(text: str) -> str:
     return _until_end(text.partition("<answer>")[2], (*_ENDS, "</answer>"))
 
 
-def _behind_answer(text: str) -> str:
+def _after_answer(text: str) -> str:
     return _until_end(text.partition("</answer>")[2], _ENDS)
 
 

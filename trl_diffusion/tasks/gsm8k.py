@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Value
 
 from trl_diffusion.tasks import d1_prompts as prompts
 from trl_diffusion.tasks import d1_scores as d1
@@ -19,7 +19,7 @@ from trl_diffusion.tasks.parsing.answers import last_answer
 from trl_diffusion.tasks.parsing.number import parse_number
 from trl_diffusion.tasks.parsing.text import Completion, completion_text
 from trl_diffusion.tasks.rows import check_split, read_rows
-from trl_diffusion.tasks.task import Task
+from trl_diffusion.tasks.task import EMBEDDED, Task
 
 HUB_ID = "openai/gsm8k"
 INSTRUCTION = "Solve the problem step by step. End with a last line `#### n`, where n is the answer as a number."
@@ -36,7 +36,7 @@ def load_gsm8k(
     limit: int | None = None,
     prompt: str = prompts.PLAIN,
 ) -> Dataset:
-    """GSM8K, or any data set with its columns, as conversational prompts.
+    """Load GSM8K, or any data set with its columns, as conversational prompts.
 
     Args:
         path_or_id: a data set on the Hub, or a local JSON-lines file with `question` and `answer`.
@@ -77,10 +77,12 @@ def _as_row(row: dict[str, Any], write: Callable[[str], prompts.Prompt]) -> dict
 
 
 def extract_answer(text: str) -> str | None:
-    """What follows the last `####`, without dollar signs, commas between digits, `\\boxed{}` and trailing dots.
+    """Return what follows the last `####`, without dollar signs, commas between digits, `\\boxed{}` and trailing dots.
+
+    The data set writes its gold answers so. A completion may state its answer otherwise; `last_answer` reads it.
 
     Returns:
-        The answer, or `None` if there is no `####` with something behind it.
+        The answer, or `None` if there is no `####` with something after it.
     """
     found = _ANSWER_LINE.findall(text)
     if not found:
@@ -93,7 +95,7 @@ def extract_answer(text: str) -> str | None:
 
 
 def same_answer(given: str | None, gold: str) -> bool:
-    """Whether two answers are the same number; see `trl_diffusion.tasks.parsing.number` for what is read as one.
+    """Return whether two answers are the same number, as `trl_diffusion.tasks.parsing.number` reads them.
 
     Args:
         given: the stated answer, or `None`.
@@ -110,7 +112,7 @@ def same_answer(given: str | None, gold: str) -> bool:
 def correctness_reward(
     completions: list[Completion], answer: list[str | None], log_extra: Callable | None = None, **kwargs: Any
 ) -> list[float | None]:
-    """1 for every completion whose last stated answer (`#### n`, `\\boxed{n}` or tags) is the gold number, else 0.
+    """Return 1 for every completion whose last answer (`#### n`, `\\boxed{n}` or tags) is the gold number, else 0.
 
     Args:
         completions: texts or messages.
@@ -127,7 +129,7 @@ def correctness_reward(
 
 
 def format_reward(completions: list[Completion], **kwargs: Any) -> list[float]:
-    """1 for every completion with exactly one `####`, on its last line and followed by a number, else 0."""
+    """Return 1 for every completion with exactly one `####`, on its last line and followed by a number, else 0."""
     return [float(_well_formed(completion_text(completion))) for completion in completions]
 
 
@@ -140,7 +142,7 @@ def _well_formed(text: str) -> bool:
 
 
 def score(text: str, row: dict[str, Any]) -> dict[str, float]:
-    """`accuracy`: 1 if the answer stated last is the number in `row["answer"]`; `format`: 1 if it is any number."""
+    """Return `accuracy` (the answer stated last is the number in `row["answer"]`) and `format` (it is a number)."""
     given = last_answer(text)
     return {
         "accuracy": float(same_answer(given, str(row["answer"]))),
@@ -148,11 +150,23 @@ def score(text: str, row: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def load(split: str, source: str | None = None, limit: int | None = None, prompt: str = prompts.PLAIN) -> Dataset:
+def load(
+    split: str, source: str | None = None, limit: int | None = None, prompt: str = prompts.PLAIN, seed: int = 0
+) -> Dataset:
     """See `trl_diffusion.tasks.Task`; there is no generator, `word_problems` stands for it offline."""
-    if source == "embedded":
+    if source == EMBEDDED:
         raise ValueError("gsm8k has no embedded data; the task `word_problems` generates problems in its format.")
     return load_gsm8k(source or HUB_ID, check_split(split, "GSM8K"), limit=limit, prompt=prompt)
 
 
-TASK = Task("gsm8k", load, score, d1.score_gsm8k, prompts.NAMES)
+TASK = Task(
+    name="gsm8k",
+    description="Share of GSM8K problems whose answer, the one stated last, is the gold number.",
+    load=load,
+    score=score,
+    rewards=(correctness_reward, format_reward),
+    columns={"answer": Value("string")},
+    score_d1=d1.score_gsm8k,
+    prompts=prompts.NAMES,
+    hub_id=HUB_ID,
+)

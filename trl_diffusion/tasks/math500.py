@@ -1,4 +1,4 @@
-"""MATH (2103.03874): competition problems. Its training split to learn from, MATH-500 (2305.20050) to be tested on."""
+"""MATH (2103.03874): competition problems, its training split to train on and MATH-500 (2305.20050) to test on."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Value
 
 from trl_diffusion.tasks import d1_prompts as prompts
 from trl_diffusion.tasks import d1_scores as d1
@@ -14,7 +14,7 @@ from trl_diffusion.tasks.parsing.answers import last_answer
 from trl_diffusion.tasks.parsing.latex import same_latex
 from trl_diffusion.tasks.parsing.text import Completion, completion_text
 from trl_diffusion.tasks.rows import check_split, read_rows
-from trl_diffusion.tasks.task import Task
+from trl_diffusion.tasks.task import EMBEDDED, Task
 
 TRAIN_ID = "EleutherAI/hendrycks_math"
 TEST_ID = "HuggingFaceH4/MATH-500"
@@ -37,7 +37,7 @@ def load_math(
     limit: int | None = None,
     prompt: str = prompts.PLAIN,
 ) -> Dataset:
-    """MATH's training split without any problem of MATH-500, or MATH-500.
+    """Load MATH's training split without any problem of MATH-500, or MATH-500.
 
     Args:
         split: `"train"` or `"test"`.
@@ -105,7 +105,7 @@ def _as_row(row: dict[str, Any], prompt: str) -> dict[str, Any]:
 def correctness_reward(
     completions: list[Completion], answer: list[str | None], log_extra: Callable | None = None, **kwargs: Any
 ) -> list[float | None]:
-    """1 for every completion whose last stated answer means the same as the gold one, else 0.
+    """Return 1 for every completion whose last stated answer means the same as the gold one, else 0.
 
     Args:
         completions: texts or messages.
@@ -115,31 +115,44 @@ def correctness_reward(
     given = [last_answer(completion_text(completion)) for completion in completions]
     if log_extra is not None:
         log_extra("extracted_answer", [found or "" for found in given])
-    return [
-        None if gold is None else float(found is not None and same_latex(found, str(gold)))
-        for found, gold in zip(given, answer, strict=True)
-    ]
+    return [None if gold is None else float(_right(found, gold)) for found, gold in zip(given, answer, strict=True)]
+
+
+def _right(given: str | None, gold: str) -> bool:
+    return given is not None and same_latex(given, str(gold))
 
 
 def format_reward(completions: list[Completion], **kwargs: Any) -> list[float]:
-    """1 for every completion that states an answer (a box, answer tags or `####`), else 0."""
+    """Return 1 for every completion that states an answer (a box, answer tags or `####`), else 0."""
     return [float(last_answer(completion_text(completion)) is not None) for completion in completions]
 
 
 def score(text: str, row: dict[str, Any]) -> dict[str, float]:
-    """`accuracy`: 1 if the answer stated last means the same as `row["answer"]`; `format`: 1 if there is one."""
+    """Return `accuracy` (the answer stated last means the same as `row["answer"]`) and `format` (there is one)."""
     given = last_answer(text)
     return {
-        "accuracy": float(given is not None and same_latex(given, str(row["answer"]))),
+        "accuracy": float(_right(given, row["answer"])),
         "format": float(given is not None),
     }
 
 
-def load(split: str, source: str | None = None, limit: int | None = None, prompt: str = prompts.PLAIN) -> Dataset:
+def load(
+    split: str, source: str | None = None, limit: int | None = None, prompt: str = prompts.PLAIN, seed: int = 0
+) -> Dataset:
     """See `trl_diffusion.tasks.Task`; there is no generator."""
-    if source == "embedded":
+    if source == EMBEDDED:
         raise ValueError("math500 has no embedded data; give a JSON-lines file with `problem` and `solution`.")
     return load_math(split, source, limit=limit, prompt=prompt)
 
 
-TASK = Task("math500", load, score, d1.score_math, prompts.NAMES)
+TASK = Task(
+    name="math500",
+    description="Share of MATH problems whose answer, the one stated last, means the same as the gold one.",
+    load=load,
+    score=score,
+    rewards=(correctness_reward, format_reward),
+    columns={"answer": Value("string")},
+    score_d1=d1.score_math,
+    prompts=prompts.NAMES,
+    hub_id=TRAIN_ID,
+)

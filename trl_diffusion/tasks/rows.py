@@ -1,4 +1,4 @@
-"""Rows of a task from a local file or the Hub, with errors that say what is wrong with them."""
+"""Reads the rows of a task from a local file or the Hub, with errors that say what is wrong with them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import load_dataset
+from datasets import Dataset, load_dataset
 
 FILES = (".jsonl", ".json", ".csv")
 
 
 def is_file(source: str | Path) -> bool:
-    """Whether a source names a local file, by its ending."""
+    """Return whether a source names a local file, by its ending."""
     return str(source).endswith(FILES)
 
 
@@ -26,7 +26,7 @@ def read_rows(
     name: str | None = None,
     optional: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Rows, with the given columns and the optional ones that they have.
+    """Read rows with the given columns, and with those of the optional ones that they have.
 
     Args:
         source: a JSON-lines or CSV file, or a data set on the Hub.
@@ -38,7 +38,7 @@ def read_rows(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not JSON lines, has no rows, or a column is missing; with its line.
+        ValueError: if it is not JSON lines, has no rows, or a column is missing; the message names the line.
     """
     wanted = (*columns, *optional)
     if is_file(source):
@@ -86,8 +86,32 @@ def _read_csv(path: str | Path) -> list[dict[str, Any]]:
         return list(csv.DictReader(lines))
 
 
+def hold_out(rows: Dataset, count: int, source: str | Path) -> tuple[Dataset, Dataset]:
+    """Split rows of one piece: the last `count` rows are held out.
+
+    Args:
+        rows: all rows.
+        count: number of held-out rows.
+        source: where the rows come from, for the message.
+
+    Returns:
+        Rows to train on, and held-out rows.
+
+    Raises:
+        ValueError: if one of them would be empty.
+    """
+    cut = len(rows) - count
+    if cut < 1 or count < 1:
+        raise ValueError(
+            f"{source} has {len(rows)} rows, of which --eval_size {count} are held out, so "
+            f"{'nothing is left to train on' if cut < 1 else 'none is held out'}. Choose --eval_size so that at least "
+            "one row is held out and one is left to train on."
+        )
+    return rows.select(range(cut)), rows.select(range(cut, len(rows)))
+
+
 def check_split(split: str, task: str) -> str:
-    """The split.
+    """Return the split, after a check that there is such a one.
 
     Raises:
         ValueError: if it is neither `"train"` nor `"test"`.

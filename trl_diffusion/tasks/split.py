@@ -1,4 +1,4 @@
-"""Which problems of the generated tasks are held out."""
+"""Decides which problems of the generated tasks are held out."""
 
 import hashlib
 
@@ -6,7 +6,7 @@ HELD_OUT_SHARE = 0.2
 
 
 def held_out(*problem: object) -> bool:
-    """Whether a problem belongs to the test split.
+    """Return whether a problem belongs to the test split.
 
     A hash of the problem itself decides, so the splits are disjoint for every seed and size.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Value
 
 from trl_diffusion.tasks import d1_prompts as prompts
 from trl_diffusion.tasks import d1_scores as d1
@@ -18,7 +18,7 @@ from trl_diffusion.tasks.parsing.answers import tagged_answer
 from trl_diffusion.tasks.parsing.text import Completion, completion_text, readable
 from trl_diffusion.tasks.rows import check_split, read_rows
 from trl_diffusion.tasks.split import held_out
-from trl_diffusion.tasks.task import Task
+from trl_diffusion.tasks.task import EMBEDDED, Task
 
 INSTRUCTION = (
     "Fill in the 4x4 Sudoku so that every row, column and 2x2 box has the digits 1 to 4. It is given as 16 digits, "
@@ -50,7 +50,7 @@ def load_sudoku(
     disjoint_by: str = "puzzle",
     exclude: Collection[str] = (),
 ) -> Dataset:
-    """Seeded puzzles with 3 to 8 blanks and one solution; the splits are disjoint, whatever the seed.
+    """Generate puzzles with 3 to 8 blanks and one solution; the splits are disjoint, whatever the seed.
 
     Args:
         split: `"train"` or `"test"` (held out).
@@ -94,7 +94,7 @@ def _allowed(solution: str, split: str, by_solution: bool, exclude: Collection[s
 
 
 def _blank(solution: str, rng: np.random.Generator) -> str | None:
-    """The grid with random blanks, or `None` if that leaves more than one solution."""
+    """Return the grid with random blanks, or `None` if that leaves more than one solution."""
     blanks = rng.choice(CELLS, size=rng.integers(FEWEST_BLANKS, MOST_BLANKS + 1), replace=False)
     puzzle = "".join("0" if cell in blanks else digit for cell, digit in enumerate(solution))
     return puzzle if len(solve_sudoku(puzzle)) == 1 else None
@@ -115,7 +115,7 @@ def _row(puzzle: str, solution: str, slip: bool) -> dict:
 
 @lru_cache
 def _grids() -> list[str]:
-    """The 288 complete grids."""
+    """Return the 288 complete grids."""
     rows = ["".join(row) for row in permutations("1234")]
 
     def extend(grid: str) -> list[str]:
@@ -127,7 +127,7 @@ def _grids() -> list[str]:
 
 
 def _fits(grid: str) -> bool:
-    """Whether a grid of whole rows has no digit twice in a column or box."""
+    """Return whether a grid of whole rows has no digit twice in a column or box."""
     columns = [grid[column::4] for column in range(4)]
     boxes = [
         grid[4 * row + column : 4 * row + column + 2] + grid[4 * row + column + 4 : 4 * row + column + 6]
@@ -150,7 +150,7 @@ def read_sudoku(
     prompt: str = prompts.PLAIN,
     exclude: Collection[str] = (),
 ) -> Dataset:
-    """Puzzles from a CSV file with the columns `Puzzle` and `Solution`, as d1 publishes them.
+    """Load puzzles from a CSV file with the columns `Puzzle` and `Solution`, as d1 publishes them.
 
     Published puzzles can have more than one solution, of which the file gives one.
 
@@ -199,24 +199,8 @@ def _prompt(puzzle: str, name: str) -> prompts.Prompt:
     return prompts.user(f"{INSTRUCTION}\n\nSudoku: {puzzle}")
 
 
-def extract_grid(text: str) -> str | None:
-    """The last 16 digits in 1..4 that stand together in a text (white space between them allowed), or `None`."""
-    found = re.findall(r"(?<!\d)(?:[1-4]\s*){15}[1-4](?!\d)", text)
-    return re.sub(r"\s", "", found[-1]) if found else None
-
-
-def check_sudoku(text: str, solution: str) -> bool:
-    """Whether the grid in a completion is the solution.
-
-    Args:
-        text: the completion.
-        solution: 16 digits.
-    """
-    return extract_grid(text) == solution
-
-
 def stated_grid(text: str) -> str | None:
-    """The grid that a completion states: 16 digits in 0..4 with nothing but layout between them, or `None`.
+    """Return the grid that a completion states: 16 digits in 0..4 with nothing but layout between them, or `None`.
 
     It is the last one between the last answer tags; without tags the last one of the text. Four rows on lines of their
     own may have names or numbers, and a table may have a heading.
@@ -231,7 +215,7 @@ def stated_grid(text: str) -> str | None:
 
 
 def _boards(text: str) -> Iterator[tuple[int, str]]:
-    """Where boards end, and their rows: four lines one below the other, with nothing but rulers between them."""
+    """Yield the boards of a text, four lines one below the other with nothing but rulers between: (end, rows)."""
     rows: list[tuple[str | None, str]] = []
     ruled_after: list[int] = []  # numbers of rows
     end = 0
@@ -249,7 +233,7 @@ def _boards(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _board(rows: list[tuple[str | None, str]], ruled_after: list[int]) -> str | None:
-    """The last four rows, if they are numbered 1 to 4, or without numbers and after whole boards or a heading."""
+    """Return the last four rows if they are numbered 1 to 4, or have no numbers after whole boards or a heading."""
     numbers = [number for number, _ in rows[-4:]]
     if numbers == list("1234") or (numbers == [None] * 4 and (len(rows) % 4 == 0 or ruled_after[:1] == [1])):
         return "".join(cells for _, cells in rows[-4:])
@@ -257,12 +241,12 @@ def _board(rows: list[tuple[str | None, str]], ruled_after: list[int]) -> str | 
 
 
 def is_solution(grid: str, puzzle: str) -> bool:
-    """Whether a grid keeps the clues and has every digit once in every row, column and box."""
+    """Return whether a grid keeps the clues and has every digit once in every row, column and box."""
     return len(grid) == CELLS and grid in solve_sudoku(puzzle)
 
 
 def cells_correct(grid: str | None, puzzle: str) -> float:
-    """Share of the blanks that hold the digit of a solution; of several solutions, the one that fits best.
+    """Return the share of the blanks that hold the digit of a solution; of several solutions, the best match counts.
 
     A grid that changes a clue is no answer to this puzzle: 0.
     """
@@ -275,7 +259,7 @@ def cells_correct(grid: str | None, puzzle: str) -> float:
 def solved_reward(
     completions: list[Completion], puzzle: list[str | None], log_extra: Callable | None = None, **kwargs: Any
 ) -> list[float | None]:
-    """1 for every completion that states a solution of its puzzle, else 0.
+    """Return 1 for every completion that states a solution of its puzzle, else 0.
 
     Args:
         completions: texts or messages.
@@ -292,7 +276,7 @@ def solved_reward(
 
 
 def cells_reward(completions: list[Completion], puzzle: list[str | None], **kwargs: Any) -> list[float | None]:
-    """The share of blanks filled in right, in [0, 1]; a puzzle can earn most of it without being solved."""
+    """Return the share of blanks filled in right, in [0, 1]; a puzzle can earn most of it without being solved."""
     return [
         None if given is None else cells_correct(stated_grid(completion_text(completion)), given)
         for completion, given in zip(completions, puzzle, strict=True)
@@ -300,12 +284,12 @@ def cells_reward(completions: list[Completion], puzzle: list[str | None], **kwar
 
 
 def format_reward(completions: list[Completion], **kwargs: Any) -> list[float]:
-    """1 for every completion that states a grid, right or wrong, else 0."""
+    """Return 1 for every completion that states a grid, right or wrong, else 0."""
     return [float(stated_grid(completion_text(completion)) is not None) for completion in completions]
 
 
 def score(text: str, row: dict[str, Any]) -> dict[str, float]:
-    """`puzzles_solved`: 1 for a solution of `row["puzzle"]`; `cells_correct`: right blanks; `format`: a grid."""
+    """Return `puzzles_solved` (a solution of `row["puzzle"]`), `cells_correct` (of the blanks), `format` (a grid)."""
     grid = stated_grid(text)
     return {
         "puzzles_solved": float(grid is not None and is_solution(grid, row["puzzle"])),
@@ -314,19 +298,33 @@ def score(text: str, row: dict[str, Any]) -> dict[str, float]:
     }
 
 
-def load(split: str, source: str | None = None, limit: int | None = None, prompt: str = prompts.PLAIN) -> Dataset:
+def load(
+    split: str, source: str | None = None, limit: int | None = None, prompt: str = prompts.PLAIN, seed: int = 0
+) -> Dataset:
     """See `trl_diffusion.tasks.Task`. There is no data set on the Hub: without a source the generator is used.
 
     A file is taken whole. The generator's splits are disjoint by solution. With embedded data the plain prompt is the
-    one the embedded model knows.
+    one that the bundled model knows.
     """
     check_split(split, "Sudoku")
-    if source not in (None, "embedded"):
+    if source not in (None, EMBEDDED):
         return read_sudoku(source, None, limit, prompt)
-    rows = load_sudoku(split, limit or TEST_SIZE, disjoint_by="solution")
-    if prompts.check(prompt) == prompts.PLAIN and source == "embedded":
+    rows = load_sudoku(split, limit or TEST_SIZE, seed, disjoint_by="solution")
+    if prompts.check(prompt) == prompts.PLAIN and source == EMBEDDED:
         return rows
     return rows.map(lambda row: {"prompt": _prompt(row["puzzle"], prompt)})
 
 
-TASK = Task("sudoku", load, score, d1.score_sudoku, prompts.NAMES, embedded=True)
+TASK = Task(
+    name="sudoku",
+    description="Share of puzzles solved and, apart from it, share of blanks filled in right.",
+    load=load,
+    score=score,
+    # The share of right cells says more than right or wrong of a puzzle that is hard to solve as a whole, and it is 1
+    # for solved puzzles alone.
+    rewards=(cells_reward, format_reward),
+    columns={"puzzle": Value("string"), "solution": Value("string")},
+    score_d1=d1.score_sudoku,
+    prompts=prompts.NAMES,
+    generate=load_sudoku,
+)

@@ -1,6 +1,6 @@
-"""Synthetic word problems in GSM8K's format, small enough for the embedded model. Rewards are GSM8K's.
+"""Generates word problems in GSM8K's format, small enough for the bundled model. Rewards and scores are GSM8K's.
 
-A solution can be made to slip on purpose. The embedded model is trained on such solutions, so that reinforcement
+A solution can be made to slip on purpose. The bundled model is trained on such solutions, so that reinforcement
 learning has something to repair: half of the kinds of problem come out wrong more often than right.
 """
 
@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, Value
 
 from trl_diffusion.tasks import d1_prompts as prompts
 from trl_diffusion.tasks.gsm8k import correctness_reward, format_reward, score
+from trl_diffusion.tasks.rows import check_split
 from trl_diffusion.tasks.split import held_out
-from trl_diffusion.tasks.task import Task
+from trl_diffusion.tasks.task import EMBEDDED, Task
 
 __all__ = ["TASK", "correctness_reward", "format_reward", "load_word_problems", "score"]
 
@@ -32,7 +33,7 @@ class Kind:
 
     Args:
         text: template with {name}, {other}, {things}, {a}, {b} and, with two steps, {c}.
-        operations: one operator per step; each step goes on from the last result.
+        operations: one operator per step; each step continues with the last result.
         numbers: ranges of a, b, c.
         slip: how its solutions go wrong.
         slip_rate: how often they do, when slips are asked for.
@@ -64,7 +65,7 @@ APPLY: dict[str, Callable[[int, int], int]] = {
 
 
 def load_word_problems(split: str = "train", size: int = 1000, seed: int = 0, slips: bool = False) -> Dataset:
-    """Seeded word problems; no question is in both splits, whatever the seed.
+    """Generate word problems; no question is in both splits, whatever the seed.
 
     The same numbers may occur in both, with other names or things: a network this small learns its sums by heart, so a
     test on numbers it never saw would measure what it cannot do.
@@ -81,8 +82,7 @@ def load_word_problems(split: str = "train", size: int = 1000, seed: int = 0, sl
     Raises:
         ValueError: for another split.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"Word problems have the splits 'train' and 'test', got {split!r}.")
+    check_split(split, "word_problems")
     pools = [list(_numbers(kind)) for kind in KINDS]
     rng = np.random.default_rng([seed, split == "test"])
     rows: list[dict] = []
@@ -95,7 +95,7 @@ def load_word_problems(split: str = "train", size: int = 1000, seed: int = 0, sl
 
 
 def _numbers(kind: Kind) -> Iterator[tuple[int, ...]]:
-    """All numbers of a kind whose results are positive."""
+    """Yield all numbers of a kind whose results are positive."""
     for numbers in product(*kind.numbers):
         if min(result for *_, result in _steps(kind, numbers)) > 0:
             yield numbers
@@ -117,7 +117,7 @@ def _row(kind: Kind, numbers: tuple[int, ...], rng: np.random.Generator, slips: 
 
 
 def _steps(kind: Kind, numbers: tuple[int, ...], error: int = 0) -> list[tuple[int, str, int, int]]:
-    """(left, operator, right, result) of every step; the last result is off by `error`."""
+    """Return (left, operator, right, result) of every step; the last result is off by `error`."""
     steps, value = [], numbers[0]
     for operation, right in zip(kind.operations, numbers[1:], strict=True):
         result = APPLY[operation](value, right)
@@ -127,7 +127,7 @@ def _steps(kind: Kind, numbers: tuple[int, ...], error: int = 0) -> list[tuple[i
 
 
 def write_solution(kind: Kind, numbers: tuple[int, ...], slip: str | None = None) -> str:
-    """The worked solution, for example `"7 + 5 = 12\\n#### 12"`.
+    """Write the worked solution, for example `"7 + 5 = 12\\n#### 12"`.
 
     Args:
         kind: the kind of problem.
@@ -142,13 +142,23 @@ def write_solution(kind: Kind, numbers: tuple[int, ...], slip: str | None = None
     return "\n".join([*lines, f"{mark} {steps[-1][-1]}"])
 
 
-def load(split: str, source: str | None = None, limit: int | None = None, prompt: str = prompts.PLAIN) -> Dataset:
-    """See `trl_diffusion.tasks.Task`; all its data is generated, whatever the source."""
-    if source not in (None, "embedded"):
+def load(
+    split: str, source: str | None = None, limit: int | None = None, prompt: str = prompts.PLAIN, seed: int = 0
+) -> Dataset:
+    """See `trl_diffusion.tasks.Task`; its own data are the generated ones."""
+    if source not in (None, EMBEDDED):
         raise ValueError(f"word_problems are generated and read no file, got source {source!r}; the task gsm8k does.")
     if prompt != prompts.PLAIN:
         raise ValueError(f"word_problems has the prompt 'plain' only, got {prompt!r}.")
-    return load_word_problems(split, limit or TEST_SIZE)
+    return load_word_problems(split, limit or TEST_SIZE, seed)
 
 
-TASK = Task("word_problems", load, score, embedded=True)
+TASK = Task(
+    name="word_problems",
+    description="Share of generated word problems whose answer, the one stated last, is the gold number.",
+    load=load,
+    score=score,
+    rewards=(correctness_reward, format_reward),
+    columns={"answer": Value("string")},
+    generate=load_word_problems,
+)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 from trl.models import unwrap_model_for_generation
 
+from trl_diffusion.credit.success import check_success, successes
 from trl_diffusion.evaluation.accuracy import Accuracy, wilson_interval
 from trl_diffusion.evaluation.confusion_zones import confusion_zone_figure, failure_auc, signal_frame
 from trl_diffusion.runtime.zero3 import finish_trace
@@ -100,14 +100,14 @@ class ConfusionZoneCallback(TrainerCallback):
     Args:
         trainer: the trainer it is added to, with `record_signals=True` or a step selector.
         every: updates between figures.
-        success: tells which completions succeeded; called like a reward function, returns one truth value per
-            completion, or `None` if it cannot say. Give this or `success_threshold`.
+        success: a function that says which completions succeeded; called like a reward function, it returns one truth
+            value per completion, or `None` if it cannot say. Give this or `success_threshold`.
         success_threshold: a completion succeeded if its reward is at least this.
         reward: which of the trainer's reward functions the threshold is for.
 
     Raises:
         TypeError: if the trainer is not one of this library.
-        ValueError: if the trainer does not record signals, or the settings do not fit together.
+        ValueError: if the trainer does not record signals, or the settings contradict each other.
     """
 
     def __init__(
@@ -130,11 +130,7 @@ class ConfusionZoneCallback(TrainerCallback):
             )
         if every < 1:
             raise ValueError(f"every must be at least 1 update, got {every}. For no figures leave the callback out.")
-        if (success is None) == (success_threshold is None):
-            raise ValueError(
-                "ConfusionZoneCallback needs to know which completions succeeded: give either `success`, a function, "
-                f"or `success_threshold`, a number; got success={success}, success_threshold={success_threshold}."
-            )
+        check_success("ConfusionZoneCallback", success, success_threshold)
         if not 0 <= reward < len(trainer.reward_funcs):
             raise ValueError(f"reward={reward} is not one of the trainer's {len(trainer.reward_funcs)} functions.")
         self.trainer, self.every = trainer, every
@@ -168,24 +164,18 @@ class ConfusionZoneCallback(TrainerCallback):
             self._send(image, update)
 
     def _successes(self, finished: FinishedBatch) -> torch.Tensor:
-        """Float64 [B] of the completions of all processes, NaN for unknown."""
-        if self.success_threshold is not None:
-            # Compared in the rewards' own float32: as float64, a reward of 0.9 would miss a threshold of 0.9.
-            rewards = finished.rewards[:, self.reward]
-            return (rewards >= self.success_threshold).double().masked_fill(rewards.isnan(), torch.nan)
-        assert self.success is not None
-        rows = list(range(len(finished.prompts)))
-        values = self.success(
+        """Return the success of the completions of all processes: float64 [B], NaN where it is unknown."""
+        if self.success_threshold is not None:  # the rewards are those of all processes already
+            return successes(None, self.success_threshold, finished.rewards[:, self.reward].tolist())
+        own = successes(
+            self.success,
+            None,
             prompts=finished.prompts,
             completions=finished.completions,
             completion_ids=finished.completion_ids,
-            **finished.columns(rows),
+            **finished.columns(list(range(len(finished.prompts)))),
         )
-        if len(values) != len(rows):
-            raise ValueError(f"`success` must return one value per completion: {len(rows)}, got {len(values)}.")
-        known = [math.nan if value is None else float(bool(value)) for value in values]
-        device = self.trainer.accelerator.device
-        return self.trainer.accelerator.gather(torch.tensor(known, dtype=torch.float64, device=device))
+        return self.trainer.accelerator.gather(own.to(self.trainer.accelerator.device))
 
     def _send(self, image: Path, update: int) -> None:
         """The image to the trackers that the run reports to; imported only then, since neither is required."""

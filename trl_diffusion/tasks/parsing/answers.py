@@ -1,4 +1,4 @@
-"""Where a completion states its answer: `\\boxed{…}`, `<answer>…</answer>` or a line `#### …`. The last one counts."""
+"""Finds the answer that a completion states last: `\\boxed{…}`, `<answer>…</answer>` or a line `#### …`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trl_diffusion.tasks.parsing.text import readable
 
 
 class Span(NamedTuple):
-    """Where an answer stands; never the text itself: boxes can be nested, and copies would take quadratic memory.
+    """The place of an answer, never its text: boxes can be nested, and copies would take quadratic memory.
 
     Args:
         mark: where its mark begins; the answer whose mark begins last counts.
@@ -54,11 +54,11 @@ _LABEL = re.compile(
 
 
 def last_answer(text: str) -> str | None:
-    """The answer that a completion states last.
+    """Return the answer that a completion states last.
 
     An answer tag that is never closed reaches to the end, one that is never opened from the start of its line; a box
     needs its closing brace. Answers without a letter or digit (`\\boxed{...}`, copied from a prompt) are passed over.
-    A box within tags or behind `####` is found by itself, because it begins later. What may be a heading
+    A box within tags or after `####` is found by itself, because it begins later. What may be a heading
     (`#### Verification`) or a sentence about the tags ("inside the <answer> tags"), because it begins with a word,
     counts only where nothing else states an answer. Markdown around an answer is removed.
 
@@ -73,7 +73,7 @@ def last_answer(text: str) -> str | None:
 
 
 def tagged_answer(text: str) -> str | None:
-    """What stands in the last `<answer>…</answer>` that is not empty, closed or not; `None` without such a tag."""
+    """Return the contents of the last `<answer>…</answer>` that is not empty, closed or not; `None` without one."""
     text = readable(text)
     return _last(text, _tagged(text))
 
@@ -89,7 +89,7 @@ def _last(text: str, answers: Iterable[Span]) -> str | None:
 
 
 def _without_markup(answer: str) -> str:
-    """The answer without Markdown's code fences, emphasis and quotes, an open box, or a label such as `Answer:`."""
+    """Remove Markdown's code fences, emphasis and quotes, an open box, and a label such as `Answer:`."""
     if len(answer) > _LONGEST_MARKED_UP:
         return answer
     if fenced := _FENCE.fullmatch(answer):
@@ -103,7 +103,7 @@ def _without_markup(answer: str) -> str:
 
 
 def _without_half_box(answer: str) -> str:
-    """The contents of a box that lost its backslash or closing brace, as in `boxed{18}` and `\\boxed{18>`."""
+    """Return the contents of a box that lost its backslash or closing brace, as in `boxed{18}` and `\\boxed{18>`."""
     found = _HALF_BOX.match(answer)
     if found is None:
         return answer
@@ -113,7 +113,7 @@ def _without_half_box(answer: str) -> str:
 
 
 def _boxes(text: str) -> Iterator[Span]:
-    """Every box whose braces balance; one pass, whatever the nesting."""
+    """Yield every box whose braces balance, in one pass, whatever the nesting."""
     opened: list[tuple[int, int] | None] = []
     for found in _BRACES.finditer(text):
         if found.group() in (r"\{", r"\}"):

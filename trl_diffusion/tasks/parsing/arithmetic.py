@@ -1,4 +1,4 @@
-"""Exact arithmetic on expressions that a network wrote: numbers, `+ - * /` and brackets, and nothing else.
+"""Evaluates expressions that a network wrote, exactly: numbers, `+ - * /` and brackets, and nothing else.
 
 There is no `eval` here and no recursion. Powers, integer division and names are refused, and so are long or deeply
 nested expressions, so no text costs more than a fraction of a millisecond.
@@ -61,7 +61,7 @@ class Expression:
 
 
 def evaluate_expression(text: str) -> Fraction | None:
-    """The exact value of an expression of numbers, `+ - * /` (also `−`, `×`, `x`, `÷`, LaTeX's) and brackets.
+    """Return the exact value of an expression of numbers, `+ - * /` (also `−`, `×`, `x`, `÷`, LaTeX's) and brackets.
 
     Args:
         text: anything, for example what a network wrote.
@@ -75,7 +75,7 @@ def evaluate_expression(text: str) -> Fraction | None:
 
 
 def parse_expression(text: str) -> Expression | None:
-    """Value and numbers of an expression, or `None` if it is none; see `evaluate_expression`."""
+    """Return value and numbers of an expression, or `None` if it is none; see `evaluate_expression`."""
     if len(text) > LONGEST_EXPRESSION:
         return None
     tokens = _tokenize(without_latex(readable(text)).strip())
@@ -91,7 +91,7 @@ def parse_expression(text: str) -> Expression | None:
 
 
 def without_latex(text: str) -> str:
-    """LaTeX's operators, fractions and spaces as plain ones, and no thousands separators."""
+    """Write LaTeX's operators, fractions and spaces as plain ones, without thousands separators."""
     text = _THOUSANDS.sub("", text.replace("{,}", ","))
     if "\\" in text:
         for _ in range(DEEPEST_NESTING):  # from the inside outwards

@@ -1,4 +1,4 @@
-"""Whether two mathematical answers mean the same, for MATH: as strings, as numbers, else by math-verify."""
+"""Decides whether two mathematical answers mean the same, for MATH: as strings, as numbers, else by math-verify."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ _NUMBER = re.compile(
 
 
 def same_latex(given: str, gold: str) -> bool:
-    """Whether an answer means the same as the right one.
+    """Return whether an answer means the same as the right one.
 
     Layout, fonts, a unit after a number, degree and percent signs do not count, nor does a leading `x =` that only one
-    of them has. Two plain numbers are compared exactly. What remains goes to math-verify, in a process of its own: at
+    of them has. Two plain numbers are compared exactly. What remains goes to math-verify, in a separate process: at
     most 300 characters, no towers of powers, no exponents of five digits, two seconds of processor time. Beyond that
     answers are taken as different.
 
@@ -54,7 +54,7 @@ def same_latex(given: str, gold: str) -> bool:
 
 @lru_cache(maxsize=65536)
 def how_same(given: str, gold: str) -> str | None:
-    """What shows that two answers are the same: `"string"`, `"number"` or `"math-verify"`; `None` if nothing does."""
+    """Return what shows that two answers are the same: `"string"`, `"number"`, `"math-verify"`, or `None`: nothing."""
     given, gold = readable(given), readable(gold)
     if len(given) > LONGEST_ANSWER:
         return None
@@ -70,7 +70,7 @@ def how_same(given: str, gold: str) -> str | None:
 
 
 def _plain_number(text: str) -> bool:
-    """Whether this is a number in digits, maybe in thousands or millions."""
+    """Return whether this is a number in digits, maybe in thousands or millions."""
     return _NUMBER.fullmatch(text) is not None and parse_number(text) is not None
 
 
@@ -113,7 +113,7 @@ class _Judge:
             )
 
     def _read(self, seconds: float) -> bytes | None:
-        """The next line, or `None` if there is none in time or the worker has ended."""
+        """Return the next line, or `None` if there is none in time or the worker has ended."""
         worker = self._running()
         assert worker.stdout is not None
         if not select.select([worker.stdout], [], [], seconds)[0]:

@@ -1,4 +1,4 @@
-"""Mathematical answers as text: one spelling for what LaTeX and plain text write in many, and equality of strings."""
+"""Writes mathematical answers in one spelling, where LaTeX and plain text have many, and compares them as strings."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ _NO_UNIT = re.compile(
 
 
 def plain_latex(text: str) -> str:
-    """An answer with one spelling for fonts, spaces, fractions, roots, signs and dots; its meaning stays.
+    """Write an answer with one spelling for fonts, spaces, fractions, roots, signs and dots; its meaning stays.
 
     Args:
         text: LaTeX or plain text, at most a few hundred characters.
@@ -114,7 +114,7 @@ def _digits(word: str) -> str:
 
 
 def _opened(found: re.Match[str]) -> str:
-    """What a `\\text{…}` holds, if that is a number or a variable and no unit."""
+    """Return what a `\\text{…}` holds if that is a number or a variable and no unit."""
     held = found[1]
     variable = len(held) == 1 and held.isalpha() and held not in _UNIT_LETTERS
     return f" {held} " if variable or any(character.isdigit() for character in held) else found.group()
@@ -128,7 +128,7 @@ def _repeating(found: re.Match[str]) -> str:
 
 
 def same_string(given: str, gold: str) -> bool:
-    """Whether two answers, as `plain_latex` writes them, are one string but for spaces, units and a name.
+    """Return whether two answers, as `plain_latex` writes them, are one string but for spaces, units and a name.
 
     A name, as in `x = 5`, does not count where one of them has none; `y = 5` is not `x = 5`. A space between two
     digits counts: `1 2` is not `12`.
@@ -148,7 +148,7 @@ def _tight(text: str) -> str:
 
 
 def without_word_unit(text: str) -> str:
-    r"""An answer without the words after its number: `32,348 dollars`, `5\text{ cm}`; not so `1.8 million`."""
+    r"""Return an answer without the words after its number: `32,348 dollars`, `5\text{ cm}`; not so `1.8 million`."""
     for pattern in (_UNIT, _BARE_UNIT):
         found = pattern.search(text)
         if found is not None and not _NO_UNIT.search(found.group()):
@@ -157,7 +157,7 @@ def without_word_unit(text: str) -> str:
 
 
 def lost_by_math_verify(given: str, gold: str) -> bool:
-    """Whether two answers differ in something that math-verify does not look at.
+    """Return whether two answers differ in something that math-verify does not look at.
 
     It adds numbers with a space between them, and drops the base of a number. A base that only one of them has is no
     difference: the problem names it.
@@ -169,5 +169,5 @@ def lost_by_math_verify(given: str, gold: str) -> bool:
 
 
 def for_math_verify(text: str) -> str:
-    """An answer as math-verify should read it: dots, which it drops, are a symbol, and an `i` stands by itself."""
+    """Write an answer as math-verify should read it: dots, which it drops, as a symbol, and every `i` by itself."""
     return re.sub(r"(?<![a-zA-Z\\])i(?![a-zA-Z])", " i ", text.replace(r"\ldots", r" \xi_{99} "))

@@ -1,4 +1,4 @@
-"""The number that an answer gives: with commas, signs, decimals, currencies, units, LaTeX, as a fraction or a sum."""
+"""Reads the number that an answer gives: commas, signs, decimals, currencies, units, LaTeX, fractions and sums."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trl_diffusion.tasks.parsing.text import readable
 _WRAPPER = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|boxed|fbox)\s*\{([^{}]*)\}")
 _MIXED = re.compile(r"(?<![\d.])(\d+)\s*\\[dt]?frac\s*\{(\d+)\}\s*\{(\d+)\}")
 _MIXED_PLAIN = re.compile(r"(?<![\d./])(\d+) (\d+)/(\d+)(?![\d/])")
-# A degree sign is no exponent; a power behind letters belongs to a unit.
+# A degree sign is no exponent; a power after letters belongs to a unit.
 _DEGREES = re.compile(r"\^\s*\{?\s*(?:\\circ|°)\s*\}?")
 _UNIT_POWER = re.compile(r"(?<=[a-zA-Z])\s*(?:\^\s*(?:\{\s*-?\d\s*\}|-?\d)|[²³])")
 _POWER = re.compile(r"\^|\*\*|[⁰¹²³⁴-⁹]")
@@ -55,7 +55,7 @@ _RUN = re.compile(r"(?:(?<!\w)[-+(][-+( ]*)?(?:\d|\.\d)(?:[-+*/(). ]*(?:\d|\.\d|
 
 
 def parse_number(answer: str) -> Fraction | None:
-    """The exact number that an answer of a few words gives.
+    """Return the exact number that an answer of a few words gives.
 
     After an equals sign only the last side counts. An expression is evaluated. Words are passed over, as long as one
     number or expression stands among them: `$1,234.50 per day`, `12 apples` and `\\frac{1}{2}\\text{ hour}` are
@@ -93,7 +93,7 @@ def parse_number(answer: str) -> Fraction | None:
 
 
 def _vulgar_fractions(text: str) -> str:
-    """`½` as `1/2`."""
+    """Write `½` as `1/2`."""
     return text if text.isascii() else "".join(map(_as_fraction, text))
 
 
@@ -103,13 +103,13 @@ def _as_fraction(character: str) -> str:
 
 
 def _parts_and_signs(text: str) -> str:
-    """`2 and a half` as `(2+1/2)`, `minus 3` as `-3`."""
+    """Write `2 and a half` as `(2+1/2)`, and `minus 3` as `-3`."""
     text = _AND_A_PART.sub(lambda found: f"({found[1]}+{_PARTS[(found[2] or found[3]).lower()]})", text)
     return _MINUS.sub("-", text)
 
 
 def _magnitude(text: str) -> Fraction:
-    """What the words that a text begins with multiply the number before it by: 1000 for ` thousand dollars`."""
+    """Return the factor that a text's first words give the number before it: 1000 for ` thousand dollars`."""
     if letter := _LETTER.match(text):
         return _LETTERS[letter[1].lower() if letter[1] else letter[2]]
     factor, position = Fraction(1), 0
@@ -119,12 +119,12 @@ def _magnitude(text: str) -> Fraction:
 
 
 def _spaced(text: str) -> str:
-    """LaTeX's thin spaces between digits are thousands separators; other backslashes stay."""
+    """Remove LaTeX's thin spaces between digits, its thousands separators; other backslashes stay."""
     return re.sub(r"(?<=\d)(?:\\[,!;: ]|\{,\}|,\\!)(?=\d{3}(?!\d))", "", text)
 
 
 def _balanced(run: str) -> str:
-    """Without brackets at the ends that have no partner, as in `(about 12` and `12)`."""
+    """Remove brackets at the ends that have no partner, as in `(about 12` and `12)`."""
     run = run.strip()
     while run.startswith("(") and run.count("(") > run.count(")"):
         run = run[1:]

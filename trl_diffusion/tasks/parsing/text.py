@@ -1,4 +1,4 @@
-"""From what a network wrote to text that a parser can read, in bounded time."""
+"""Turns what a network wrote into text that a parser can read, in bounded time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _OPERATORS = {
 
 
 def completion_text(completion: Completion) -> str:
-    """The text of a completion in any of TRL's forms; an empty string for none."""
+    """Return the text of a completion in any of TRL's forms; an empty string for none."""
     if not completion:
         return ""
     if isinstance(completion, str):
@@ -33,14 +33,14 @@ def completion_text(completion: Completion) -> str:
 
 
 def readable(text: str) -> str:
-    """The text up to its first end token, its last 100,000 characters, with digits and operators in ASCII."""
+    """Return the text up to its first end token, its last 100,000 characters, with digits and operators in ASCII."""
     text = _END.split(text, maxsplit=1)[0][-LONGEST_TEXT:]
     return text if text.isascii() else _UNUSUAL.sub(lambda found: _in_ascii(found.group()), text)
 
 
 @lru_cache(maxsize=4096)
 def _in_ascii(character: str) -> str:
-    """The ASCII digit, operator or space that a character stands for, else the character itself.
+    """Return the ASCII digit, operator or space that a character stands for, else the character itself.
 
     Unicode's own compatibility forms would be wrong here: they read 3² as 32.
     """

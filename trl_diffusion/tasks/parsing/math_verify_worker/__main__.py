@@ -1,7 +1,7 @@
-"""Compares pairs of mathematical answers with math-verify, in a process of its own that can be killed.
+"""Compares pairs of mathematical answers with math-verify, in a separate process that can be killed.
 
 Started by `trl_diffusion.tasks.parsing.latex` as a script, so that it loads neither torch nor this package; in a
-folder of its own, so that nothing next to it hides a module of the standard library. It reads lines
+separate folder, so that nothing next to it hides a module of the standard library. It reads lines
 `{"gold": …, "given": …}` and answers each with a line `1` or `0`. A comparison may take two seconds of the processor:
 time on the wall would make scores depend on how busy a machine is.
 """
@@ -42,7 +42,7 @@ def _stop(signum, frame):
 
 
 def decimals(gold: Basic | str) -> int:
-    """Decimal places to which a decimal must agree with the right answer: six, and more for one below 0.1."""
+    """Return the decimal places to which a decimal must agree with the right answer: six, or more below 0.1."""
     if not isinstance(gold, Expr) or not (gold.is_number and gold.is_real and gold.is_finite) or gold.is_zero:
         return SIGNIFICANT_DIGITS
     leading = int(floor(log(abs(gold), 10).evalf(5)))  # sympy's numbers have no largest one, floats do
@@ -50,7 +50,7 @@ def decimals(gold: Basic | str) -> int:
 
 
 def same(gold: str, given: str) -> bool:
-    """Whether math-verify takes both for the same; `False` when the time is up."""
+    """Return whether math-verify takes both for the same; `False` when the time is up."""
     signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
     try:
         # Its own timeouts are signal alarms on wall time.

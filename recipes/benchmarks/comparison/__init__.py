@@ -1,0 +1,1 @@
+"""The comparison of methods at equal compute: its arms, its runs, and the summary of them."""
