@@ -13,7 +13,7 @@ import trl_diffusion
 
 PACKAGE = Path(trl_diffusion.__file__).parent
 FLOORS = [
-    {"family", "distribution", "streams", "tokenization", "likelihood", "tasks"},
+    {"family", "distribution", "streams", "tokenization", "validation", "likelihood", "tasks"},
     {"sampling"},
     {"models"},
     {"adapters", "credit"},

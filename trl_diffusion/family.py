@@ -61,6 +61,10 @@ class DiffusionFamily:
         return torch.where(is_end.any(1), is_end.int().argmax(1) + 1, length)
 
 
+# Model types of the families that `trl_diffusion.models.families.register` has made known, in this order.
+MODEL_TYPES: dict[str, None] = {}
+
+
 class HasFamily:
     """Base of the native models; by it the code that only needs the family recognises them."""
 
@@ -79,7 +83,8 @@ def family_of(model: Any) -> DiffusionFamily:
     if not isinstance(base, HasFamily):
         raise TypeError(
             f"{type(base).__name__} is not a diffusion language model known to trl_diffusion. Load one of the "
-            "supported families (llada, Dream, sdar) by name with AutoModelForCausalLM after `import trl_diffusion`; "
+            f"supported families ({', '.join(MODEL_TYPES)}) by name with AutoModelForCausalLM after "
+            "`import trl_diffusion`; "
             "if this is such a checkpoint, make sure that its config.json has the family's `model_type` and that "
             "`architectures` does not name a stock transformers class."
         )

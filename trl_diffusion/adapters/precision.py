@@ -14,7 +14,7 @@ from trl.trainer.utils import create_model_from_path
 
 from trl_diffusion.adapters.renaming import base_of, load_adapter
 from trl_diffusion.adapters.targets import native_lora_config
-from trl_diffusion.models.skeleton import skeleton
+from trl_diffusion.models.meta_model import meta_model
 
 
 def load_to_train(adapter: str, args: Any, quantization_config: Any = None) -> PeftModel:
@@ -58,7 +58,7 @@ def native_peft_config(
         return config
     if isinstance(model, str):
         assert not isinstance(model_init_kwargs, str)  # transformers parses the command line's
-        model = skeleton(model, (model_init_kwargs or {}).get("revision"))
+        model = meta_model(model, (model_init_kwargs or {}).get("revision"))
     return native_lora_config(config, model)
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from trl_diffusion.adapters.targets import LinearLayers, shortest_names
-from trl_diffusion.models.skeleton import skeleton
+from trl_diffusion.models.meta_model import meta_model
 
 # as PEFT writes it: prefix, the layer's name, a tensor of its adapter
 _LORA_KEY = re.compile(r"base_model\.model\.(?P<layer>.+?)(?P<tensor>\.lora_\w+(\.weight)?)")
@@ -108,7 +108,7 @@ def _rename(adapter: str | Path, output: str | Path, base: str | None, to_hub: b
     base = base or config.base_model_name_or_path
     if base is None:
         raise ValueError(f"The config of {adapter} does not name the model it was trained on; pass it as `base`.")
-    layers = LinearLayers(skeleton(base, config.revision))
+    layers = LinearLayers(meta_model(base, config.revision))
     native_to_hub = dict(zip(layers.names, layers.hub_names, strict=True))
     names = native_to_hub if to_hub else {hub: native for native, hub in native_to_hub.items()}
 

@@ -55,7 +55,7 @@ class LinearLayers:
     """The linear layers of a native model under both their names.
 
     Args:
-        model: a native model, not yet adapted; may be a `skeleton`.
+        model: a native model, not yet adapted; may be a `meta_model`.
     """
 
     def __init__(self, model: DiffusionLM):

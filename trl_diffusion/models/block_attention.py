@@ -40,3 +40,10 @@ def block_causal_bias(
     itself = columns == columns[first_query:, None]
     hidden = ~((own | earlier) & attention_mask[:, None, None, :].bool() | itself)
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, torch.finfo(dtype).min)
+
+
+def position_ids(input_ids: torch.Tensor, first: int, noisy_copy: int) -> torch.Tensor:
+    """Return the position ids [1, T] of tokens that begin at a column; a noised copy has those of its clean tokens."""
+    columns = torch.arange(first, first + input_ids.size(1), device=input_ids.device)
+    columns[input_ids.size(1) - noisy_copy :] -= noisy_copy
+    return columns.unsqueeze(0)

@@ -14,7 +14,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from trl_diffusion.distribution import score_targets
 from trl_diffusion.family import DiffusionFamily, HasFamily
-from trl_diffusion.models.block_attention import block_causal_bias
+from trl_diffusion.models.block_attention import block_causal_bias, position_ids
 from trl_diffusion.models.layers import CACHE_KEYWORD
 from trl_diffusion.models.scoring_head import ScoringHead
 from trl_diffusion.models.whole_weights import WholeWeights
@@ -36,51 +36,6 @@ class DiffusionLMOutput(ModelOutput):
     logits: torch.Tensor | None = None
     log_probs: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
-
-
-def require_plain_rope(config: Any) -> None:
-    """Check that a config has unscaled rotary embeddings, the only kind written back under the hub's keys.
-
-    Args:
-        config: a transformers config, after its `__post_init__`.
-
-    Raises:
-        ValueError: if its rotary embeddings are scaled (linear, yarn …).
-    """
-    if (rope_type := config.rope_parameters["rope_type"]) != "default":
-        raise ValueError(
-            f"This {config.model_type} variant has rope_scaling of type {rope_type!r}; trl_diffusion computes "
-            "unscaled rotary embeddings only. Remove `rope_scaling` (or `rope_parameters`) from its config."
-        )
-
-
-# Any of these in a config says that the MLPs are mixtures of experts.
-_EXPERT_KEYS = (
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-    "num_experts_per_tok",
-    "expert_intermediate_size",
-    "moe_intermediate_size",
-)
-
-
-def require_dense(model_type: str, keys: dict[str, Any]) -> None:
-    """Check that a config is of a dense network; LLaDA-MoE's first checkpoints call themselves `llada`.
-
-    Args:
-        model_type: of the config.
-        keys: those of the config that its class does not know.
-
-    Raises:
-        ValueError: if it has experts.
-    """
-    for key in _EXPERT_KEYS:
-        if keys.get(key):
-            raise ValueError(
-                f"This {model_type} variant has {key}={keys[key]!r}: its MLPs are mixtures of experts, which "
-                f"trl_diffusion does not compute for {model_type}. Use a dense checkpoint."
-            )
 
 
 class DiffusionLM(HasFamily, WholeWeights):
@@ -208,6 +163,24 @@ class DiffusionLM(HasFamily, WholeWeights):
                 attention, which would see the clean tokens; or a cache in training mode.
             TypeError: for transformers' growing caches (`use_cache=True`, `past_key_values`).
         """
+        self._check_call(labels, noisy_copy, cache)
+        assert input_ids is not None
+        kwargs.setdefault("use_cache", False)  # the hub's configs ask for the growing cache of autoregressive models
+        if cache is not None or noisy_copy:
+            first_column = 0 if cache is None else cache.start
+            kwargs["position_ids"] = position_ids(input_ids, first_column, noisy_copy)
+            kwargs[CACHE_KEYWORD] = cache
+        attention_mask = self._attention(input_ids, attention_mask, canvas_start, noisy_copy, cache)
+        if positions is None:
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
+
+        hidden = self._hidden_at(positions, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if targets is None:
+            return DiffusionLMOutput(logits=self._diffusion_logits(hidden))
+        return self._score_at(positions, hidden, targets, support, temperature)
+
+    def _check_call(self, labels: torch.Tensor | None, noisy_copy: int, cache: WindowCache | None) -> None:
+        """Refuse calls of `forward` whose result would be wrong, see its Raises."""
         if labels is not None:
             raise ValueError(
                 "A diffusion language model has no next-token loss, so `labels=` is refused. For supervised "
@@ -215,41 +188,60 @@ class DiffusionLM(HasFamily, WholeWeights):
             )
         if cache is not None and self.training:
             raise ValueError(
-                "A pass with a cache is for sampling, and this model is in training mode, in which gradient "
+                "A forward pass with a cache is for sampling, but this model is in training mode, in which gradient "
                 "checkpointing drops caches. Call `model.eval()` before it."
             )
-        assert input_ids is not None
-        kwargs.setdefault("use_cache", False)  # the hub's configs ask for the growing cache of autoregressive models
-        if cache is not None or noisy_copy:
-            first = 0 if cache is None else cache.start
-            columns = torch.arange(first, first + input_ids.size(1), device=input_ids.device)
-            columns[input_ids.size(1) - noisy_copy :] -= noisy_copy
-            kwargs |= {"position_ids": columns.unsqueeze(0), CACHE_KEYWORD: cache}
-        if self.attention_block is not None:
-            attention_mask = block_causal_bias(
-                torch.ones_like(input_ids) if attention_mask is None else attention_mask,
-                self.attention_block,
-                self.get_input_embeddings().weight.dtype,  # type: ignore[attr-defined]
-                canvas_start,
-                0 if cache is None else cache.start,
-                noisy_copy,
-            )
-        elif noisy_copy:
+        if noisy_copy and self.attention_block is None:
             raise ValueError(
-                "A noised copy beside the clean tokens needs block-causal attention: with full attention it would see "
-                f"what it is asked for. {type(self).__name__} has full attention; score one noised view per pass."
+                "A noised copy next to the clean tokens needs block-causal attention: with full attention the copy "
+                f"would see the tokens to predict. {type(self).__name__} has full attention; score one noised view "
+                "per forward pass."
             )
-        if positions is None:
-            return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
 
-        # the first token has no logits before it and, as in Dream's own code, takes those at its own position
+    def _attention(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        canvas_start: int,
+        noisy_copy: int,
+        cache: WindowCache | None,
+    ) -> torch.Tensor | None:
+        """Return the mask for the stock network: as given with full attention, else a bias for every query and key."""
+        if self.attention_block is None:
+            return attention_mask
+        return block_causal_bias(
+            torch.ones_like(input_ids) if attention_mask is None else attention_mask,
+            self.attention_block,
+            self.get_input_embeddings().weight.dtype,  # type: ignore[attr-defined]
+            canvas_start,
+            0 if cache is None else cache.start,
+            noisy_copy,
+        )
+
+    def _hidden_at(self, positions: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Run the network and return the last hidden states [R, K, H] from which tokens at `positions` are predicted.
+
+        Args:
+            positions: long [R, K], -1 for none, where any hidden state is returned.
+            **kwargs: for the stock network.
+        """
+        # Under a shift of 1 the first token has no logits before it; as in Dream's own code, it takes those at its
+        # own position.
         read = (positions - self.family.logit_shift).clamp(min=0)
-        if read.size(1) == 0:  # a pass for its keys and values; attention needs a query
+        # Nothing to predict: a forward pass for its keys and values alone. Attention needs at least one query.
+        if read.size(1) == 0:
             read = read.new_zeros(len(read), 1)
-        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, read=read, **kwargs).last_hidden_state
-        if targets is None:
-            return DiffusionLMOutput(logits=self._diffusion_logits(hidden[:, : positions.size(1)]))
+        return self.model(read=read, **kwargs).last_hidden_state[:, : positions.size(1)]
 
+    def _score_at(
+        self,
+        positions: torch.Tensor,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        support: torch.Tensor | None,
+        temperature: float,
+    ) -> DiffusionLMOutput:
+        """Score targets [R, K] from hidden states [R, K, H]; the LM head computes only positions other than -1."""
         rows, slots = (positions >= 0).nonzero(as_tuple=True)
         log_probs, entropy = self._score(
             hidden[rows, slots],

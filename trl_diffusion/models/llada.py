@@ -10,12 +10,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.llama import modeling_llama as llama
 
-from trl_diffusion.models.diffusion_lm import DiffusionLM, require_dense, require_plain_rope
+from trl_diffusion.models.config import DiffusionConfigMixin, Vocabulary
+from trl_diffusion.models.diffusion_lm import DiffusionLM
+from trl_diffusion.models.families import register
 from trl_diffusion.models.layers import DiffusionAttention, Float32Rotary, LastLayer
 
 # hub key → Llama key
@@ -50,9 +52,11 @@ REQUIRED_VALUES = {
     "embedding_dropout": 0.0,
     "rope_scaling": None,
 }
-LLADA_8B_VOCABULARY = 126464
-LLADA_8B_TOKENS = 126349  # <|eot_id|> 126348 is the last id that has a token
-LLADA_8B_END_TOKENS = [126081, 126348]  # <|endoftext|>, <|eot_id|>
+LLADA_8B = Vocabulary(
+    size=126464,
+    num_tokens=126349,  # <|eot_id|> 126348 is the last id that has a token
+    end_token_ids=(126081, 126348),  # <|endoftext|>, <|eot_id|>
+)
 
 _BLOCK = r"model\.transformer\.blocks\.(\d+)"
 # (hub name, native name) of every weight, as regular expressions on whole names
@@ -95,7 +99,7 @@ def _renamed(name: str, table: list[tuple[str, str]]) -> str:
     return name
 
 
-class LLaDAConfig(LlamaConfig):
+class LLaDAConfig(DiffusionConfigMixin, LlamaConfig):
     """Configuration of LLaDA: `LlamaConfig` read from and written with the hub's key names.
 
     Args:
@@ -110,42 +114,32 @@ class LLaDAConfig(LlamaConfig):
     """
 
     model_type = "llada"
+    published = LLADA_8B
 
-    mask_token_id: int | None = None
-    end_token_ids: list[int] | None = None
-    num_tokens: int | None = None
-    is_causal: bool = False
-    auto_map: dict[str, Any] | None = None
-    vocab_size: int = LLADA_8B_VOCABULARY
+    vocab_size: int = LLADA_8B.size
     rms_norm_eps: float = 1e-5
     bos_token_id: int | None = None
 
-    def __post_init__(self, **kwargs: Any):
-        require_dense(self.model_type, kwargs)
+    def read_hub_keys(self, keys: dict[str, Any]) -> None:
         for key, supported in REQUIRED_VALUES.items():
-            given = kwargs.pop(key, None)
+            given = keys.pop(key, None)
             if given is not None and given != supported:
                 raise ValueError(
                     f"This LLaDA variant has {key}={given!r}; trl_diffusion computes only {key}={supported!r}. "
                     "Use a checkpoint of the LLaDA-8B architecture."
                 )
-        if "d_model" in kwargs and kwargs.get("mlp_hidden_size") is None:
-            kwargs["mlp_hidden_size"] = kwargs.get("mlp_ratio", 4) * kwargs["d_model"]
-        if kwargs.get("multi_query_attention"):
-            kwargs["n_kv_heads"] = 1
+        if "d_model" in keys and keys.get("mlp_hidden_size") is None:
+            keys["mlp_hidden_size"] = keys.get("mlp_ratio", 4) * keys["d_model"]
+        if keys.get("multi_query_attention"):
+            keys["n_kv_heads"] = 1
         num_tokens = self.vocab_size  # on the hub the number of tokens; embedding_size has rows to spare
         # Dataclass defaults are already set, so a hub key must overwrite them; head_dim follows from both.
         for hub, native in CONFIG_KEYS.items():
-            if (value := kwargs.pop(hub, None)) is not None:
+            if (value := keys.pop(hub, None)) is not None:
                 setattr(self, native, value)
-        if self.end_token_ids is None and self.vocab_size == LLADA_8B_VOCABULARY:
-            self.end_token_ids = list(LLADA_8B_END_TOKENS)
-        if self.num_tokens is None:
-            is_8b = self.vocab_size == LLADA_8B_VOCABULARY
-            self.num_tokens = LLADA_8B_TOKENS if is_8b else min(num_tokens, self.vocab_size)
-        self.auto_map = self.auto_map or {}  # TRL's loader reads it from every config that it does not know
-        super().__post_init__(**kwargs)
-        require_plain_rope(self)
+        # LLaDA-8B's config.json gives the rows of the embedding here too, so the published number is used for it.
+        if self.num_tokens is None and self.vocab_size != LLADA_8B.size:
+            self.num_tokens = min(num_tokens, self.vocab_size)
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration with the hub's keys (`d_model` …), as `config.json` stores it."""
@@ -153,7 +147,6 @@ class LLaDAConfig(LlamaConfig):
         for hub, native in CONFIG_KEYS.items():
             output[hub] = output.pop(native)
         output["vocab_size"] = output["embedding_size"]
-        output["rope_theta"] = output.pop("rope_parameters")["rope_theta"]
         return {**REQUIRED_VALUES, **output}
 
 
@@ -196,5 +189,4 @@ def _rename_state_dict(module, state_dict, prefix, *args) -> None:
 register_checkpoint_conversion_mapping(
     LLaDAModelLM.__name__, [WeightRenaming(hub, native) for hub, native in _WEIGHT_NAMES], overwrite=True
 )
-AutoConfig.register(LLaDAConfig.model_type, LLaDAConfig, exist_ok=True)
-AutoModelForCausalLM.register(LLaDAConfig, LLaDAModelLM, exist_ok=True)
+register(LLaDAConfig, LLaDAModelLM)

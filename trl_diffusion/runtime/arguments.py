@@ -19,7 +19,7 @@ from trl.trainer.utils import get_callable_name
 from trl_diffusion.credit import StepAwareReward
 from trl_diffusion.family import family_of
 from trl_diffusion.models import DiffusionLM
-from trl_diffusion.models.skeleton import native_config
+from trl_diffusion.models.meta_model import native_config
 from trl_diffusion.sampling.positions import check_fits
 
 logger = logging.getLogger(__name__)
