@@ -1,4 +1,4 @@
-"""A family is one file and one import: the toy family below is such a file, and works wherever a family's model goes."""
+"""A family is one file and one import: the toy family below is such a file, and works as the others do."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCal
 
 from trl_diffusion.credit import StepAwareReward
 from trl_diffusion.distribution import draw
-from trl_diffusion.runtime.reward_guard import RewardError, TimeLimit, all_tied
+from trl_diffusion.runtime.reward_guard import RewardError, all_tied
+from trl_diffusion.runtime.time_limit import TimeLimit
 from trl_diffusion.trainers import AGRPOTrainer
 
 pytestmark = pytest.mark.slow

@@ -23,6 +23,7 @@ import torch
 from trl.trainer.utils import get_callable_name
 
 from trl_diffusion.credit.step_aware_states import STATES
+from trl_diffusion.validation import one_of
 
 CITATION = textwrap.dedent("""\
     @article{xie2025step,
@@ -105,8 +106,7 @@ class StepAwareReward:
             ("form", form, FORMS),
             ("gate", gate, GATES),
         ):
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
+            one_of(name, value, choices)
         if min(num_rollouts, num_mask_tokens) < 1:
             raise ValueError(
                 f"num_rollouts ({num_rollouts}) and num_mask_tokens ({num_mask_tokens}) must be at least 1."
