@@ -15,35 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import set_seed
 from datasets import Dataset
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from rich.console import Console
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
-from trl.trainer.utils import create_model_from_path, get_config_model_id
+from trl.trainer.utils import get_config_model_id
 
-from trl_diffusion.adapters.precision import load_to_train, native_peft_config, share_checkpointing_kwargs
-from trl_diffusion.adapters.renaming import is_adapter
 from trl_diffusion.family import DiffusionFamily, family_of
 from trl_diffusion.likelihood import noised_views, score_views
-from trl_diffusion.runtime.arguments import (
-    check_adapter,
-    check_arguments,
-    check_load_arguments,
-    check_model,
-    check_rows,
-    check_trainable,
-    named_eval_datasets,
-)
+from trl_diffusion.runtime.arguments import check_arguments, check_load_arguments
 from trl_diffusion.runtime.checkpoints import Checkpoints, ResumeConfig
 from trl_diffusion.runtime.guards import UpdateGuardConfig
 from trl_diffusion.runtime.launch import check_backend, check_device_map, fit_to_cpu
@@ -53,8 +37,10 @@ from trl_diffusion.runtime.update_guard import GuardedUpdates
 from trl_diffusion.sampling import row_generators
 from trl_diffusion.sampling.positions import check_fits
 from trl_diffusion.tokenization import encode_prompt as prompt_token_ids  # noqa: F401  # the import path it had
-from trl_diffusion.trainers.base.sft_data import check_texts, make_collator, tokenize_dataset
+from trl_diffusion.trainers.base.sft_data import check_sft_data, make_collator, tokenize_dataset
 from trl_diffusion.trainers.base.sft_data import completion_content as completion_content  # the import path it had
+from trl_diffusion.trainers.base.sft_model import load_arguments, load_policy
+from trl_diffusion.validation import at_least
 
 # Keeps the noise of training and of evaluation apart.
 _TRAIN, _EVAL = 0, 1
@@ -99,8 +85,7 @@ class SFTConfig(UpdateGuardConfig, ResumeConfig, _BaseConfig):
         super().__post_init__()
         if not 0 < self.min_noise_level <= 1:
             raise ValueError(f"min_noise_level must lie in (0, 1], got {self.min_noise_level}.")
-        if self.max_completion_length < 1:
-            raise ValueError(f"max_completion_length must be at least 1, got {self.max_completion_length}.")
+        at_least("max_completion_length", self.max_completion_length, 1)
         self.check_guards()
         refused = {
             "label_smoothing_factor": (self.label_smoothing_factor != 0, "the masked loss scores the data's tokens"),
@@ -168,13 +153,13 @@ class SFTTrainer(PortableCards, Checkpoints, GuardedUpdates, _BaseTrainer):  # t
         check_backend(args)
         check_arguments(processing_class, {})
         check_load_arguments(args.model_init_kwargs)
-        _check_data(train_dataset, eval_dataset, args)
+        check_sft_data(train_dataset, eval_dataset, args)
         set_seed(args.seed)  # before the weights of a new adapter are drawn
-        policy = _policy(model, args, peft_config, quantization_config)
+        policy = load_policy(model, args, peft_config, quantization_config)
         self.family = family_of(policy)
         if processing_class is None:
             name = get_config_model_id(policy.config)
-            processing_class = AutoTokenizer.from_pretrained(name, revision=_load_arguments(args).get("revision"))
+            processing_class = AutoTokenizer.from_pretrained(name, revision=load_arguments(args).get("revision"))
 
         def tokenize(dataset: Dataset) -> Dataset:
             rows = tokenize_dataset(dataset, processing_class, self.family, args.max_completion_length)
@@ -266,97 +251,6 @@ class SFTTrainer(PortableCards, Checkpoints, GuardedUpdates, _BaseTrainer):  # t
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
         return loss.mean().detach(), None, None
-
-
-def _check_data(train_dataset: Any, eval_dataset: Any, args: SFTConfig) -> None:
-    """Refuse data sets from which nothing could be trained or measured; the model need not be loaded yet."""
-    if train_dataset is not None:
-        check_texts(train_dataset, "train_dataset")
-    for name, rows in named_eval_datasets(eval_dataset).items():
-        check_texts(rows, name)
-    if train_dataset is not None and args.dataloader_drop_last:
-        batch = args.train_batch_size * args.world_size
-        check_rows(
-            train_dataset,
-            batch,
-            f"dataloader_drop_last=True leaves out a batch of fewer than {batch} (per_device_train_batch_size "
-            f"{args.per_device_train_batch_size} × {args.world_size} processes)",
-        )
-
-
-def _policy(
-    model: Any,
-    args: SFTConfig,
-    peft_config: PeftConfig | None,
-    quantization_config: QuantizationConfigMixin | None,
-) -> Any:
-    """The model that is trained, with a new adapter if one is asked for."""
-    policy = _loaded(model, args, quantization_config)
-    check_adapter(policy, peft_config)
-    if peft_config is not None:
-        policy = _with_new_adapter(policy, peft_config, args)
-    check_trainable(policy)
-    if isinstance(policy, PeftModel) and args.gradient_checkpointing:
-        policy.enable_input_require_grads()
-        if _shards_weights(args):
-            args.gradient_checkpointing_kwargs = _reentrant(args.gradient_checkpointing_kwargs)
-            share_checkpointing_kwargs(args)
-    policy.config.use_cache = False
-    return policy
-
-
-def _loaded(model: Any, args: SFTConfig, quantization_config: QuantizationConfigMixin | None) -> Any:
-    """The model itself, or the one that a name stands for, in float32 as TRL's trainers load it."""
-    arguments = _load_arguments(args)
-    if not isinstance(model, str):
-        given = {"model_init_kwargs": arguments, "quantization_config": quantization_config}
-        if ignored := [name for name, value in given.items() if value]:
-            raise ValueError(
-                f"{' and '.join(ignored)} would be ignored, because the model given is loaded already. Leave them "
-                "out, or give the model's name."
-            )
-        check_model(model)
-        return model
-    if is_adapter(model):
-        return load_to_train(model, args, quantization_config)
-    check_model(model)
-    if quantization_config is not None:
-        arguments = {**arguments, "quantization_config": quantization_config}
-    if args.distributed_state is not None and args.distributed_state.distributed_type != DistributedType.NO:
-        arguments = {**arguments, "device_map": None}  # every process holds or shards the whole model
-    return create_model_from_path(model, AutoModelForCausalLM, **arguments)  # type: ignore[arg-type]
-
-
-def _load_arguments(args: SFTConfig) -> dict[str, Any]:
-    assert not isinstance(args.model_init_kwargs, str)  # transformers parses the command line's
-    return args.model_init_kwargs or {}
-
-
-def _with_new_adapter(model: Any, config: PeftConfig, args: SFTConfig) -> Any:
-    """A new adapter on a model, set up as TRL's trainers do."""
-    if isinstance(model, PeftModel):
-        raise ValueError(
-            "The model has an adapter already, and peft_config asks for another one. Leave peft_config out to train "
-            "the adapter that is there, or merge it first (`merge_and_unload`)."
-        )
-    settings: dict[str, Any] = {}
-    if _shards_weights(args) and not model.uses_bitsandbytes:
-        settings["autocast_adapter_dtype"] = False  # ZeRO-3 gathers weights of one dtype only
-    return get_peft_model(model, native_peft_config(config, model, None), **settings)  # type: ignore[arg-type]
-
-
-def _reentrant(kwargs: Any) -> dict[str, Any]:
-    """Ask for reentrant checkpointing: the other kind, computing a layer again, finds weights of another shape."""
-    if (kwargs or {}).get("use_reentrant") is False:
-        raise ValueError(
-            "An adapter under ZeRO-3 needs reentrant gradient checkpointing, but gradient_checkpointing_kwargs says "
-            "use_reentrant=False. Leave it out, or turn gradient_checkpointing off."
-        )
-    return {**(kwargs or {}), "use_reentrant": True}
-
-
-def _shards_weights(args: SFTConfig) -> bool:
-    return args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
 
 
 def draw_noise(

@@ -10,8 +10,34 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from trl_diffusion.family import DiffusionFamily
-from trl_diffusion.runtime.arguments import check_dataset, check_rows
+from trl_diffusion.runtime.arguments import check_dataset, check_rows, named_eval_datasets
 from trl_diffusion.tokenization import encode_prompt
+
+
+def check_sft_data(train_dataset: Any, eval_dataset: Any, args: Any) -> None:
+    """Refuse data sets from which nothing could be trained or measured, before the model is loaded.
+
+    Args:
+        train_dataset: the trainer's argument.
+        eval_dataset: the trainer's argument, one data set or several by name.
+        args: the trainer's config.
+
+    Raises:
+        TypeError: see `check_texts`.
+        ValueError: see `check_texts`; or if there are fewer rows than one batch and incomplete batches are left out.
+    """
+    if train_dataset is not None:
+        check_texts(train_dataset, "train_dataset")
+    for name, rows in named_eval_datasets(eval_dataset).items():
+        check_texts(rows, name)
+    if train_dataset is not None and args.dataloader_drop_last:
+        batch = args.train_batch_size * args.world_size
+        check_rows(
+            train_dataset,
+            batch,
+            f"dataloader_drop_last=True leaves out a batch of fewer than {batch} (per_device_train_batch_size "
+            f"{args.per_device_train_batch_size} × {args.world_size} processes)",
+        )
 
 
 def check_texts(dataset: Any, name: str) -> None:
