@@ -1,4 +1,4 @@
-"""The behaviour that all native diffusion language models share, on top of a stock transformers class."""
+"""Turn a stock transformers class into a diffusion language model: attention, scoring, sampling."""
 
 from __future__ import annotations
 
@@ -42,14 +42,15 @@ class DiffusionLM(HasFamily, WholeWeights):
     """Mixin that turns a stock `…ForCausalLM` with `config.is_causal = False` into a diffusion language model.
 
     Attention is full unless a class sets `attention_block`, the block size of block-causal attention. The mixin adds
-    scoring to `forward` (so that every wrapper — DDP, PEFT, ZeRO-3, FSDP2 — passes it through), samples by diffusion
-    in `generate`, and refuses the autoregressive `labels=`.
+    scoring to `forward`, samples by diffusion in `generate`, and refuses the autoregressive `labels=`. Scoring is part
+    of `forward` because wrappers (DDP, PEFT, ZeRO-3, FSDP2) synchronise and gather weights there alone: calling
+    submodules past the wrapper gives wrong gradients without an error.
     """
 
     config: Any
     model: Any  # the stock class's network
     lm_head: Any
-    # the family's layers; the weights are those of the stock class
+    # the family's overrides of layers, see `trl_diffusion.models.layers`
     rotary_class: type
     attention_class: type
     last_layer_class: type
@@ -60,7 +61,9 @@ class DiffusionLM(HasFamily, WholeWeights):
 
     def __init__(self, config: Any):
         super().__init__(config)  # type: ignore[call-arg]  # the stock class comes next
-        self.lm_head.__class__ = ScoringHead  # same weight, and it scores too
+        # The layers of the stock class get our classes in place: they keep their weights and names, and what
+        # transformers set up by type or name (initialisation, FSDP's wrapping, device maps) stays true.
+        self.lm_head.__class__ = ScoringHead
         self.model.embed_tokens.padding_idx = None  # pad and end of text share an id, and the latter must learn
         self.model.rotary_emb = self.rotary_class(config)
         for layer in self.model.layers:
@@ -70,7 +73,7 @@ class DiffusionLM(HasFamily, WholeWeights):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any):
-        """transformers' `from_pretrained`; 4-bit layers compute exactly on a CPU too, see `ExactLinear4bit`."""
+        """Load a model as transformers does; 4-bit layers compute exactly on a CPU too, see `ExactLinear4bit`."""
         loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
         if model.uses_bitsandbytes:
@@ -81,7 +84,7 @@ class DiffusionLM(HasFamily, WholeWeights):
 
     @property
     def uses_bitsandbytes(self) -> bool:
-        """Whether linear layers were quantised by bitsandbytes."""
+        """True if linear layers were quantised by bitsandbytes."""
         quantizer = self.hf_quantizer
         return quantizer is not None and (
             quantizer.quantization_config.quant_method == QuantizationMethod.BITS_AND_BYTES
@@ -89,12 +92,12 @@ class DiffusionLM(HasFamily, WholeWeights):
 
     @staticmethod
     def native_name(name: str) -> str:
-        """This class's name of a module or weight of the hub's checkpoint; its own names are returned as they are."""
+        """Return this class's name of a module or weight of the hub's checkpoint; its own names stay as they are."""
         return name
 
     @staticmethod
     def hub_name(name: str) -> str:
-        """The hub checkpoint's name of a module or weight of this class."""
+        """Return the hub checkpoint's name of a module or weight of this class."""
         return name
 
     @property
@@ -136,9 +139,9 @@ class DiffusionLM(HasFamily, WholeWeights):
         cache: WindowCache | None = None,
         **kwargs: Any,
     ):
-        """Logits everywhere or, with `positions`, only there; with `targets` too, their log-probabilities.
+        """Compute logits everywhere or, with `positions`, only there; with `targets` too, their log-probabilities.
 
-        The last layer and the LM head compute these positions alone.
+        With `positions` the last layer and the LM head compute these positions alone.
 
         Args:
             input_ids: long [R, T], noised tokens (prompt and canvas).
@@ -150,10 +153,10 @@ class DiffusionLM(HasFamily, WholeWeights):
                 not given.
             temperature: divides the logits before the softmax; > 0.
             canvas_start: a column at which an attention block begins; full attention does not depend on it.
-            noisy_copy: the last so many tokens are a noised copy of those before them, see `block_causal_bias`; for
-                block-causal attention.
+            noisy_copy: number of tokens at the end that are a noised copy of those before them, see
+                `block_causal_bias`; with block-causal attention only.
             cache: keys and values of other columns. `input_ids` and `positions` are then those of its window, and
-                `attention_mask` [R, visible] covers all visible columns. For passes without gradient.
+                `attention_mask` [R, visible] covers all visible columns. For forward passes without gradient.
 
         Returns:
             The stock class's output without `positions`, else a `DiffusionLMOutput`.
@@ -256,26 +259,27 @@ class DiffusionLM(HasFamily, WholeWeights):
         return DiffusionLMOutput(log_probs=scatter(log_probs), entropy=scatter(entropy))
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any):
-        """transformers' `resize_token_embeddings`; the new head scores too."""
+        """Resize as transformers does; the new LM head scores too."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
         if type(self.lm_head) is nn.Linear:
             self.lm_head.__class__ = ScoringHead
         return embeddings
 
     def _score(self, hidden, targets, support, temperature) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities and entropies [N] of targets [N] from hidden states [N, H]."""
+        """Score targets [N] from hidden states [N, H]: log-probabilities and entropies, [N] each."""
         head = inner = self.lm_head
         if isinstance(head, ModulesToSaveWrapper):
             inner = head.original_module
         if isinstance(inner, ScoringHead) and not any("forward" in vars(module) for module in (head, inner)):
             return head(hidden, targets, support, temperature, self.family)
-        # LoRA on the head adds to its logits, a quantised head computes its own, and so does a `forward` that was put
-        # on it (TRL's `cast_lm_head_to_fp32`)
+        # Anything else computes the logits its own way, so they are computed in full: LoRA on the head adds to them, a
+        # quantised head dequantises, and TRL's `cast_lm_head_to_fp32` puts a `forward` of its own on the head.
         return score_targets(self._diffusion_logits(hidden), targets, temperature, support)
 
     def _diffusion_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        # The head is called as a module: ZeRO-3, FSDP2 and quantised heads gather their weights in its hooks. A hook
-        # on its backward pass forbids changing its output in place, hence the copy (which bfloat16 needs anyway).
+        # The head is called as a module, because ZeRO-3, FSDP2 and quantised heads gather their weights in its hooks.
+        # A hook on its backward pass forbids changing its output in place, hence the copy (which bfloat16 needs
+        # anyway).
         logits = self.lm_head(hidden).to(torch.float32, copy=torch.is_grad_enabled())
         return self.family.exclude_never_sampled(logits)
 
@@ -308,9 +312,9 @@ class DiffusionLM(HasFamily, WholeWeights):
     ) -> torch.Tensor | Trajectory | DiffusionGenerateOutput:
         """Sample completions by diffusion on a canvas of `max_new_tokens` positions.
 
-        What transformers' `generate` has under the same name means the same here. What is not given is read from
-        `generation_config`, then from the model's, which comes from the checkpoint; greedy decoding on a canvas of
-        256 positions is what is left.
+        Arguments that transformers' `generate` has too mean the same here. One that is not given is read from
+        `generation_config`, then from the model's own generation config, which comes from the checkpoint. The last
+        default is greedy decoding on a canvas of 256 positions.
 
         Args:
             input_ids: integers [B, P], left-padded prompts.
@@ -328,8 +332,8 @@ class DiffusionLM(HasFamily, WholeWeights):
                 needs `top_k`.
             num_return_sequences: completions per prompt n; those of a prompt follow each other.
             pad_token_id: fills the canvas after a finished text; the family's tail id if not given.
-            eos_token_id: ids that end a text too. The family's own always do, because the network writes nothing but
-                filling after them.
+            eos_token_id: further ids that end a text. The family's own always do, because the network writes only
+                padding after them.
             unmasking: how positions are chosen, see `trl_diffusion.sampling.SamplingConfig`, also for the next four.
             confidence_threshold: commit every position whose largest probability reaches this.
             entropy_bound: commit positions up to this much entropy, in nats.

@@ -57,11 +57,11 @@ class DreamAttention(DiffusionAttention, qwen2.Qwen2Attention):  # type: ignore[
 
 
 class Qwen2DecoderLayer(LastLayer, qwen2.Qwen2DecoderLayer):  # type: ignore[misc]  # adds `read`
-    """The last layer, under the stock name: FSDP and device maps know layers by it."""
+    """The last layer. It has the name of the stock class, by which FSDP and device maps recognise layers."""
 
 
 class DreamTokenizer(Qwen2Tokenizer):
-    """Qwen2's tokenizer, which gives the ids of Dream's remote code, under the name that checkpoints ask for."""
+    """Qwen2's tokenizer under the name that checkpoints ask for; it gives the same ids as Dream's remote code."""
 
 
 class DreamModel(DiffusionLM, Qwen2ForCausalLM):  # type: ignore[misc]  # `generate` samples by diffusion
@@ -75,5 +75,5 @@ class DreamModel(DiffusionLM, Qwen2ForCausalLM):  # type: ignore[misc]  # `gener
 
 
 register(DreamConfig, DreamModel)
-# By name, as AutoTokenizer.register(DreamConfig, …) would let remote code win under trust_remote_code=True.
+# Registered by name: after AutoTokenizer.register(DreamConfig, …), trust_remote_code=True would load the remote code.
 REGISTERED_TOKENIZER_CLASSES[DreamTokenizer.__name__] = DreamTokenizer

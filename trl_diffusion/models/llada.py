@@ -32,7 +32,7 @@ CONFIG_KEYS = {
     "embedding_size": "vocab_size",
     "init_std": "initializer_range",
 }
-# hub keys that change the network, with the only value that this class computes
+# Hub keys that change the network, with the only value that this class computes.
 REQUIRED_VALUES = {
     "alibi": False,
     "rope": True,
@@ -74,7 +74,7 @@ _WEIGHT_NAMES = [
     (rf"{_BLOCK}\.up_proj", r"model.layers.\1.mlp.up_proj"),
     (rf"{_BLOCK}\.ff_out", r"model.layers.\1.mlp.down_proj"),
 ]
-# the other way: (native name as a regular expression, hub name)
+# The inverse: (native name as a regular expression, hub name).
 _HUB_NAMES = [
     (native.replace(".", r"\.").replace(r"\1", r"(\d+)"), hub.replace(r"\.", ".").replace(r"(\d+)", r"\1"))
     for hub, native in _WEIGHT_NAMES
@@ -82,12 +82,12 @@ _HUB_NAMES = [
 
 
 def native_weight_name(name: str) -> str:
-    """The native name of a LLaDA weight or module; native names are returned as they are."""
+    """Return the native name of a LLaDA weight or module; native names are returned unchanged."""
     return _renamed(name, _WEIGHT_NAMES)
 
 
 def hub_weight_name(name: str) -> str:
-    """The hub's name of a LLaDA weight or module, given its native name."""
+    """Return the hub's name of a LLaDA weight or module, given its native name."""
     return _renamed(name, _HUB_NAMES)
 
 
@@ -132,17 +132,17 @@ class LLaDAConfig(DiffusionConfigMixin, LlamaConfig):
             keys["mlp_hidden_size"] = keys.get("mlp_ratio", 4) * keys["d_model"]
         if keys.get("multi_query_attention"):
             keys["n_kv_heads"] = 1
-        num_tokens = self.vocab_size  # on the hub the number of tokens; embedding_size has rows to spare
+        num_tokens = self.vocab_size  # the hub's `vocab_size` counts tokens, its `embedding_size` rows
         # Dataclass defaults are already set, so a hub key must overwrite them; head_dim follows from both.
         for hub, native in CONFIG_KEYS.items():
             if (value := keys.pop(hub, None)) is not None:
                 setattr(self, native, value)
-        # LLaDA-8B's config.json gives the rows of the embedding here too, so the published number is used for it.
+        # In LLaDA-8B's own config.json both count rows; its number of tokens is in `published`.
         if self.num_tokens is None and self.vocab_size != LLADA_8B.size:
             self.num_tokens = min(num_tokens, self.vocab_size)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration with the hub's keys (`d_model` …), as `config.json` stores it."""
+        """Return the configuration with the hub's keys (`d_model` …), as `config.json` stores it."""
         output = super().to_dict()
         for hub, native in CONFIG_KEYS.items():
             output[hub] = output.pop(native)
@@ -159,7 +159,7 @@ class LLaDAAttention(DiffusionAttention, llama.LlamaAttention):  # type: ignore[
 
 
 class LlamaDecoderLayer(LastLayer, llama.LlamaDecoderLayer):  # type: ignore[misc]  # adds `read`
-    """The last layer, under the stock name: FSDP and device maps know layers by it."""
+    """The last layer. It has the name of the stock class, by which FSDP and device maps recognise layers."""
 
 
 class LLaDAModelLM(DiffusionLM, LlamaForCausalLM):  # type: ignore[misc]  # `generate` samples by diffusion

@@ -61,7 +61,7 @@ class SDARConfig(DiffusionConfigMixin, Qwen3Config):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
-        """transformers' `from_dict`, which puts arguments of `from_pretrained` among the keys of `config.json`."""
+        """Check the attention asked of `from_pretrained`, which from here on looks like a key of `config.json`."""
         _check_attention(kwargs.get("attn_implementation"))
         return super().from_dict(config_dict, **kwargs)
 
@@ -86,7 +86,7 @@ class SDARAttention(DiffusionAttention, qwen3.Qwen3Attention):  # type: ignore[m
 
 
 class Qwen3DecoderLayer(LastLayer, qwen3.Qwen3DecoderLayer):  # type: ignore[misc]  # adds `read`
-    """The last layer, under the stock name: FSDP and device maps know layers by it."""
+    """The last layer. It has the name of the stock class, by which FSDP and device maps recognise layers."""
 
 
 class SDARForCausalLM(DiffusionLM, Qwen3ForCausalLM):  # type: ignore[misc]  # `generate` samples by diffusion
