@@ -8,7 +8,8 @@ __version__ = "0.1.0.dev0"
 
 
 def __getattr__(name: str) -> Any:
-    # Trainers and configs, for `from trl_diffusion import AGRPOTrainer`; TRL's trainers are slow to load.
+    # `from trl_diffusion import AGRPOTrainer` works without loading TRL's trainers, which are slow to load, for
+    # everybody else.
     if name.endswith(("Trainer", "Config")):
         from trl_diffusion import trainers
 
