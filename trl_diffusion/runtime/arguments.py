@@ -186,7 +186,7 @@ def check_dataset(dataset: Any, name: str = "train_dataset", columns: Mapping[st
 
 
 def named_eval_datasets(dataset: Any) -> dict[str, Any]:
-    """Return the data sets of the trainer's `eval_dataset`, which may be none, one or several, by names for messages."""
+    """Return the data sets of the trainer's `eval_dataset` (none, one or several) by their names for messages."""
     if isinstance(dataset, dict):
         return {f"eval_dataset[{split!r}]": rows for split, rows in dataset.items()}
     return {} if dataset is None else {"eval_dataset": dataset}
