@@ -273,7 +273,7 @@ class DiffusionLM(HasFamily, WholeWeights):
         if isinstance(inner, ScoringHead) and not any("forward" in vars(module) for module in (head, inner)):
             return head(hidden, targets, support, temperature, self.family)
         # Anything else computes the logits its own way, so they are computed in full: LoRA on the head adds to them, a
-        # quantised head dequantises, and TRL's `cast_lm_head_to_fp32` puts a `forward` of its own on the head.
+        # quantised head dequantises, and TRL's `cast_lm_head_to_fp32` replaces the head's `forward`.
         return score_targets(self._diffusion_logits(hidden), targets, temperature, support)
 
     def _diffusion_logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Checkpoints from which a run continues as if it had never stopped.
 
 transformers saves weights, optimizer, schedule, random generators and its own state. It does not save the loss and the
-time since the last log, and it cannot tell a checkpoint that was written to its end from one that was not (see
+time since the last log, and it does not notice that a checkpoint was not written to its end (see
 `trl_diffusion.runtime.manifest`). It also resumes under any settings; here a run compares its facts with those of the
 checkpoint first (`run_facts.py`), and its own learning rates take effect (`resumed_rates.py`). What a GRPO run needs
 in addition is in `trl_diffusion.runtime.rollout_checkpoints`.

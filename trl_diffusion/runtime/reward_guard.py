@@ -189,7 +189,7 @@ def all_tied(rewards: torch.Tensor, weights: torch.Tensor, group: int) -> bool:
 
 
 class Rewards(NamedTuple):
-    """What a reward function returned: its values, and the same in float32, in which TRL keeps them (0 for `None`)."""
+    """The values that a reward function returned, and the same in float32, as TRL keeps them (0 for `None`)."""
 
     values: list
     numbers: torch.Tensor

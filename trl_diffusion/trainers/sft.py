@@ -1,9 +1,9 @@
 """Masked supervised fine-tuning of diffusion language models, as in d1 (2504.12216) and LLaDA (2502.09992).
 
-Every answer is noised at its own level t ~ U(1e-3, 1): each of its positions is masked with probability t, and the
-loss is the sum of cross-entropy / t over masked positions, divided by the number of answer positions. The answer is
-the completion, the id that ends a turn, and the tail id up to the end of the canvas, which is trained like the rest so
-that the network learns where texts end. Prompts are never masked.
+Every answer is noised at its own level t ~ U(1e-3, 1): each of its positions is masked with probability t. The loss is
+the sum of cross-entropy / t over masked positions, divided by the number of answer positions. The answer consists of
+the completion, the id that ends a turn, and the tail id up to the end of the canvas. The tail is trained like the
+rest, so that the network learns where texts end. Prompts are never masked.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from trl_diffusion.trainers.base.sft_data import completion_content as completio
 from trl_diffusion.trainers.base.sft_model import load_arguments, load_policy
 from trl_diffusion.validation import at_least
 
-# Keeps the noise of training and of evaluation apart.
+# First element of the key of a noise stream, so that training and evaluation do not share noise.
 _TRAIN, _EVAL = 0, 1
 
 
@@ -50,13 +50,13 @@ _TRAIN, _EVAL = 0, 1
 class SFTConfig(UpdateGuardConfig, ResumeConfig, _BaseConfig):
     """Configuration of [`SFTTrainer`]; defaults are d1's (2504.12216).
 
-    The fields of `transformers.TrainingArguments` are there too; those below are new or have another default.
+    It has all fields of `transformers.TrainingArguments`; those below are new or have another default.
 
     Raises:
         ValueError: if a value is out of its range, or a setting has no meaning for this loss.
     """
 
-    # The command line gives them as JSON.
+    # Fields that are given as JSON on the command line.
     _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of AdamW."})
@@ -109,7 +109,7 @@ class SFTTrainer(PortableCards, Checkpoints, GuardedUpdates, _BaseTrainer):  # t
         args: configuration; d1's defaults if not given.
         train_dataset: columns `prompt` and `completion`, both strings or both lists of messages. Messages of the
             prompt go through the chat template; the completion is one assistant message.
-        eval_dataset: same form. Its noise is the same at every evaluation, so that losses can be compared.
+        eval_dataset: in the same form. Its noise is the same at every evaluation, so that losses can be compared.
         processing_class: the tokenizer; loaded from the model's name if not given.
         callbacks: as in `transformers.Trainer`.
         optimizers: as in `transformers.Trainer`.
@@ -129,8 +129,8 @@ class SFTTrainer(PortableCards, Checkpoints, GuardedUpdates, _BaseTrainer):  # t
         "title": "d1: Scaling Reasoning in Diffusion Large Language Models via Reinforcement Learning",
         "id": "2504.12216",
     }
-    # Every row has the same number of answer positions, so the mean over a micro-batch is all the scaling there is,
-    # and Trainer divides by the accumulation steps.
+    # Every row has the same number of answer positions, so the loss is a mean over the micro-batch and Trainer has to
+    # divide by the accumulation steps.
     loss_is_scaled_for_ga = False  # type: ignore[assignment]
 
     args: SFTConfig
@@ -185,7 +185,7 @@ class SFTTrainer(PortableCards, Checkpoints, GuardedUpdates, _BaseTrainer):  # t
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
 
     def train(self, *args, **kwargs):
-        """TRL's `train`. With the progress bar (`disable_tqdm=False`) the start-up report is printed first."""
+        """Train as TRL does; with the progress bar (`disable_tqdm=False`) print the start-up report first."""
         if self.train_dataset is not None and not self.args.disable_tqdm:
             self.print_report()
         return super().train(*args, **kwargs)
@@ -196,11 +196,11 @@ class SFTTrainer(PortableCards, Checkpoints, GuardedUpdates, _BaseTrainer):  # t
             Console().print(sft_report(self.as_run()))
 
     def as_run(self) -> SFTRun:
-        """The values that the start-up report and the estimates of cost follow from."""
+        """Return the values from which the start-up report and the estimates of cost are computed."""
         return SFTRun.of(self, self.family, rows=self.train_dataset, evaluates=self.eval_dataset is not None)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """transformers' `log`, with the mean of what was counted since the last one."""
+        """Log as transformers does, with the means of the guards' metrics since the last log added."""
         metrics = self._metrics["train" if self.model.training else "eval"]
         logs |= {name: sum(values) / len(values) for name, values in metrics.items()}
         metrics.clear()
@@ -223,7 +223,7 @@ class SFTTrainer(PortableCards, Checkpoints, GuardedUpdates, _BaseTrainer):  # t
         self._signature_columns = ["prompt_ids", "completion_ids", "row"]  # type: ignore[assignment]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The masked loss of a micro-batch, with noise keyed by (seed, update, row of the data set)."""
+        """Compute the masked loss of a micro-batch, with noise keyed by (seed, update, row of the data set)."""
         key = (_TRAIN, self.state.global_step) if model.training else (_EVAL, 0)
         masked, level = draw_noise(
             self.args.seed,
@@ -246,7 +246,7 @@ class SFTTrainer(PortableCards, Checkpoints, GuardedUpdates, _BaseTrainer):  # t
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The loss of an evaluation batch; there are no logits to return."""
+        """Compute the loss of an evaluation batch; there are no logits to return."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
@@ -256,11 +256,11 @@ class SFTTrainer(PortableCards, Checkpoints, GuardedUpdates, _BaseTrainer):  # t
 def draw_noise(
     *key: int, rows: Sequence[int], length: int, min_noise_level: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise level and mask of every row, each from its own stream.
+    """Draw the noise level and mask of every row, each from its own stream.
 
     Args:
         *key: non-negative integers, such as (seed, purpose, update).
-        rows: the row of the data set that each answer comes from.
+        rows: number in the data set of each answer's row.
         length: answer positions L.
         min_noise_level: smallest t.
 
@@ -283,12 +283,13 @@ def masked_loss(
     level: torch.Tensor,
     family: DiffusionFamily,
 ) -> torch.Tensor:
-    """Sum of cross-entropy / t over masked positions ÷ number of answer positions (2504.12216), mean over rows.
+    """Return Σ cross-entropy / t over masked positions ÷ number of answer positions (2504.12216), mean over rows.
 
-    With block-causal attention every block is noised beside the finished ones before it, all in one pass (2503.09573).
+    With block-causal attention the clean answer is part of the input too, and every noised block sees the clean blocks
+    before it, all in one forward pass (2503.09573).
 
     Args:
-        model: a diffusion language model, also behind a wrapper.
+        model: a diffusion language model, wrapped or not.
         prompt_ids: long [B, P], left-padded.
         prompt_mask: [B, P], 0 on padding.
         completion_ids: long [B, L], the whole canvas.
