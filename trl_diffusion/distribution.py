@@ -98,6 +98,7 @@ def draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         return _invert(probabilities, threshold)[0]
     if size % _PART:
         probabilities = torch.nn.functional.pad(probabilities, (0, -size % _PART))
+    # The threshold's place inside of its part is uniform again, and serves as the threshold there.
     parts = probabilities.unflatten(-1, (-1, _PART))
     part, threshold = _invert(parts.sum(-1), threshold)
     inside = parts.gather(-2, part[..., None, None].expand(*part.shape, 1, _PART)).squeeze(-2)
@@ -106,6 +107,8 @@ def draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 def _invert(masses: torch.Tensor, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the index whose share of the total mass holds a threshold in [0, 1), and where in this share it lies."""
+    # The last share may differ from 1 by rounding. Scaled by it, every threshold below 1 lies below the last share,
+    # and `right=True` steps over entries of mass 0, whose share equals the one before.
     cumulative = cumulative_shares(masses)
     point = threshold.unsqueeze(-1) * cumulative[..., -1:]
     index = torch.searchsorted(cumulative, point, right=True).clamp(max=masses.size(-1) - 1)

@@ -11,6 +11,7 @@ import copy
 import re
 from pathlib import Path
 
+import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 from peft.utils.other import get_pattern_key
@@ -114,14 +115,7 @@ def _rename(adapter: str | Path, output: str | Path, base: str | None, to_hub: b
     native_to_hub = dict(zip(layers.names, layers.hub_names, strict=True))
     names = native_to_hub if to_hub else {hub: native for native, hub in native_to_hub.items()}
 
-    tensors, adapted, unknown = {}, set(), []
-    for key, tensor in load_peft_weights(adapter, device="cpu").items():
-        parts = _LORA_KEY.fullmatch(key)
-        if parts is None or parts["layer"] not in names:
-            unknown.append(key)
-            continue
-        adapted.add(parts["layer"])
-        tensors[f"base_model.model.{names[parts['layer']]}{parts['tensor']}"] = tensor.contiguous()
+    tensors, adapted, unknown = _renamed_tensors(load_peft_weights(adapter, device="cpu"), names)
     if unknown:
         given = "native" if to_hub else "the hub's"
         raise ValueError(
@@ -134,6 +128,29 @@ def _rename(adapter: str | Path, output: str | Path, base: str | None, to_hub: b
     renamed = _renamed_config(config, base, {name: names[name] for name in adapted}, list(names.values()))
     renamed.save_pretrained(str(output))
     return output
+
+
+def _renamed_tensors(
+    weights: dict[str, torch.Tensor], names: dict[str, str]
+) -> tuple[dict[str, torch.Tensor], set[str], list[str]]:
+    """Rename the weights of an adapter.
+
+    Args:
+        weights: by their keys in PEFT's file.
+        names: new name of every linear layer by its old one.
+
+    Returns:
+        (weights by their new keys; old names of the adapted layers; keys that belong to no linear layer).
+    """
+    tensors, adapted, unknown = {}, set(), []
+    for key, tensor in weights.items():
+        parts = _LORA_KEY.fullmatch(key)
+        if parts is None or parts["layer"] not in names:
+            unknown.append(key)
+            continue
+        adapted.add(parts["layer"])
+        tensors[f"base_model.model.{names[parts['layer']]}{parts['tensor']}"] = tensor.contiguous()
+    return tensors, adapted, unknown
 
 
 def _check_plain_lora(adapter: str, config: PeftConfig) -> None:
@@ -178,5 +195,7 @@ def _renamed_config(config: LoraConfig, base: str, names: dict[str, str], all_na
 
 
 def _renamed_pattern(pattern: dict[str, int], names: dict[str, str]) -> dict[str, int]:
+    """Return a rank or alpha pattern with an entry for every renamed layer that the given one has a value for."""
+    # Written out layer by layer, because a pattern such as `ff_out` can match other layers under the new names.
     found = {new: get_pattern_key(list(pattern), old) for old, new in sorted(names.items())}
     return {re.escape(new): pattern[key] for new, key in found.items() if key in pattern}

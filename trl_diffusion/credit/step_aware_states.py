@@ -64,9 +64,10 @@ def probe_state(
     ids, points = trajectory.completion_ids, points.unsqueeze(1)
     canvas_length = ids.size(1)
     positions = torch.arange(canvas_length, device=ids.device)
-    hidden = (trajectory.unmask_step >= points) | (trajectory.unmask_step < 0)
+    hidden = (trajectory.unmask_step >= points) | (trajectory.unmask_step < 0)  # -1: never sampled
     if kind == "keep":
         return CanvasState(ids.masked_fill(hidden, family.mask_token_id), torch.full_like(ids[:, 0], canvas_length))
+    # Positions before the first masked one: after it the running maximum of `hidden` is 1.
     without_gap = hidden.cummax(1).values.logical_not().sum(1, keepdim=True)
     written = points * block_length if kind == "block" else without_gap
     length = (written.squeeze(1) + masks).clamp(max=canvas_length)

@@ -82,6 +82,7 @@ def step_signals(
     steps = torch.arange(step_entropy.size(1), device=step_entropy.device)
     entropy = step_entropy.double()
     change = torch.nn.functional.pad((entropy[:, 1:] - entropy[:, :-1]).abs(), (1, 0))
+    # Between blocks the entropy is that of other positions, so its change there says nothing about a step.
     change = change.masked_fill(steps % steps_per_block == 0, 0.0)
 
     def average(values: torch.Tensor) -> torch.Tensor:
@@ -128,6 +129,7 @@ def select_uniform(signals: StepSignals, count: int, noise: torch.Tensor) -> Ste
     With a fixed start and a distance of whole blocks they would be the same step of every block, and the other steps
     would never be trained.
     """
+    # One step at (k + v)/K of the way through the candidates, v the same for all k; ranks count candidates in time.
     candidates = signals.num_candidates.unsqueeze(1)
     parts = candidates.clamp(max=count)
     index = torch.arange(count, device=candidates.device)

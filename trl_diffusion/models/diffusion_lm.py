@@ -61,8 +61,8 @@ class DiffusionLM(HasFamily, WholeWeights):
 
     def __init__(self, config: Any):
         super().__init__(config)  # type: ignore[call-arg]  # the stock class comes next
-        # The layers of the stock class get our classes in place: they keep their weights and names, and what
-        # transformers set up by type or name (initialisation, FSDP's wrapping, device maps) stays true.
+        # Layers keep their weights and names and only change their class, so that whatever transformers sets up by
+        # name or type (initialisation, FSDP wrapping, device maps) still holds.
         self.lm_head.__class__ = ScoringHead
         self.model.embed_tokens.padding_idx = None  # pad and end of text share an id, and the latter must learn
         self.model.rotary_emb = self.rotary_class(config)
@@ -277,9 +277,8 @@ class DiffusionLM(HasFamily, WholeWeights):
         return score_targets(self._diffusion_logits(hidden), targets, temperature, support)
 
     def _diffusion_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        # The head is called as a module, because ZeRO-3, FSDP2 and quantised heads gather their weights in its hooks.
-        # A hook on its backward pass forbids changing its output in place, hence the copy (which bfloat16 needs
-        # anyway).
+        # Called as a module, because ZeRO-3, FSDP2 and quantised heads gather the weights in its hooks. A hook on its
+        # backward pass forbids changing its output in place, hence the copy (which bfloat16 needs anyway).
         logits = self.lm_head(hidden).to(torch.float32, copy=torch.is_grad_enabled())
         return self.family.exclude_never_sampled(logits)
 

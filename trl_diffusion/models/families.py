@@ -1,4 +1,10 @@
-"""The families that this library knows: each registers its config and its model class when it is imported."""
+"""The families that this library knows: each registers its config and its model class when it is imported.
+
+A family's file holds a config (`DiffusionConfigMixin` before a stock config class, with `model_type` and the
+`published` vocabulary), three layer classes (`Float32Rotary`, `DiffusionAttention` and `LastLayer`, each before the
+stock class) and a model (`DiffusionLM` before the stock `…ForCausalLM`, with the config and layer classes as
+attributes), and ends with `register`. `dream.py` is the shortest example.
+"""
 
 from __future__ import annotations
 

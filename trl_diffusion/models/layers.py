@@ -88,6 +88,7 @@ class DiffusionAttention:
         if queries is not None:
             asked, query_cos, query_sin = (take(states, queries) for states in (hidden_states, cos, sin))
             if attention_mask is not None:
+                # [R or 1, 1, T, keys] → [R, 1, K, keys]: the rows of the queries that are computed
                 attention_mask = take(attention_mask.squeeze(1), queries).unsqueeze(1)
         query, key = self._normalised(self._heads(self.q_proj, asked), self._heads(self.k_proj, hidden_states))
         query, key = _rotated(query, query_cos, query_sin), _rotated(key, cos, sin)
@@ -145,6 +146,7 @@ class LastLayer:
         if read is None or not by_query:
             output = super().forward(hidden_states, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
             return output if read is None else take(output, read)
+        # From here on as in the stock layer, for the columns that are read; attention takes all as keys and values.
         attended, _ = self.self_attn(
             self.input_layernorm(hidden_states), attention_mask=attention_mask, queries=read, **kwargs
         )

@@ -59,7 +59,8 @@ LLADA_8B = Vocabulary(
 )
 
 _BLOCK = r"model\.transformer\.blocks\.(\d+)"
-# (hub name, native name) of every weight, as regular expressions on whole names
+# (hub name, native name) of every weight. Hub names are regular expressions that match from the start of a name up to
+# a dot or its end, so the rows serve modules (`…blocks.3.attn_out`) and weights (`…blocks.3.attn_out.weight`) alike.
 _WEIGHT_NAMES = [
     (r"model\.transformer\.wte", "model.embed_tokens"),
     (r"model\.transformer\.ln_f", "model.norm"),
@@ -133,7 +134,8 @@ class LLaDAConfig(DiffusionConfigMixin, LlamaConfig):
         if keys.get("multi_query_attention"):
             keys["n_kv_heads"] = 1
         num_tokens = self.vocab_size  # the hub's `vocab_size` counts tokens, its `embedding_size` rows
-        # Dataclass defaults are already set, so a hub key must overwrite them; head_dim follows from both.
+        # Dataclass defaults are set already, so hub keys overwrite them. This comes before the stock class's
+        # `__post_init__`, which derives `head_dim` from two of them.
         for hub, native in CONFIG_KEYS.items():
             if (value := keys.pop(hub, None)) is not None:
                 setattr(self, native, value)

@@ -57,23 +57,18 @@ def complete_card(trainer: Any, dataset_name: str | None, generation: dict[str, 
     adapter = trainer.model.active_peft_config if isinstance(trainer.model, PeftModel) else None
     base = get_config_model_id(trainer.model.config)
     hub_id = hub_id_of(base)
-    card.data.base_model = hub_id
-    if adapter is not None:
-        card.data.library_name = "peft"
-        if hub_id is not None:
-            card.data.base_model_relation = "adapter"
-        if isinstance(adapter, LoraConfig):
-            card.data.tags = sorted({*card.data.tags, "lora"})
+    _correct_metadata(card, hub_id, adapter)
     page = _page(base, hub_id)
     paper = trainer._paper
-    rows = {
-        "base model": page,
-        "family": f"{trainer.family.name}, a diffusion language model",
-        "weights": _weights(trainer.model, adapter),
-        "method": trainer._name + (f", [{paper['id']}](https://arxiv.org/abs/{paper['id']})" if paper else ""),
-        "data set": dataset_name or "not named",
-    }
-    facts = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    facts = _table(
+        {
+            "base model": page,
+            "family": f"{trainer.family.name}, a diffusion language model",
+            "weights": _weights(trainer.model, adapter),
+            "method": trainer._name + (f", [{paper['id']}](https://arxiv.org/abs/{paper['id']})" if paper else ""),
+            "data set": dataset_name or "not named",
+        }
+    )
     pushed_to = trainer.hub_model_id or Path(trainer.args.output_dir).name
     example = _example(base, hub_id, pushed_to, adapter is not None, generation)
     text = card.text
@@ -87,6 +82,21 @@ def complete_card(trainer: Any, dataset_name: str | None, generation: dict[str, 
     )
     card.text = text
     card.save(path)
+
+
+def _correct_metadata(card: Any, hub_id: str | None, adapter: Any) -> None:
+    """Name the base by its id on the Hub, or not at all without one, and mark adapters as such."""
+    card.data.base_model = hub_id
+    if adapter is not None:
+        card.data.library_name = "peft"
+        if hub_id is not None:
+            card.data.base_model_relation = "adapter"
+        if isinstance(adapter, LoraConfig):
+            card.data.tags = sorted({*card.data.tags, "lora"})
+
+
+def _table(rows: dict[str, str]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
 class PortableCards:
