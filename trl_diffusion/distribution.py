@@ -107,8 +107,8 @@ def draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 def _invert(masses: torch.Tensor, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the index whose share of the total mass holds a threshold in [0, 1), and where in this share it lies."""
-    # The last share may differ from 1 by rounding, so the threshold is scaled by it. `right=True` finds the first share
-    # above that point, which is never the share of an entry of mass 0.
+    # The last share may differ from 1 by rounding, so the threshold is scaled by it. `right=True` finds the first
+    # share above that point, which is never the share of an entry of mass 0.
     cumulative = cumulative_shares(masses)
     point = threshold.unsqueeze(-1) * cumulative[..., -1:]
     index = torch.searchsorted(cumulative, point, right=True).clamp(max=masses.size(-1) - 1)

@@ -34,7 +34,7 @@ def encode_prompt(
     beginning = prompt[-1]["content"] if begun else ""
     if not isinstance(beginning, str):
         raise ValueError(
-            f"The last message of a prompt is the assistant's, and its content is {beginning!r}. As the beginning of "
+            f"The last message of a prompt is of the assistant, and its content is {beginning!r}. As the beginning of "
             "the answer it must be a string."
         )
     turns = prompt[:-1] if begun else prompt

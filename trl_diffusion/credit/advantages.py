@@ -40,13 +40,7 @@ def population_z_score(advantages: torch.Tensor) -> torch.Tensor:
 
 
 def opposed_softmax(advantages: torch.Tensor) -> torch.Tensor:
-    """Return wd1's weights (2507.08838), softmax(A) − softmax(−A) over the group, which sum to 0 there.
-
-    The first term weighs completions that should become more likely, the second those that should become less likely.
-
-    Args:
-        advantages: [N, G], A.
-    """
+    """Return softmax(A) − softmax(−A), [N, G]: what wd1 (2507.08838) makes more minus what it makes less likely."""
     unscored = advantages.isnan()
     more, less = (group_softmax(values.masked_fill(unscored, -torch.inf)) for values in (advantages, -advantages))
     return more - less

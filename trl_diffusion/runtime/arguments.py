@@ -321,7 +321,7 @@ def columns_of_rewards(reward_funcs: Any) -> dict[str, str]:
                 user = f"the reward function {get_callable_name(function)}"
                 if parameter.name in _NOT_PASSED_ON:
                     raise ValueError(
-                        f"A parameter of {user} is called {parameter.name!r}, but TRL calls it with `prompts` and "
+                        f"A parameter of {user} is called {parameter.name!r}, and TRL calls it with `prompts` and "
                         "`completions`, lists with an entry per completion. Rename the parameter."
                     )
                 needed[parameter.name] = user
