@@ -9,20 +9,24 @@ import signal
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from launching import accelerate_launch, run
 from methods import PROMPTS, method_named, text_reward
 from tiny import MASK, tiny_model, tiny_tokenizer
 from trainer_helpers import parameters_of, rollout_of
 from transformers import LlamaConfig, LlamaForSequenceClassification, TrainerCallback
+from trl.trainer.utils import get_callable_name, is_async_callable
 
 from trl_diffusion.credit import StepAwareReward
 from trl_diffusion.distribution import draw
-from trl_diffusion.runtime.reward_guard import RewardError, TimeLimit, all_tied
+from trl_diffusion.runtime.reward_guard import RewardError, RewardGuard, all_tied
+from trl_diffusion.runtime.time_limit import TimeLimit
 from trl_diffusion.trainers import AGRPOTrainer
 
 pytestmark = pytest.mark.slow
@@ -283,6 +287,42 @@ def test_reward_models_that_are_not_finite(tmp_path):
     change = trained(trainer)
     assert change.isfinite().all() and change.any()
     assert logged(trainer, "guards/reward_nonfinite") == [0.5]  # of the values of both
+
+
+# ---------------------------------------------------------------- what TRL sees
+
+
+class Judge:
+    """A reward function as an object, which TRL names after its class."""
+
+    def __call__(self, completion_ids, **columns):
+        return text_reward(None, completion_ids)
+
+
+class AsyncJudge:
+    async def __call__(self, completion_ids, **columns):
+        return text_reward(None, completion_ids)
+
+
+@pytest.mark.parametrize("function", [text_reward, ready_at_once, partial(text_reward), Judge(), AsyncJudge()])
+def test_a_guarded_function_has_the_name_and_kind_of_the_function(function, tmp_path):
+    guarded = RewardGuard(AGRPO.make(tmp_path).args, Accelerator(cpu=True)).wrap(function)
+    assert get_callable_name(guarded) == get_callable_name(function)
+    assert is_async_callable(guarded) == is_async_callable(function)
+    batch = dict(prompts=["a", "b"], completions=["a", "b"], completion_ids=[[0], [0, 1]])
+    rewards = guarded(**batch)
+    rewards = asyncio.run(rewards) if is_async_callable(function) else rewards
+    assert rewards == text_reward(None, batch["completion_ids"])
+
+
+def test_a_plain_function_that_returns_an_awaitable_is_guarded_when_it_is_awaited(tmp_path):
+    async def fails():
+        raise KeyError("no such answer")
+
+    guarded = RewardGuard(AGRPO.make(tmp_path).args, Accelerator(cpu=True)).wrap(lambda **columns: fails())
+    waiting = guarded(prompts=["a"], completions=["b"])
+    with pytest.raises(RewardError, match="<lambda> failed on a batch of 1 completions"):
+        asyncio.run(waiting)
 
 
 # ---------------------------------------------------------------- step-aware rewards

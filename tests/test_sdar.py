@@ -120,7 +120,7 @@ def test_a_noised_copy_gives_every_block_what_it_saw():
 
 
 def test_a_noised_copy_needs_block_causal_attention():
-    with pytest.raises(ValueError, match=r"would see what it is asked for\. LLaDAModelLM has full attention"):
+    with pytest.raises(ValueError, match=r"would see the tokens to predict\. LLaDAModelLM has full attention"):
         tiny_model()(input_ids=torch.zeros(1, 8, dtype=torch.long), noisy_copy=2)
 
 

@@ -21,6 +21,7 @@ from trl_diffusion.runtime.sft_report import scored_positions, sft_report, updat
 from trl_diffusion.sampling import row_generators
 from trl_diffusion.tasks.word_problems import load_word_problems
 from trl_diffusion.trainers import sft
+from trl_diffusion.trainers.base import sft_model
 from trl_diffusion.trainers.sft import SFTConfig, SFTTrainer, draw_noise, masked_loss, tokenize_dataset
 
 CANVAS = 16
@@ -201,7 +202,7 @@ def trainer_on(path, tokenizer, data=DATA, model=None, peft_config=None, eval_da
     ids=["splits", "list", "stream", "no rows", "no column", "images", "no text"],
 )
 def test_what_is_no_data_set_of_texts_is_refused(data, problem, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(sft, "create_model_from_path", None)  # before the model is loaded
+    monkeypatch.setattr(sft_model, "create_model_from_path", None)  # before the model is loaded
     with pytest.raises((ValueError, TypeError), match=problem):
         trainer_on(tmp_path, tokenizer, data, model=EMBEDDED_MODEL)
     if not isinstance(data, DatasetDict):  # several sets are evaluated by name
@@ -279,7 +280,7 @@ def test_models_and_adapters_that_cannot_be_trained_are_refused(tokenizer, tmp_p
 
 
 def test_adapters_over_sharded_weights_are_checkpointed_reentrantly(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(sft, "_shards_weights", lambda args: True)  # as under ZeRO-3
+    monkeypatch.setattr(sft_model, "_shards_weights", lambda args: True)  # as under ZeRO-3
     adapter = LoraConfig(target_modules="all-linear")
     args = trainer_on(tmp_path, tokenizer, peft_config=adapter, gradient_checkpointing=True).args
     assert args.gradient_checkpointing_kwargs == {"use_reentrant": True}

@@ -346,7 +346,7 @@ def unknown_private_names() -> set[str]:
     known, used = set(), set()
     for tree in package_trees():
         for node in ast.walk(tree):
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                 known.add(node.name)
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 known.add(node.id)

@@ -10,7 +10,8 @@ register_families()
 
 
 def __getattr__(name: str) -> Any:
-    # Trainers and configs, for `from trl_diffusion import AGRPOTrainer`; TRL's trainers are slow to load.
+    # `from trl_diffusion import AGRPOTrainer` works without loading TRL's trainers, which are slow to load, for
+    # everybody else.
     if name.endswith(("Trainer", "Config")):
         from trl_diffusion import trainers
 

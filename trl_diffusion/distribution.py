@@ -1,4 +1,4 @@
-"""The distribution a token is drawn from, and the draw itself."""
+"""The distribution that a token is drawn from: truncate it, draw from it, score tokens under it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import math
 
 import torch
 
-# A draw of exactly 1 would fall behind the last token.
+# A draw of exactly 1 would fall past the last token.
 _LARGEST_UNIFORM = 1.0 - 2.0**-50
 
-# Entries of a part of a large vocabulary.
+# A large vocabulary is searched in parts of this many entries: first for the part, then inside of it.
 _PART = 512
 
-# What shares of a distribution are multiples of: the finest that float64 holds exactly up to 1.
+# Shares of a distribution are rounded to multiples of this, the finest that float64 holds exactly up to 1.
 _SHARE = 2.0**-52
 
 # In place of a log-probability of −inf, so that 0 · log 0 is 0: its exponential is 0.
@@ -20,11 +20,11 @@ SMALLEST = -1e4
 
 
 def running_sum(values: torch.Tensor, resolution: float) -> torch.Tensor:
-    """Sums of the values up to and including each one, along the last dimension, in multiples of `resolution`.
+    """Return the sums of values up to and including each one along the last dimension, in multiples of `resolution`.
 
-    The values are rounded to integers and added as such. So no sum depends on the order of addition, equal sums are
-    equal on every device, and what is not negative never decreases. PyTorch's `cumsum` of floats has none of this on
-    a GPU, and raises there under `full_determinism=True`.
+    The values are rounded to integers and added as integers. So no sum depends on the order of addition, every device
+    gives the same sums, and the sums of values that are not negative never decrease. PyTorch's `cumsum` of floats
+    guarantees none of this on a GPU, and raises there under `full_determinism=True`.
 
     Args:
         values: float [..., K], finite.
@@ -37,12 +37,12 @@ def running_sum(values: torch.Tensor, resolution: float) -> torch.Tensor:
 
 
 def sum_before(values: torch.Tensor, resolution: float) -> torch.Tensor:
-    """The same sums without the value itself: 0 at the first."""
+    """Return the sums of the values before each one, 0 at the first; see `running_sum`."""
     return torch.nn.functional.pad(running_sum(values, resolution)[..., :-1], (1, 0))
 
 
 def cumulative_shares(masses: torch.Tensor) -> torch.Tensor:
-    """The share of the total mass that lies up to and including each entry, float64 [..., K]; the last is about 1.
+    """Return the share of the total mass up to and including each entry, float64 [..., K]; the last is about 1.
 
     Args:
         masses: float [..., K], at least 0 and not all 0.
@@ -56,9 +56,9 @@ def _shares(masses: torch.Tensor) -> torch.Tensor:
 
 
 def truncate(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tempered log-probabilities of the `top_k` ids, cut to the smallest set with probability `top_p`.
+    """Return tempered log-probabilities of the `top_k` ids, cut to the smallest set with probability `top_p`.
 
-    The token that crosses `top_p` is kept, as transformers does.
+    The token whose probability crosses `top_p` is kept, as in transformers.
 
     Args:
         logits: float32 [..., V], never-sampled ids at -inf.
@@ -72,7 +72,7 @@ def truncate(logits: torch.Tensor, temperature: float, top_k: int, top_p: float)
     """
     scores, ids = (logits / temperature).topk(min(top_k, logits.size(-1)), dim=-1)
     cut = scores == -torch.inf
-    if top_p < 1:  # at 1 nothing is cut, also where rounding has the likely ids add up to 1
+    if top_p < 1:  # at 1 nothing is cut, even where the first ids already add up to 1 after rounding
         cut |= sum_before(_shares(scores.softmax(-1)), _SHARE) >= top_p
     scores = scores.masked_fill(cut, -torch.inf)
     return scores.log_softmax(-1), ids.int().masked_fill(cut, -1)
@@ -81,9 +81,9 @@ def truncate(logits: torch.Tensor, temperature: float, top_k: int, top_p: float)
 def draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Draw one index per distribution by inverting its cumulative distribution.
 
-    One uniform per token instead of one per vocabulary entry lets every completion have its own random stream. The
-    probabilities are float32 and their running sum is finer, because a float32 sum over 10⁵ entries loses the tail.
-    Over a large vocabulary the part that holds the index is found first, from the sums of all parts.
+    One uniform per token instead of one per vocabulary entry makes it affordable that every completion has its own
+    random stream. The probabilities are float32 but their running sum is finer, because a float32 sum over 10⁵ entries
+    loses the tail. In a large vocabulary the part that holds the index is found first, from the sums of all parts.
 
     Args:
         probabilities: float32 [..., K], not all 0.
@@ -98,6 +98,7 @@ def draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         return _invert(probabilities, threshold)[0]
     if size % _PART:
         probabilities = torch.nn.functional.pad(probabilities, (0, -size % _PART))
+    # The threshold's place inside of its part is uniform again, and serves as the threshold there.
     parts = probabilities.unflatten(-1, (-1, _PART))
     part, threshold = _invert(parts.sum(-1), threshold)
     inside = parts.gather(-2, part[..., None, None].expand(*part.shape, 1, _PART)).squeeze(-2)
@@ -105,7 +106,9 @@ def draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 def _invert(masses: torch.Tensor, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The index whose share of the total mass holds a threshold in [0, 1), and where in this share it lies."""
+    """Return the index whose share of the total mass holds a threshold in [0, 1), and where in this share it lies."""
+    # The last share may differ from 1 by rounding, so the threshold is scaled by it. `right=True` finds the first
+    # share above that point, which is never the share of an entry of mass 0.
     cumulative = cumulative_shares(masses)
     point = threshold.unsqueeze(-1) * cumulative[..., -1:]
     index = torch.searchsorted(cumulative, point, right=True).clamp(max=masses.size(-1) - 1)
@@ -117,7 +120,7 @@ def _invert(masses: torch.Tensor, threshold: torch.Tensor) -> tuple[torch.Tensor
 def score_targets(
     logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0, support: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each target and entropy of its distribution, at a temperature, on a support.
+    """Return the log-probability of each target and the entropy of its distribution, at a temperature, on a support.
 
     Args:
         logits: float32 [..., V]; -inf for ids that are never sampled.
@@ -138,7 +141,7 @@ def score_targets(
 
 
 def log_distribution(logits: torch.Tensor, temperature: float, support: torch.Tensor | None) -> torch.Tensor:
-    """Log-probabilities of the ids, [..., V], or of the support, [..., C]."""
+    """Return log-probabilities of all ids, [..., V], or of the support, [..., C]."""
     if not 0 < temperature < math.inf:
         raise ValueError(
             f"Tokens are scored at a finite temperature above 0, got {temperature}. A greedy trajectory records the "
@@ -150,7 +153,7 @@ def log_distribution(logits: torch.Tensor, temperature: float, support: torch.Te
 
 
 def target_columns(targets: torch.Tensor, support: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The column of `log_distribution` that holds each target, and whether there is one: long and bool [..., 1]."""
+    """Find the column of `log_distribution` that holds each target: (column long, found bool), both [..., 1]."""
     targets = targets.unsqueeze(-1)
     if support is None:
         return targets, torch.ones_like(targets, dtype=torch.bool)
@@ -158,5 +161,6 @@ def target_columns(targets: torch.Tensor, support: torch.Tensor | None) -> tuple
     return hit.int().argmax(-1, keepdim=True), hit.any(-1, keepdim=True)
 
 
-def at_columns(log_probs: torch.Tensor, column: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
-    return log_probs.gather(-1, column).masked_fill(~there, -torch.inf).squeeze(-1)
+def at_columns(log_probs: torch.Tensor, column: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """Return the log-probabilities [...] in the columns that `target_columns` found, -inf where it found none."""
+    return log_probs.gather(-1, column).masked_fill(~found, -torch.inf).squeeze(-1)

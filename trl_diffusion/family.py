@@ -1,4 +1,4 @@
-"""What the rest of the library needs to know about a diffusion language model, and nothing else."""
+"""Facts of a diffusion language model that sampling, scoring and losses need: special tokens, shift, attention."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ class DiffusionFamily:
 
     Args:
         name: model type, as in the checkpoint's `config.json` (for example `"llada"`).
-        mask_token_id: the mask token *m* that stands for a position not written yet.
+        mask_token_id: the mask token *m*, which stands for a position without a token yet.
         num_tokens: ids `>= num_tokens` are rows of the embedding without a token; they are never sampled.
         end_token_ids: the end set, ids that end a text (for LLaDA `<|eot_id|>` and `<|endoftext|>`).
-        tail_token_id: the end id that fills a canvas behind a finished text (`<|endoftext|>`).
+        tail_token_id: the end id that fills the canvas after a finished text (`<|endoftext|>`).
         logit_shift: 0 if the logits at position i predict the token at i, 1 if they predict the token at i + 1.
         attention_block: `None` for full attention, else the block size of block-causal attention.
     """
@@ -44,11 +44,11 @@ class DiffusionFamily:
         return logits
 
     def is_end(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Which ids belong to the end set: bool tensor, same shape as `token_ids`."""
+        """Return which ids belong to the end set: bool tensor, same shape as `token_ids`."""
         return torch.isin(token_ids, torch.tensor(self.end_token_ids, device=token_ids.device))
 
     def effective_length(self, completion_ids: torch.Tensor) -> torch.Tensor:
-        """Number of tokens up to and including the first end id (the canvas length if there is none).
+        """Count the tokens up to and including the first end id (the canvas length if there is none).
 
         Args:
             completion_ids: long tensor [B, L].
@@ -61,16 +61,21 @@ class DiffusionFamily:
         return torch.where(is_end.any(1), is_end.int().argmax(1) + 1, length)
 
 
+# Model types of the families that `trl_diffusion.models.families.register` has made known, in this order.
+MODEL_TYPES: dict[str, None] = {}
+
+
 class HasFamily:
-    """Base of the native models; by it the code that only needs the family recognises them."""
+    """Base class of the native models, by which code that imports no model recognises them."""
 
     @property
     def family(self) -> DiffusionFamily:
+        """The facts of this model."""
         raise NotImplementedError
 
 
 def family_of(model: Any) -> DiffusionFamily:
-    """The `DiffusionFamily` of a native model, also inside of a PEFT wrapper.
+    """Return the `DiffusionFamily` of a native model, also of one inside of a PEFT wrapper.
 
     Raises:
         TypeError: if the model is not one of this library's diffusion language models.
@@ -79,7 +84,8 @@ def family_of(model: Any) -> DiffusionFamily:
     if not isinstance(base, HasFamily):
         raise TypeError(
             f"{type(base).__name__} is not a diffusion language model known to trl_diffusion. Load one of the "
-            "supported families (llada, Dream, sdar) by name with AutoModelForCausalLM after `import trl_diffusion`; "
+            f"supported families ({', '.join(MODEL_TYPES)}) by name with AutoModelForCausalLM after "
+            "`import trl_diffusion`; "
             "if this is such a checkpoint, make sure that its config.json has the family's `model_type` and that "
             "`architectures` does not name a stock transformers class."
         )

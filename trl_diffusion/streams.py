@@ -1,4 +1,7 @@
-"""Private random streams, one per completion, so that no draw depends on batch make-up or on global state."""
+"""Random streams, one per completion, keyed by what they are for.
+
+No draw depends on the batch that a completion is in, on the process that holds it, or on global random state.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,10 @@ import torch
 
 
 class Purpose(IntEnum):
-    """Purpose of a stream, the first element of its key: no two purposes share noise."""
+    """Purpose of a stream, the first element of its key, so that no two purposes share noise.
+
+    The numbers are part of every key: changing one changes all draws of runs with the same seed.
+    """
 
     TRAIN_ROLLOUT = 0
     EVAL_ROLLOUT = 1
@@ -23,10 +29,10 @@ class Purpose(IntEnum):
 
 
 def row_generators(seed: int, *key: int, rows: Iterable[int]) -> list[np.random.Generator]:
-    """One random stream per row, keyed by `(seed, *key, row)`.
+    """Make one random stream per row, keyed by `(seed, *key, row)`.
 
-    The same key gives the same stream on every device, in every batch and on every process. NumPy's generators are
-    used because they take the whole key; PyTorch's CPU generator keeps 32 bits of its seed.
+    The same key gives the same stream on every device, in every batch and on every process. The generators are
+    NumPy's, because these take the whole key; PyTorch's CPU generator keeps 32 bits of its seed.
 
     Args:
         seed: any non-negative integer.
@@ -41,7 +47,11 @@ def row_generators(seed: int, *key: int, rows: Iterable[int]) -> list[np.random.
 
 
 def uniforms(generators: Sequence[np.random.Generator], *shape: int) -> torch.Tensor:
-    """Uniform noise in [0, 1), each row from its own stream.
+    """Draw uniform noise in [0, 1), each row from its own stream.
+
+    Args:
+        generators: one per row.
+        *shape: of the noise of a row.
 
     Returns:
         Float64 tensor [len(generators), *shape], on the CPU.

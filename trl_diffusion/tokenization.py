@@ -1,4 +1,4 @@
-"""Prompts as token ids, the same in training, evaluation and analysis."""
+"""Turn prompts into token ids, in the same way for training, evaluation and analysis."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from transformers import PreTrainedTokenizerBase
 def encode_prompt(
     prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, **template_kwargs: Any
 ) -> list[int]:
-    """Token ids of a prompt; a last assistant message is the beginning of the answer, to be continued.
+    """Return the token ids of a prompt; a final assistant message is the beginning of the answer, to be continued.
 
     Args:
         prompt: a text, or messages that go through the chat template.
         tokenizer: with a chat template, if the prompt is a list of messages.
-        template_kwargs: further arguments of the template, such as TRL's `chat_template_kwargs`.
+        **template_kwargs: further arguments of the template, such as TRL's `chat_template_kwargs`.
 
     Raises:
-        ValueError: if a message holds more than text, or the last one is of the assistant and its content is not a
+        ValueError: if a message holds more than text, or the last one is the assistant's and its content is not a
             string.
     """
     if isinstance(prompt, str):
@@ -26,15 +26,16 @@ def encode_prompt(
     parts = [part for message in prompt if isinstance(message["content"], list) for part in message["content"]]
     if other := [part["type"] for part in parts if part["type"] != "text"]:
         raise ValueError(
-            f"A message of a prompt has a part of type {other[0]!r}; only text is supported. Take it out."
+            f"A message of a prompt has a part of type {other[0]!r}; only text is supported. Remove the part."
         )
-    # The template would close an assistant message, so its text is put after the header of the answer instead.
+    # The template would end an assistant message with the token that ends a turn, so its text is put after the header
+    # of the answer instead.
     begun = prompt[-1]["role"] == "assistant"
     beginning = prompt[-1]["content"] if begun else ""
     if not isinstance(beginning, str):
         raise ValueError(
-            f"The last message of a prompt is of the assistant, and its content is {beginning!r}. To be continued it "
-            "must be a string."
+            f"The last message of a prompt is of the assistant, and its content is {beginning!r}. As the beginning of "
+            "the answer it must be a string."
         )
     turns = prompt[:-1] if begun else prompt
     text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **template_kwargs)

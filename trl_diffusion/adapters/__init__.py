@@ -1,4 +1,4 @@
-"""LoRA adapters: which layers they go on, what they cover, the names they have on the Hub, and their precision."""
+"""LoRA adapters: the layers they adapt, the names they have on the Hub, and the precision of their weights."""
 
 from trl_diffusion.adapters.renaming import export_adapter, import_adapter
 

@@ -1,4 +1,7 @@
-"""How much of a model LoRA really adapts: published recipes name layers that do not exist and adapt half, silently."""
+"""Count which layers of a model LoRA adapts.
+
+Published recipes name layers that do not exist; PEFT ignores these names, and half of the model is not adapted.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,16 @@ from torch import nn
 
 from trl_diffusion.models.diffusion_lm import DiffusionLM
 
-# what PEFT puts inside an adapted layer
+# Submodules that PEFT puts inside an adapted layer: they are parts of a layer, not layers.
 PARTS = re.compile(r"\.(lora_\w+|base_layer|original_module|modules_to_save)\b")
 
 
 @dataclass(frozen=True)
 class LoraCoverage:
-    """How many of the linear layers of one kind carry an adapter, and how many are quantised.
+    """Counts of the linear layers of one kind: with an adapter, quantised, in all.
 
     Args:
-        name: the layer's own name, for example `q_proj`.
+        name: the last part of the layers' names, for example `q_proj`.
         adapted: number of layers with an adapter, or trained whole (`modules_to_save`).
         total: number of layers of that name.
         quantised: number of layers whose weights bitsandbytes holds in 4 or 8 bits.
@@ -63,7 +66,7 @@ def lora_coverage(model: PeftModel) -> list[LoraCoverage]:
 
 
 def coverage_table(coverage: list[LoraCoverage]) -> Table:
-    """The counts as a `rich` table, with those of quantised layers if there are any."""
+    """Format the counts as a `rich` table, with a column of quantised layers if there are any."""
     quantised = any(row.quantised for row in coverage)
     table = Table("linear layer", "adapted", *["quantised"] * quantised, title="LoRA coverage")
     for row in coverage:

@@ -1,5 +1,7 @@
-"""Adapters before and after TRL builds them: loaded to be trained further, with checked names of layers, and with
-weights that small steps can move.
+"""Prepare adapters before TRL builds them, and repair what TRL does to them.
+
+Before: load an adapter that is trained further, check the names of its layers. After: restore the float32 weights of
+    an adapter over a quantised model, because bfloat16 weights do not move by small steps.
 """
 
 from __future__ import annotations
@@ -14,11 +16,11 @@ from trl.trainer.utils import create_model_from_path
 
 from trl_diffusion.adapters.renaming import base_of, load_adapter
 from trl_diffusion.adapters.targets import native_lora_config
-from trl_diffusion.models.skeleton import skeleton
+from trl_diffusion.models.meta_model import meta_model
 
 
 def load_to_train(adapter: str, args: Any, quantization_config: Any = None) -> PeftModel:
-    """Load an adapter to be trained further, onto the base that its config names, as TRL would load that base.
+    """Load an adapter that is trained further, onto the base that its config names, as TRL would load that base.
 
     Args:
         adapter: on the Hub or in a folder.
@@ -26,7 +28,8 @@ def load_to_train(adapter: str, args: Any, quantization_config: Any = None) -> P
         quantization_config: of the base.
 
     Raises:
-        ValueError: if the base is not named, not there, or another one than the adapter was trained on.
+        ValueError: if the config names no base, or one that does not exist or has other weights than the adapter
+            needs.
     """
     base = base_of(adapter)
     if base is None or (Path(base).is_absolute() and not Path(base).exists()):
@@ -40,14 +43,14 @@ def load_to_train(adapter: str, args: Any, quantization_config: Any = None) -> P
     if quantization_config is not None:
         settings["quantization_config"] = quantization_config
     if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
-        settings["device_map"] = None  # the trainer moves the model
+        settings["device_map"] = None  # each process holds or shards the whole model, and the trainer moves it
     return load_adapter(create_model_from_path(base, **settings), base, adapter, is_trainable=True)
 
 
 def native_peft_config(
     config: PeftConfig | None, model: Any, model_init_kwargs: dict[str, Any] | str | None
 ) -> PeftConfig | None:
-    """The config with native names of layers, see `native_lora_config`; other adapters than LoRA as they are.
+    """Return the config with native names of layers, see `native_lora_config`; unchanged if it is not LoRA's.
 
     Args:
         config: the trainer's argument.
@@ -58,12 +61,12 @@ def native_peft_config(
         return config
     if isinstance(model, str):
         assert not isinstance(model_init_kwargs, str)  # transformers parses the command line's
-        model = skeleton(model, (model_init_kwargs or {}).get("revision"))
+        model = meta_model(model, (model_init_kwargs or {}).get("revision"))
     return native_lora_config(config, model)
 
 
 def copy_as_reference(model: PeftModel) -> None:
-    """Give a model a frozen copy of its active adapter, named `ref` as TRL names the reference of an adapter."""
+    """Add a frozen copy of the active adapter, under the name `ref` that TRL uses for the reference of an adapter."""
     active = f".{model.active_adapter}."
     model.add_adapter("ref", model.active_peft_config)
     for name, weight in model.named_parameters():
@@ -72,10 +75,10 @@ def copy_as_reference(model: PeftModel) -> None:
 
 
 def share_checkpointing_kwargs(args: Any) -> None:
-    """Give transformers what a config says about gradient checkpointing under the name of old.
+    """Copy `gradient_checkpointing_kwargs` to `activation_checkpointing_kwargs`, where transformers 5.24 reads them.
 
-    For adapters under ZeRO-3 TRL 1.16 sets `use_reentrant=True` in `gradient_checkpointing_kwargs`, after transformers
-    5.24 has copied these to `activation_checkpointing_kwargs`, which alone it reads when training starts.
+    transformers copies them when the config is made. TRL 1.16 sets `use_reentrant=True` later, for adapters under
+    ZeRO-3, and only under the old name.
 
     Args:
         args: the trainer's config, changed in place.
@@ -84,11 +87,11 @@ def share_checkpointing_kwargs(args: Any) -> None:
 
 
 class AdapterPrecision:
-    """Keeps the weights of an adapter in the precision they had before TRL, float32 if TRL makes the adapter.
+    """Keeps the weights of an adapter in the precision they had before TRL; float32 if TRL makes the adapter.
 
-    Over a quantised model TRL casts what is trained to bfloat16. A weight there takes no step smaller than about
-    1/256 of itself, so that with the learning rates of reinforcement learning (5e-6) the A matrices never move, and
-    an adapter that is trained further would be rounded first.
+    Over a quantised model TRL casts the trained weights to bfloat16. A bfloat16 weight takes no step smaller than
+    about 1/256 of itself. With the learning rates of reinforcement learning (5e-6) the A matrices would never move,
+    and the weights of an adapter that is trained further would be rounded.
 
     Args:
         model: the trainer's argument.
@@ -103,7 +106,7 @@ class AdapterPrecision:
 
         Args:
             model: the trainer's model, before an optimizer knows its weights.
-            deepspeed: the plugin in use. ZeRO-3 needs one dtype for all weights, and so keeps TRL's.
+            deepspeed: the plugin in use. ZeRO-3 needs one dtype for all weights, so there TRL's cast stays.
         """
         if not isinstance(model, PeftModel) or not model.get_base_model().uses_bitsandbytes:
             return

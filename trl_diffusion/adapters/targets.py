@@ -1,7 +1,7 @@
-"""Names of the layers that LoRA adapts: those of the native class and those of the hub's checkpoints, checked.
+"""Translate and check the names of the layers that LoRA adapts.
 
-PEFT complains only if *none* of the names matches, so a recipe written for the hub's LLaDA (`attn_out`, `ff_proj`) or
-for Llama adapts part of the layers it names, silently.
+PEFT complains only if *none* of the names matches. A recipe written for the hub's LLaDA (`attn_out`, `ff_proj`) or for
+Llama would therefore silently adapt only some of the layers it names.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ _PLAIN_NAME = re.compile(r"\w+(\.\w+)*")
 
 
 def native_lora_config(config: LoraConfig, model: DiffusionLM) -> LoraConfig:
-    """A copy of a LoRA config whose names are those of the native class, every one of them checked.
+    """Return a copy of a LoRA config whose layer names are the native class's, each one checked.
 
     Args:
         config: `target_modules` may hold native names (`q_proj`, `mlp.down_proj`, `model.layers.3.self_attn.o_proj`),
             the hub's (`attn_out`, `blocks.3.ff_out`), `"all-linear"`, or be a regular expression on whole native
-            names. `"all-linear"` and names of block layers never mean the LM head. Without `target_modules` and
-            `target_parameters` it is `"all-linear"`. `exclude_modules`, `rank_pattern` and `alpha_pattern` take the
-            same names.
-        model: the model to adapt; its weights are not looked at.
+            names. `"all-linear"` and names of block layers never mean the LM head. If neither `target_modules` nor
+            `target_parameters` is given, it becomes `"all-linear"`. `exclude_modules`, `rank_pattern` and
+            `alpha_pattern` take the same names.
+        model: the model to adapt; its weights are not read.
 
     Returns:
         The config for `get_peft_model`.
@@ -52,10 +52,10 @@ def native_lora_config(config: LoraConfig, model: DiffusionLM) -> LoraConfig:
 
 
 class LinearLayers:
-    """The linear layers of a native model under both their names.
+    """The linear layers of a native model, under their native names and under the hub's.
 
     Args:
-        model: a native model, not yet adapted; may be a `skeleton`.
+        model: a native model, not yet adapted; may be a `meta_model`.
     """
 
     def __init__(self, model: DiffusionLM):
@@ -67,7 +67,7 @@ class LinearLayers:
         self.hub_names = [model.hub_name(name) for name in self.names]
 
     def native_targets(self, targets: str | Iterable[str]) -> str | list[str]:
-        """Native names for PEFT's `target_modules`, see `native_lora_config`."""
+        """Return native names for PEFT's `target_modules`, see `native_lora_config`."""
         if isinstance(targets, str):
             if targets.lower() != ALL_LINEAR and not _PLAIN_NAME.fullmatch(targets):
                 if not any(re.fullmatch(targets, name) for name in self.names):
@@ -82,11 +82,12 @@ class LinearLayers:
         return shortest_names({name for target in targets for name in self._matches(target)}, self.names)
 
     def _matches(self, target: str) -> list[str]:
-        """Native names of the layers that a name means."""
+        """Return the native names of the layers that a name means."""
         found = [
             name
             for name, hub in zip(self.names, self.hub_names, strict=True)
-            # On the hub the head's last name, too, is `ff_out`; alone it means the layer of the blocks.
+            # In LLaDA's checkpoints `ff_out` is the last name both of a layer in every block and of the LM head; alone
+            # it means those of the blocks.
             if _ends_with(name, target) or (_ends_with(hub, target) and (name != self.head or "." in target))
         ]
         if not found:
@@ -103,13 +104,13 @@ class LinearLayers:
         )
 
     def _blocks(self) -> tuple[list[str], list[str]]:
-        """Names of the layers other than the head, native and on the hub."""
+        """Return the names of all layers but the LM head, native and on the hub."""
         pairs = [pair for pair in zip(self.names, self.hub_names, strict=True) if pair[0] != self.head]
         return [name for name, _ in pairs], [hub for _, hub in pairs]
 
 
 def shortest_names(chosen: Iterable[str], names: Iterable[str]) -> list[str]:
-    """Name a set of layers as PEFT's `target_modules` does: by last names where all layers of that name are meant.
+    """Name a set of layers for PEFT's `target_modules`: by last names where all layers of that name are meant.
 
     Args:
         chosen: full names of the layers that are meant.

@@ -1,4 +1,4 @@
-"""Which advantages completions get, which denoising steps learn, and how much."""
+"""From rewards to advantages, and which denoising steps are trained with which weight."""
 
 from trl_diffusion.credit.advantages import (
     effective_sample_size,

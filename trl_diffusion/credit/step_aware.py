@@ -2,10 +2,11 @@
 
 Not TRL's `loss_type="sapo"`, which is Soft Adaptive Policy Optimization.
 
-A completion that succeeded may owe that to its first half or to luck at the end. Its process reward measures which:
-it is the success rate of continuations from its own partly denoised state, minus the success rate of its group, whose
-completions start from all masks. `StepAwareReward` wraps a reward function and says how this is measured; the trainers
-of this library measure it. The code of the paper is not public: states, success and the form below are our reading.
+A completion may have succeeded because of its first half or by luck at the end. Its process reward separates the two:
+it is the success rate of continuations from the completion's own partly denoised state, minus the success rate of its
+group, whose completions start from all masks. `StepAwareReward` wraps a reward function and holds the settings of this
+measurement; the trainers of this library make it. The paper's code is not public: states, success and the form below
+are our reading.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from trl.trainer.utils import get_callable_name
 
 from trl_diffusion.credit.step_aware_states import STATES
 from trl_diffusion.credit.success import awaited, check_success, successes
+from trl_diffusion.validation import one_of
 
 CITATION = textwrap.dedent("""\
     @article{xie2025step,
@@ -39,17 +41,17 @@ BASELINES = ("group", "earlier_state")
 class StepAwareReward:
     """A reward function whose successful completions are also judged by their partly denoised states.
 
-    With any trainer it is the wrapped reward function. A trainer of this library also continues completions from
-    their own states and adds, on all tokens, λ · 1[A > 0 and success] · R to the advantage A, where R is the success
-    rate of the continuations minus that of the group.
+    Other trainers call it as the wrapped reward function. A trainer of this library also continues completions from
+    their own states and adds λ · 1[A > 0 and success] · R to the advantage A of all their tokens, where R is the
+    success rate of the continuations minus that of the group.
 
     Args:
-        reward: a reward function in TRL's form, also an asynchronous one.
-        success: a function that says which completions succeeded; called like a reward function, it returns one truth
-            value per completion, or `None` if it cannot say. Give this or `success_threshold`.
+        reward: a reward function in TRL's form, asynchronous or not.
+        success: decides which completions succeeded. It is called like a reward function and returns one truth value
+            per completion, or `None` for one it cannot judge. Give this or `success_threshold`.
         success_threshold: a completion succeeded if the wrapped reward is at least this.
         num_rollouts: N, continuations per completion.
-        num_mask_tokens: masked positions that a state is continued on, as far as the canvas has room.
+        num_mask_tokens: masked positions that are appended to a state, as far as the canvas has room.
         state: `block`, `keep` or `prefix`, see `trl_diffusion.credit.step_aware_states`.
         state_shared_by: the state is taken at one random fraction per `group` or per `completion`.
         baseline: what the continuations are compared with: `group`, the success rate of the group; or
@@ -57,7 +59,7 @@ class StepAwareReward:
             general form).
         weight: λ.
         clamp: limits (low, high) of R; none if `None`.
-        leave_one_out: leave the completion itself out of its group's rate.
+        leave_one_out: exclude the completion itself from its group's rate.
         form: `additive`, or `mean_normalised`: A + λ(R − group mean of R), the paper's ablation, which probes every
             completion.
         gate: which completions are probed in the additive form: `success`, those with A > 0 that succeeded;
@@ -98,8 +100,7 @@ class StepAwareReward:
             ("form", form, FORMS),
             ("gate", gate, GATES),
         ):
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
+            one_of(name, value, choices)
         if min(num_rollouts, num_mask_tokens) < 1:
             raise ValueError(
                 f"num_rollouts ({num_rollouts}) and num_mask_tokens ({num_mask_tokens}) must be at least 1."
@@ -113,7 +114,7 @@ class StepAwareReward:
                 "state='keep' continues the canvas as it was, so `num_mask_tokens` has no effect. Leave it out."
             )
         functools.update_wrapper(self, reward, updated=())
-        self.__name__ = get_callable_name(reward)  # which TRL logs the reward under
+        self.__name__ = get_callable_name(reward)  # the name under which TRL logs the reward
         self.reward, self.success, self.success_threshold = reward, success, success_threshold
         self.num_rollouts, self.num_mask_tokens = num_rollouts, num_mask_tokens
         self.state, self.state_shared_by, self.baseline = state, state_shared_by, baseline
@@ -121,7 +122,7 @@ class StepAwareReward:
         self.form, self.gate = form, gate
 
     def __call__(self, prompts, completions, **columns) -> list[float | None]:
-        """The wrapped reward."""
+        """Return the wrapped rewards."""
         return awaited(self.reward(prompts=prompts, completions=completions, **columns))
 
     def successes(
@@ -145,7 +146,7 @@ class StepAwareReward:
         )
 
     def probed(self, advantages: torch.Tensor, success: torch.Tensor) -> torch.Tensor:
-        """Which completions are continued: bool [B] from advantages [B] and successes [B] (NaN for unknown)."""
+        """Return which completions are continued, bool [B], from advantages [B] and successes [B], NaN if unknown."""
         if self.form == "mean_normalised":
             return ~success.isnan()
         if self.gate == "advantage":
@@ -153,7 +154,7 @@ class StepAwareReward:
         return (advantages > 0) & (success == 1)
 
     def advantages(self, advantages: torch.Tensor, process_reward: torch.Tensor, num_generations: int) -> torch.Tensor:
-        """Advantages with the process reward.
+        """Add the process reward to advantages.
 
         Args:
             advantages: [B], whole groups.
@@ -172,12 +173,12 @@ class StepAwareReward:
 
 
 def group_success_rate(success: torch.Tensor, num_generations: int, leave_one_out: bool = False) -> torch.Tensor:
-    """Success rate of each completion's group, without those whose success is unknown.
+    """Return the success rate of each completion's group, over those whose success is known.
 
     Args:
         success: float64 [B], whole groups; 1, 0 or NaN.
         num_generations: G.
-        leave_one_out: leave out the completion itself.
+        leave_one_out: exclude the completion itself.
 
     Returns:
         Float64 [B]; NaN where no completion is left.

@@ -1,13 +1,13 @@
-"""Partly denoised states of finished rollouts, from which Step-Aware PO (2510.01544) lets completions be continued.
+"""Partly denoised states of finished rollouts, from which Step-Aware PO (2510.01544) continues completions.
 
-The paper appends a fixed number of masks to what was written by a random time; where exactly is not published, so the
-three kinds of states here are our reading:
+The paper appends a fixed number of masks to the tokens committed by a random time; it does not say to which exactly,
+so the three kinds of states here are our reading:
 
 - `block`: the blocks finished by then, and masks on the rollout's own block grid.
-- `keep`: the canvas as it was before a denoising step, whole.
-- `prefix`: what was written without a gap from the left at that step (nothing, if the first position was still
-  masked), and masks. Within a block this is not a state that the rollout passes through, so continuing it does not
-  follow the rollout's distribution.
+- `keep`: the whole canvas as it was before a denoising step.
+- `prefix`: the tokens committed without a gap from the left at that step (none, if the first position was still
+  masked), and masks. The rollout does not pass through this state within a block, so its continuations do not follow
+  the rollout's distribution.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ STATES = ("block", "keep", "prefix")
 def probe_points(
     trajectory: Trajectory, family: DiffusionFamily, kind: str, block_length: int, fraction: torch.Tensor
 ) -> torch.Tensor:
-    """How far along each rollout its state is taken: a number of blocks (`block`) or of denoising steps.
+    """Return how far along each rollout its state is taken: a number of blocks (`block`) or of denoising steps.
 
-    A point lies strictly between the empty canvas and the end of the completion, as near to the fraction as that
-    allows; it is 0 where there is no such point.
+    A point lies strictly between the empty canvas and the end of the completion, as near to the fraction as possible.
+    It is 0 for a completion that has no such point.
 
     Args:
         trajectory: of B completions.
@@ -51,7 +51,7 @@ def probe_points(
 def probe_state(
     trajectory: Trajectory, family: DiffusionFamily, kind: str, block_length: int, points: torch.Tensor, masks: int
 ) -> CanvasState:
-    """The state of each rollout at a point.
+    """Return the state of each rollout at a point.
 
     Args:
         trajectory: of B completions.
@@ -59,14 +59,15 @@ def probe_state(
         kind: one of `STATES`.
         block_length: positions per block.
         points: long [B], see `probe_points`.
-        masks: masked positions to append, as far as there is room; `keep` has what the rollout had.
+        masks: masked positions to append, as far as there is room; `keep` has those of the rollout.
     """
     ids, points = trajectory.completion_ids, points.unsqueeze(1)
     canvas_length = ids.size(1)
     positions = torch.arange(canvas_length, device=ids.device)
-    hidden = (trajectory.unmask_step >= points) | (trajectory.unmask_step < 0)
+    hidden = (trajectory.unmask_step >= points) | (trajectory.unmask_step < 0)  # -1: never sampled
     if kind == "keep":
         return CanvasState(ids.masked_fill(hidden, family.mask_token_id), torch.full_like(ids[:, 0], canvas_length))
+    # Positions before the first masked one: after it the running maximum of `hidden` is 1.
     without_gap = hidden.cummax(1).values.logical_not().sum(1, keepdim=True)
     written = points * block_length if kind == "block" else without_gap
     length = (written.squeeze(1) + masks).clamp(max=canvas_length)
@@ -74,7 +75,7 @@ def probe_state(
 
 
 def settled(state: CanvasState, family: DiffusionFamily) -> torch.Tensor:
-    """Bool [B]: nothing is masked before the first end token (or at all), so no continuation changes the text."""
+    """Return, bool [B], where no position before the first end token is masked: no continuation changes the text."""
     masked = state.canvas == family.mask_token_id
     masked &= torch.arange(masked.size(1), device=masked.device) < state.length.unsqueeze(1)
     before_end = family.is_end(state.canvas).int().cummax(1).values == 0

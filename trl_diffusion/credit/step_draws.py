@@ -1,4 +1,4 @@
-"""Monte-Carlo draws of the denoising steps that learn (AGRPO, 2510.04019)."""
+"""Draw the denoising steps that are trained, with weights that make the estimate unbiased (AGRPO, 2510.04019)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STEP_SCOPES = ("paper", "exact")
 STEP_REDUCTIONS = ("mean", "sum")
 STEP_DRAWS = ("uniform", "entropy")
 
-# keeps every eligible step reachable when the entropies are zero
+# Keeps every eligible step reachable if the entropies are zero.
 _ENTROPY_FLOOR = 1e-8
 
 
@@ -39,12 +39,12 @@ def eligible_steps(
     block_length: int,
     steps_per_block: int,
 ) -> torch.Tensor:
-    """The number N of leading denoising steps of each completion that may learn.
+    """Return the number N of leading denoising steps of each completion that may be trained.
 
     `paper`: up to the last step that committed an id other than the tail id, or a position up to the first end id.
-    N depends on what is written later, so the gradient is that of a re-weighted objective.
-    `exact` (ours): every step of every block up to the one that holds the first end id. Whether a block is included
-    is decided before it is written, so that with `step_reduction="sum"` the policy gradient is exact.
+    N depends on what is sampled later, so the gradient is that of a re-weighted objective.
+    `exact` (ours): every step of every block up to the one that holds the first end id. Which blocks these are is
+    known before each of them is sampled, so with `step_reduction="sum"` the policy gradient is exact.
 
     Args:
         completion_ids: long [B, L].
@@ -68,7 +68,7 @@ def eligible_steps(
 def step_probabilities(
     entropies: torch.Tensor, unmask_step: torch.Tensor, eligible: torch.Tensor, draws: str
 ) -> torch.Tensor:
-    """The distribution q that steps are drawn from, zero at steps that are not eligible.
+    """Return the distribution q that steps are drawn from, zero at steps that are not eligible.
 
     `uniform`: equal. `entropy`: proportional to 1e-8 + the sum of the entropies of the tokens committed at the step.
 
@@ -95,7 +95,7 @@ def draw_steps(probabilities: torch.Tensor, uniform: torch.Tensor, reduction: st
     """Draw steps by inverting the cumulative distribution at stratified points.
 
     The points of a completion are (m + v_m)/M, one in each of M equal strata: the average over draws keeps its mean
-    and loses variance. Stratifying within the completion is ours; the release stratifies over the micro-batch.
+    and has less variance. Stratifying within the completion is ours; the paper's code stratifies over the micro-batch.
 
     Args:
         probabilities: float64 [B, S], q; positive at the N eligible steps of a row.
@@ -108,7 +108,7 @@ def draw_steps(probabilities: torch.Tensor, uniform: torch.Tensor, reduction: st
     num_draws = uniform.size(1)
     points = (torch.arange(num_draws, device=uniform.device) + uniform) / num_draws
     cumulative = cumulative_shares(probabilities)
-    # A point that rounds up to the total would fall behind the last eligible step.
+    # A point that rounds up to the total would fall past the last eligible step.
     points = (points * cumulative[:, -1:]).clamp(max=1.0 - 2.0**-50)
     eligible = probabilities > 0
     last = (eligible * torch.arange(eligible.size(1), device=eligible.device)).amax(1, keepdim=True)

@@ -1,7 +1,7 @@
-"""Selection of the denoising steps that learn (ATPO, 2511.15208).
+"""Select the denoising steps that are trained (ATPO, 2511.15208).
 
-Only the paper's abstract is public: that steps are selected by entropy, confidence margin and rate of entropy change
-(RoEC), averaged over the batch, is the paper's; every formula here is ours.
+Only the paper's abstract is public. It says that steps are selected by entropy, confidence margin and rate of entropy
+change (RoEC), averaged over the batch; every formula here is ours.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from trl_diffusion.distribution import cumulative_shares
 
 SIGNAL_AVERAGES = ("batch", "group", "running")
 
-# What is left of the last signals when a running average takes in new ones.
+# Weight of the earlier signals in a running average.
 _RUNNING_DECAY = 0.9
-# A standard deviation below this share of the largest value is rounding: the values are equal.
+# A standard deviation below this share of the largest value is rounding noise of equal values.
 _EQUAL = 1e-6
 
 
 @dataclass
 class StepSignals:
-    """What selectors look at: signals of every denoising step, averaged over A sets of completions.
+    """Signals of every denoising step that selectors read, averaged over each of A sets of completions.
 
-    Sums run over the completions that are still being written at a step; they are divided by the number of all
-    completions, so that steps which few reach count little.
+    Sums run over the completions that are still unfinished at a step. They are divided by the number of all
+    completions, so that steps which few completions reach count little.
 
     Args:
         entropy: float64 [A, S], H, mean entropy in nats where a token could be committed.
-        confidence_margin: float64 [A, S], C, mean of 1 − (p1 − p2) there: large where the network hesitates.
+        confidence_margin: float64 [A, S], C, mean of 1 − (p1 − p2) there: large where the network is undecided.
         roec: float64 [A, S], |H_s − H_{s−1}|; 0 at the first step of a block, where it is not defined.
-        candidates: bool [A, S], steps that a completion took; selectors choose among them.
+        candidates: bool [A, S], steps that some completion took; selectors choose among them.
         steps_per_block: denoising steps per block.
     """
 
@@ -45,16 +45,16 @@ class StepSignals:
 
     @property
     def num_candidates(self) -> torch.Tensor:
-        """Long [A]."""
+        """Number of candidates, long [A]."""
         return self.candidates.sum(1)
 
     @property
     def block_starts(self) -> torch.Tensor:
-        """Bool [S]."""
+        """Which steps are the first of their block, bool [S]."""
         return torch.arange(self.entropy.size(1), device=self.entropy.device) % self.steps_per_block == 0
 
     def blend(self, earlier: StepSignals | None) -> StepSignals:
-        """Exponential running average with what came before; the candidates stay those of now."""
+        """Return the exponential running average with earlier signals; the candidates stay the current ones."""
         if earlier is None:
             return self
         old, new = _RUNNING_DECAY, 1 - _RUNNING_DECAY
@@ -77,11 +77,12 @@ def step_signals(
         step_margin: float [B, S], mean p1 − p2.
         taken: bool [B, S], the steps each completion took, see `taken_steps`.
         steps_per_block: denoising steps per block.
-        sets: A, number of averages; each is over B/A completions that stand together.
+        sets: A, number of averages; each is over B/A neighbouring completions.
     """
     steps = torch.arange(step_entropy.size(1), device=step_entropy.device)
     entropy = step_entropy.double()
     change = torch.nn.functional.pad((entropy[:, 1:] - entropy[:, :-1]).abs(), (1, 0))
+    # Between blocks the entropy is that of other positions, so its change there says nothing about a step.
     change = change.masked_fill(steps % steps_per_block == 0, 0.0)
 
     def average(values: torch.Tensor) -> torch.Tensor:
@@ -118,16 +119,17 @@ StepSelector = Callable[[StepSignals, int, torch.Tensor], StepSelection]
 
 
 def select_all(signals: StepSignals, count: int, noise: torch.Tensor) -> StepSelection:
-    """Every candidate; `count` is the number of all steps."""
+    """Select every candidate; `count` is the number of all steps."""
     return _top(torch.zeros_like(signals.entropy), signals, count)
 
 
 def select_uniform(signals: StepSignals, count: int, noise: torch.Tensor) -> StepSelection:
-    """Steps at equal distances from a random start, so that every candidate is as likely.
+    """Select steps at equal distances from a random start, so that every candidate is equally likely.
 
-    From a fixed start they would hit the same place of every block wherever the distance is a whole number of blocks,
-    and the other steps would never learn.
+    With a fixed start and a distance of whole blocks they would be the same step of every block, and the other steps
+    would never be trained.
     """
+    # One step at (k + v)/K of the way through the candidates, v the same for all k; ranks count candidates in time.
     candidates = signals.num_candidates.unsqueeze(1)
     parts = candidates.clamp(max=count)
     index = torch.arange(count, device=candidates.device)
@@ -137,33 +139,35 @@ def select_uniform(signals: StepSignals, count: int, noise: torch.Tensor) -> Ste
 
 
 def select_random(signals: StepSignals, count: int, noise: torch.Tensor) -> StepSelection:
-    """Distinct steps drawn uniformly."""
+    """Select distinct steps drawn uniformly."""
     return _top(noise, signals, count)
 
 
 def select_entropy(signals: StepSignals, count: int, noise: torch.Tensor) -> StepSelection:
-    """The steps with the highest entropy."""
+    """Select the steps with the highest entropy."""
     return _top(signals.entropy, signals, count)
 
 
 def select_confidence_margin(signals: StepSignals, count: int, noise: torch.Tensor) -> StepSelection:
-    """The steps with the smallest gap between the two largest probabilities."""
+    """Select the steps with the smallest gap between the two largest probabilities."""
     return _top(signals.confidence_margin, signals, count)
 
 
 def select_roec(signals: StepSignals, count: int, noise: torch.Tensor) -> StepSelection:
-    """The steps with the largest change of entropy; the first step of a block ranks as an average one."""
+    """Select the steps with the largest change of entropy; the first step of a block ranks as an average one."""
     return _top(_z_roec(signals), signals, count)
 
 
 def select_roec_cm(signals: StepSignals, count: int, noise: torch.Tensor) -> StepSelection:
-    """ATPO's hybrid: the steps with the highest mean z-score of RoEC and confidence margin."""
+    """Select by ATPO's hybrid score: the steps with the highest mean z-score of RoEC and confidence margin."""
     return _top(hybrid_score(signals), signals, count)
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """The steps whose hybrid score is at least mean + τ · std over the candidates, at most K; their mean counts.
+    """Selects the steps whose hybrid score is at least mean + τ · std over the candidates, at most K.
+
+    The loss takes the mean over the selected steps, however many there are.
 
     Args:
         tau: τ.
@@ -181,8 +185,11 @@ class Threshold:
 
 
 def select_sampled(signals: StepSignals, count: int, noise: torch.Tensor) -> StepSelection:
-    """K draws with replacement from the softmax of the hybrid score; weighted back, so that the mean over a
-    completion's steps is estimated without bias."""
+    """Draw K steps with replacement from the softmax of the hybrid score.
+
+    `selected_draws` divides by their probabilities, so that the mean over a completion's steps is estimated without
+    bias.
+    """
     probabilities = hybrid_score(signals).masked_fill(~signals.candidates, -torch.inf).softmax(1)
     cumulative = cumulative_shares(probabilities)
     points = (noise[:, :count] * cumulative[:, -1:]).clamp(max=1.0 - 2.0**-50)
@@ -204,20 +211,21 @@ SELECTORS: dict[str, StepSelector] = {
 
 
 def hybrid_score(signals: StepSignals) -> torch.Tensor:
-    """½ z(RoEC) + ½ z(C), float64 [A, S]."""
+    """Return ½ z(RoEC) + ½ z(C), float64 [A, S]."""
     return 0.5 * _z_roec(signals) + 0.5 * _z(signals.confidence_margin, signals.candidates)
 
 
 def selected_draws(selection: StepSelection, row_set: torch.Tensor, eligible: torch.Tensor) -> StepWeights:
-    """The selection as draws of single completions.
+    """Turn a selection for sets into steps and weights of single completions.
 
-    A step that a completion did not take, or behind its end, becomes an empty view of weight 0. Drawn steps weigh
-    (1/T)/q, T the steps of the completion; chosen ones 1, or K/chosen where the mean is over those chosen.
+    A step that a completion did not take, or took after its end, becomes an empty view of weight 0. Steps drawn with
+    replacement weigh (1/T)/q, where T is the number of the completion's steps. Chosen steps weigh 1, or K/chosen if
+    the mean is over those chosen.
 
     Args:
         selection: for A sets.
         row_set: long [B], the set of each completion.
-        eligible: bool [B, S], the T steps of each completion that may learn.
+        eligible: bool [B, S], the T steps of each completion that may be trained.
 
     Returns:
         Steps [B, K], -1 for an empty view, and weights [B, K].
@@ -234,17 +242,17 @@ def selected_draws(selection: StepSelection, row_set: torch.Tensor, eligible: to
 
 
 def _top(scores: torch.Tensor, signals: StepSignals, count: int) -> StepSelection:
-    """The candidates with the highest scores in the order of time; of equal ones the earlier. -1 fills up."""
+    """Select the `count` highest-scoring candidates, sorted by step; ties go to the earlier step; padded with -1."""
     order = scores.masked_fill(~signals.candidates, -torch.inf).argsort(dim=1, descending=True, stable=True)[:, :count]
     chosen = signals.candidates.gather(1, order)
-    behind = scores.size(1)
-    steps = order.masked_fill(~chosen, behind).sort(1).values
-    steps = torch.nn.functional.pad(steps, (0, count - steps.size(1)), value=behind)
-    return StepSelection(steps.masked_fill(steps == behind, -1))
+    none = scores.size(1)  # sorts after every step
+    steps = order.masked_fill(~chosen, none).sort(1).values
+    steps = torch.nn.functional.pad(steps, (0, count - steps.size(1)), value=none)
+    return StepSelection(steps.masked_fill(steps == none, -1))
 
 
 def _z(values: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """z-scores over the valid steps with the population standard deviation; 0 elsewhere, and where all are equal."""
+    """Return z-scores over the valid steps (population standard deviation); 0 elsewhere, and if all are equal."""
     mean, std = _mean_and_std(values, valid)
     return ((values - mean) / std).masked_fill(~valid | (std == 0), 0.0)
 
@@ -254,7 +262,7 @@ def _z_roec(signals: StepSignals) -> torch.Tensor:
 
 
 def _mean_and_std(values: torch.Tensor, valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Over the valid steps, [A, 1] each; a standard deviation that is only rounding is 0."""
+    """Return mean and standard deviation over the valid steps, [A, 1] each; one that is only rounding is 0."""
     count = valid.sum(1, keepdim=True).clamp(min=1)
     mean = values.masked_fill(~valid, 0.0).sum(1, keepdim=True) / count
     deviation = (values - mean).masked_fill(~valid, 0.0)

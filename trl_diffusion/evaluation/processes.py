@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from datetime import timedelta
 
 import torch
 from accelerate import PartialState
+
+from trl_diffusion.runtime.launch import launched_processes
 
 # One process may wait this long for the others, whose last batches can be much slower than its own.
 PATIENCE = timedelta(hours=12)
@@ -26,7 +27,7 @@ def join_processes(use_cpu: bool = False) -> PartialState:
     """
     # Told to use accelerators that are not there, accelerate starts processes that do not know of each other.
     state = PartialState(cpu=use_cpu or not torch.accelerator.is_available(), timeout=PATIENCE)
-    started = int(os.environ.get("WORLD_SIZE", "1"))
+    started = launched_processes()
     if state.num_processes != started:
         raise RuntimeError(
             f"The launcher started {started} processes, but {state.num_processes} joined. If there is no GPU for "

@@ -1,4 +1,4 @@
-"""Estimates of a completion's log-likelihood from log-probabilities in its views."""
+"""Estimate a completion's log-likelihood from the log-probabilities in its noised views."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import torch
 
 
 def elbo_per_token(logps: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """Each token's part of an ELBO estimate from subsets and their complements (ESPO, 2512.03759).
+    """Return each token's part of an ELBO estimate from subsets and their complements (ESPO, 2512.03759).
 
-    Mean over the views of (L + 1)/k · ℓ where one of the view's k masked positions is the token's, 0 where not.
+    It is the mean over the views of (L + 1)/k · ℓ if the token is one of the view's k masked positions, else 0.
 
     Args:
-        logps: float [B, V, L], log-probabilities of the masked positions, 0 elsewhere.
-        masked: bool [B, V, L]; views 2i and 2i + 1 are complements.
+        logps: float [B, V, L], log-probabilities ℓ of the masked positions, 0 elsewhere.
+        masked: bool [B, V, L], the masked positions; views 2i and 2i + 1 are complements.
 
     Returns:
         [B, L], in nats.
@@ -24,16 +24,16 @@ def elbo_per_token(logps: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
 
 
 def elbo_of_pairs(logps: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
-    """Monte-Carlo estimate [B] of the ELBO in nats: the sum of `elbo_per_token`, with the same arguments.
+    """Return a Monte-Carlo estimate [B] of the ELBO in nats: the sum of `elbo_per_token`, with the same arguments.
 
-    Unbiased when the size of the subset is uniform on 0..L and the subset uniform given its size: of the two
-    complements one may be empty, which counts as 0.
+    It is unbiased if the size of the subset is uniform on 0..L and the subset is uniform given its size. One of the
+    two complements may then be empty, which counts as 0.
     """
     return elbo_per_token(logps, masked).sum(-1)
 
 
 def mean_of_targets(logps: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Mean log-probability [B, V] of each view's targets, 0 for a view without targets.
+    """Return the mean log-probability [B, V] of each view's targets, 0 for a view without targets.
 
     Args:
         logps: float [B, V, L], 0 where a position is no target.
@@ -45,10 +45,10 @@ def mean_of_targets(logps: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def upper_bound_per_token(
     logps: torch.Tensor, targets: torch.Tensor, length: torch.Tensor, power: float
 ) -> torch.Tensor:
-    """SPG's upper bound of the log-likelihood per token (2510.09541).
+    """Return SPG's upper bound of the log-likelihood per token (2510.09541).
 
-    (1/b) · mean over the positions that some view scores of log(mean over views of 1[scored] · pᵇ / t), where t is the
-    share of the text that a view scores.
+    It is (1/b) · the mean over positions of log(mean over views of 1[scored] · pᵇ / t), where t is the share of the
+    text that a view scores. Positions that no view scores are left out of the mean.
 
     Args:
         logps: float [B, V, L], log p at the targets.
@@ -62,6 +62,6 @@ def upper_bound_per_token(
     share = targets.sum(-1, keepdim=True) / length.view(-1, 1, 1)
     terms = (power * logps - share.clamp(min=1e-9).log()).masked_fill(~targets, -torch.inf)
     scored = targets.any(1)
-    # positions that no view scores would be log 0 and their gradient NaN
+    # Positions that no view scores would be log 0, whose gradient is NaN even where the mask below discards the value.
     log_mean = torch.logsumexp(terms.masked_fill(~scored.unsqueeze(1), 0.0), dim=1) - math.log(logps.size(1))
     return (log_mean * scored).sum(-1) / scored.sum(-1).clamp(min=1) / power

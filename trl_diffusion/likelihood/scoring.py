@@ -1,4 +1,4 @@
-"""Log-probabilities of the targets of noised views."""
+"""Score the targets of noised views in a forward pass of the model."""
 
 from __future__ import annotations
 
@@ -28,23 +28,25 @@ def score_views(
 ) -> Scores:
     """Score each view's targets in one forward pass of the (wrapped) model.
 
-    The last layer and the LM head compute the targets alone.
+    The last layer and the LM head compute only the targets.
 
     Args:
         model: a native diffusion language model, possibly wrapped (DDP, DeepSpeed, FSDP2, PEFT).
-        prompt_ids: long [R, P], left-padded; shown unless the views bring a noised prompt.
+        prompt_ids: long [R, P], left-padded; replaced by the noised prompt if the views have one.
         prompt_mask: [R, P], 0 on padding.
         completion_ids: long [R, L], the tokens to score.
-        views: what to show and what to score.
-        temperature: as sampled; > 0.
+        views: the noised canvas of each row, and which of its positions to score.
+        temperature: the temperature at which the tokens were drawn; > 0.
         support: int [R, L, C], ids each token was drawn from, -1 for none; the full vocabulary if `None`.
-        prompt_columns: long [R], columns of the prompts in the passes whose log-probabilities these are compared with,
-            see `Trajectory.prompt_columns`. Padding beyond that is dropped where no row needs it, and moves no row's
-            positions: at other positions bfloat16 rounds otherwise.
+        prompt_columns: long [R], columns of the prompts in the forward passes whose log-probabilities these are
+            compared with, see `Trajectory.prompt_columns`. Padding that no row needs is dropped, and position ids are
+            counted as in those passes, because bfloat16 rounds differently at other positions.
 
     Returns:
         The scores, with gradient if grad mode is on.
     """
+    # Rows have different numbers of targets: `slots` holds each row's target positions first, padded with others to
+    # the longest row, and `positions` is -1 for the padding.
     most = int(views.targets.sum(1).max())
     slots = views.targets.int().argsort(dim=1, descending=True, stable=True)[:, :most]
     prompt = prompt_ids if views.prompt_ids is None else views.prompt_ids

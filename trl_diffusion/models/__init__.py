@@ -1,35 +1,37 @@
-"""Diffusion language models as native transformers classes; importing this package registers them."""
+"""Diffusion language models as native transformers classes; importing this package registers them.
+
+A family is one file here and one import below.
+"""
 
 from typing import Any
 
 from trl_diffusion.distribution import score_targets
 from trl_diffusion.family import DiffusionFamily, family_of
 from trl_diffusion.models.diffusion_lm import DiffusionLM, DiffusionLMOutput
-from trl_diffusion.models.dream import DreamConfig, DreamModel
-from trl_diffusion.models.llada import LLaDAConfig, LLaDAModelLM
-from trl_diffusion.models.sdar import SDARConfig, SDARForCausalLM
+from trl_diffusion.models.dream import DreamConfig as DreamConfig
+from trl_diffusion.models.dream import DreamModel as DreamModel
+from trl_diffusion.models.families import FAMILIES
+from trl_diffusion.models.llada import LLaDAConfig as LLaDAConfig
+from trl_diffusion.models.llada import LLaDAModelLM as LLaDAModelLM
+from trl_diffusion.models.sdar import SDARConfig as SDARConfig
+from trl_diffusion.models.sdar import SDARForCausalLM as SDARForCausalLM
 from trl_diffusion.sampling.window_cache import WindowCache
 
 __all__ = [
     "DiffusionFamily",
     "DiffusionLM",
     "DiffusionLMOutput",
-    "DreamConfig",
-    "DreamModel",
-    "LLaDAConfig",
-    "LLaDAModelLM",
-    "SDARConfig",
-    "SDARForCausalLM",
     "WindowCache",
     "export_adapter",
     "family_of",
     "import_adapter",
     "score_targets",
+    *(known.__name__ for family in FAMILIES.items() for known in family),
 ]
 
 
 def __getattr__(name: str) -> Any:
-    # Adapters stand above the models and keep this import path too.
+    # Adapters import the models, so they are imported only when somebody asks for their old path here.
     if name in ("export_adapter", "import_adapter"):
         from trl_diffusion import adapters
 

@@ -1,4 +1,4 @@
-"""The behaviour that all native diffusion language models share, on top of a stock transformers class."""
+"""Turn a stock transformers class into a diffusion language model: attention, scoring, sampling."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from trl_diffusion.distribution import score_targets
 from trl_diffusion.family import DiffusionFamily, HasFamily
-from trl_diffusion.models.block_attention import block_causal_bias
+from trl_diffusion.models.block_attention import block_causal_bias, position_ids
 from trl_diffusion.models.layers import CACHE_KEYWORD
 from trl_diffusion.models.scoring_head import ScoringHead
 from trl_diffusion.models.whole_weights import WholeWeights
@@ -38,63 +38,19 @@ class DiffusionLMOutput(ModelOutput):
     entropy: torch.Tensor | None = None
 
 
-def require_plain_rope(config: Any) -> None:
-    """Check that a config has unscaled rotary embeddings, the only kind written back under the hub's keys.
-
-    Args:
-        config: a transformers config, after its `__post_init__`.
-
-    Raises:
-        ValueError: if its rotary embeddings are scaled (linear, yarn …).
-    """
-    if (rope_type := config.rope_parameters["rope_type"]) != "default":
-        raise ValueError(
-            f"This {config.model_type} variant has rope_scaling of type {rope_type!r}; trl_diffusion computes "
-            "unscaled rotary embeddings only. Remove `rope_scaling` (or `rope_parameters`) from its config."
-        )
-
-
-# Any of these in a config says that the MLPs are mixtures of experts.
-_EXPERT_KEYS = (
-    "num_experts",
-    "num_local_experts",
-    "n_routed_experts",
-    "num_experts_per_tok",
-    "expert_intermediate_size",
-    "moe_intermediate_size",
-)
-
-
-def require_dense(model_type: str, keys: dict[str, Any]) -> None:
-    """Check that a config is of a dense network; LLaDA-MoE's first checkpoints call themselves `llada`.
-
-    Args:
-        model_type: of the config.
-        keys: those of the config that its class does not know.
-
-    Raises:
-        ValueError: if it has experts.
-    """
-    for key in _EXPERT_KEYS:
-        if keys.get(key):
-            raise ValueError(
-                f"This {model_type} variant has {key}={keys[key]!r}: its MLPs are mixtures of experts, which "
-                f"trl_diffusion does not compute for {model_type}. Use a dense checkpoint."
-            )
-
-
 class DiffusionLM(HasFamily, WholeWeights):
     """Mixin that turns a stock `…ForCausalLM` with `config.is_causal = False` into a diffusion language model.
 
     Attention is full unless a class sets `attention_block`, the block size of block-causal attention. The mixin adds
-    scoring to `forward` (so that every wrapper — DDP, PEFT, ZeRO-3, FSDP2 — passes it through), samples by diffusion
-    in `generate`, and refuses the autoregressive `labels=`.
+    scoring to `forward`, samples by diffusion in `generate`, and refuses the autoregressive `labels=`. Scoring is part
+    of `forward` because wrappers (DDP, PEFT, ZeRO-3, FSDP2) synchronise and gather weights there alone: calling
+    submodules past the wrapper gives wrong gradients without an error.
     """
 
     config: Any
     model: Any  # the stock class's network
     lm_head: Any
-    # the family's layers; the weights are those of the stock class
+    # the family's overrides of layers, see `trl_diffusion.models.layers`
     rotary_class: type
     attention_class: type
     last_layer_class: type
@@ -105,7 +61,9 @@ class DiffusionLM(HasFamily, WholeWeights):
 
     def __init__(self, config: Any):
         super().__init__(config)  # type: ignore[call-arg]  # the stock class comes next
-        self.lm_head.__class__ = ScoringHead  # same weight, and it scores too
+        # Layers keep their weights and names and only change their class, so that whatever transformers sets up by
+        # name or type (initialisation, FSDP wrapping, device maps) still holds.
+        self.lm_head.__class__ = ScoringHead
         self.model.embed_tokens.padding_idx = None  # pad and end of text share an id, and the latter must learn
         self.model.rotary_emb = self.rotary_class(config)
         for layer in self.model.layers:
@@ -115,7 +73,7 @@ class DiffusionLM(HasFamily, WholeWeights):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any):
-        """transformers' `from_pretrained`; 4-bit layers compute exactly on a CPU too, see `ExactLinear4bit`."""
+        """Load a model as transformers does; 4-bit layers compute exactly on a CPU too, see `ExactLinear4bit`."""
         loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info=True
         if model.uses_bitsandbytes:
@@ -126,7 +84,7 @@ class DiffusionLM(HasFamily, WholeWeights):
 
     @property
     def uses_bitsandbytes(self) -> bool:
-        """Whether linear layers were quantised by bitsandbytes."""
+        """True if linear layers were quantised by bitsandbytes."""
         quantizer = self.hf_quantizer
         return quantizer is not None and (
             quantizer.quantization_config.quant_method == QuantizationMethod.BITS_AND_BYTES
@@ -134,12 +92,12 @@ class DiffusionLM(HasFamily, WholeWeights):
 
     @staticmethod
     def native_name(name: str) -> str:
-        """This class's name of a module or weight of the hub's checkpoint; its own names are returned as they are."""
+        """Return this class's name of a module or weight of the hub's checkpoint; its own names stay as they are."""
         return name
 
     @staticmethod
     def hub_name(name: str) -> str:
-        """The hub checkpoint's name of a module or weight of this class."""
+        """Return the hub checkpoint's name of a module or weight of this class."""
         return name
 
     @property
@@ -181,9 +139,9 @@ class DiffusionLM(HasFamily, WholeWeights):
         cache: WindowCache | None = None,
         **kwargs: Any,
     ):
-        """Logits everywhere or, with `positions`, only there; with `targets` too, their log-probabilities.
+        """Compute logits everywhere or, with `positions`, only there; with `targets` too, their log-probabilities.
 
-        The last layer and the LM head compute these positions alone.
+        With `positions` the last layer and the LM head compute these positions alone.
 
         Args:
             input_ids: long [R, T], noised tokens (prompt and canvas).
@@ -195,10 +153,10 @@ class DiffusionLM(HasFamily, WholeWeights):
                 not given.
             temperature: divides the logits before the softmax; > 0.
             canvas_start: a column at which an attention block begins; full attention does not depend on it.
-            noisy_copy: the last so many tokens are a noised copy of those before them, see `block_causal_bias`; for
-                block-causal attention.
+            noisy_copy: number of tokens at the end that are a noised copy of those before them, see
+                `block_causal_bias`; with block-causal attention only.
             cache: keys and values of other columns. `input_ids` and `positions` are then those of its window, and
-                `attention_mask` [R, visible] covers all visible columns. For passes without gradient.
+                `attention_mask` [R, visible] covers all visible columns. For forward passes without gradient.
 
         Returns:
             The stock class's output without `positions`, else a `DiffusionLMOutput`.
@@ -208,6 +166,24 @@ class DiffusionLM(HasFamily, WholeWeights):
                 attention, which would see the clean tokens; or a cache in training mode.
             TypeError: for transformers' growing caches (`use_cache=True`, `past_key_values`).
         """
+        self._check_call(labels, noisy_copy, cache)
+        assert input_ids is not None
+        kwargs.setdefault("use_cache", False)  # the hub's configs ask for the growing cache of autoregressive models
+        if cache is not None or noisy_copy:
+            first_column = 0 if cache is None else cache.start
+            kwargs["position_ids"] = position_ids(input_ids, first_column, noisy_copy)
+            kwargs[CACHE_KEYWORD] = cache
+        attention_mask = self._attention(input_ids, attention_mask, canvas_start, noisy_copy, cache)
+        if positions is None:
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
+
+        hidden = self._hidden_at(positions, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        if targets is None:
+            return DiffusionLMOutput(logits=self._diffusion_logits(hidden))
+        return self._score_at(positions, hidden, targets, support, temperature)
+
+    def _check_call(self, labels: torch.Tensor | None, noisy_copy: int, cache: WindowCache | None) -> None:
+        """Refuse calls of `forward` whose result would be wrong, see its Raises."""
         if labels is not None:
             raise ValueError(
                 "A diffusion language model has no next-token loss, so `labels=` is refused. For supervised "
@@ -215,41 +191,60 @@ class DiffusionLM(HasFamily, WholeWeights):
             )
         if cache is not None and self.training:
             raise ValueError(
-                "A pass with a cache is for sampling, and this model is in training mode, in which gradient "
+                "A forward pass with a cache is for sampling, but this model is in training mode, in which gradient "
                 "checkpointing drops caches. Call `model.eval()` before it."
             )
-        assert input_ids is not None
-        kwargs.setdefault("use_cache", False)  # the hub's configs ask for the growing cache of autoregressive models
-        if cache is not None or noisy_copy:
-            first = 0 if cache is None else cache.start
-            columns = torch.arange(first, first + input_ids.size(1), device=input_ids.device)
-            columns[input_ids.size(1) - noisy_copy :] -= noisy_copy
-            kwargs |= {"position_ids": columns.unsqueeze(0), CACHE_KEYWORD: cache}
-        if self.attention_block is not None:
-            attention_mask = block_causal_bias(
-                torch.ones_like(input_ids) if attention_mask is None else attention_mask,
-                self.attention_block,
-                self.get_input_embeddings().weight.dtype,  # type: ignore[attr-defined]
-                canvas_start,
-                0 if cache is None else cache.start,
-                noisy_copy,
-            )
-        elif noisy_copy:
+        if noisy_copy and self.attention_block is None:
             raise ValueError(
-                "A noised copy beside the clean tokens needs block-causal attention: with full attention it would see "
-                f"what it is asked for. {type(self).__name__} has full attention; score one noised view per pass."
+                "A noised copy next to the clean tokens needs block-causal attention: with full attention the copy "
+                f"would see the tokens to predict. {type(self).__name__} has full attention; score one noised view "
+                "per forward pass."
             )
-        if positions is None:
-            return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
 
-        # the first token has no logits before it and, as in Dream's own code, takes those at its own position
+    def _attention(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        canvas_start: int,
+        noisy_copy: int,
+        cache: WindowCache | None,
+    ) -> torch.Tensor | None:
+        """Return the mask for the stock network: as given with full attention, else a bias for every query and key."""
+        if self.attention_block is None:
+            return attention_mask
+        return block_causal_bias(
+            torch.ones_like(input_ids) if attention_mask is None else attention_mask,
+            self.attention_block,
+            self.get_input_embeddings().weight.dtype,  # type: ignore[attr-defined]
+            canvas_start,
+            0 if cache is None else cache.start,
+            noisy_copy,
+        )
+
+    def _hidden_at(self, positions: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Run the network and return the last hidden states [R, K, H] from which tokens at `positions` are predicted.
+
+        Args:
+            positions: long [R, K], -1 for none, where any hidden state is returned.
+            **kwargs: for the stock network.
+        """
+        # Under a shift of 1 the first token has no logits before it; as in Dream's own code, it takes those at its
+        # own position.
         read = (positions - self.family.logit_shift).clamp(min=0)
-        if read.size(1) == 0:  # a pass for its keys and values; attention needs a query
+        # Nothing to predict: a forward pass for its keys and values alone. Attention needs at least one query.
+        if read.size(1) == 0:
             read = read.new_zeros(len(read), 1)
-        hidden = self.model(input_ids=input_ids, attention_mask=attention_mask, read=read, **kwargs).last_hidden_state
-        if targets is None:
-            return DiffusionLMOutput(logits=self._diffusion_logits(hidden[:, : positions.size(1)]))
+        return self.model(read=read, **kwargs).last_hidden_state[:, : positions.size(1)]
 
+    def _score_at(
+        self,
+        positions: torch.Tensor,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        support: torch.Tensor | None,
+        temperature: float,
+    ) -> DiffusionLMOutput:
+        """Score targets [R, K] from hidden states [R, K, H]; the LM head computes only positions other than -1."""
         rows, slots = (positions >= 0).nonzero(as_tuple=True)
         log_probs, entropy = self._score(
             hidden[rows, slots],
@@ -264,26 +259,26 @@ class DiffusionLM(HasFamily, WholeWeights):
         return DiffusionLMOutput(log_probs=scatter(log_probs), entropy=scatter(entropy))
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any):
-        """transformers' `resize_token_embeddings`; the new head scores too."""
+        """Resize as transformers does; the new LM head scores too."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
         if type(self.lm_head) is nn.Linear:
             self.lm_head.__class__ = ScoringHead
         return embeddings
 
     def _score(self, hidden, targets, support, temperature) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities and entropies [N] of targets [N] from hidden states [N, H]."""
+        """Score targets [N] from hidden states [N, H]: log-probabilities and entropies, [N] each."""
         head = inner = self.lm_head
         if isinstance(head, ModulesToSaveWrapper):
             inner = head.original_module
         if isinstance(inner, ScoringHead) and not any("forward" in vars(module) for module in (head, inner)):
             return head(hidden, targets, support, temperature, self.family)
-        # LoRA on the head adds to its logits, a quantised head computes its own, and so does a `forward` that was put
-        # on it (TRL's `cast_lm_head_to_fp32`)
+        # Anything else computes the logits its own way, so they are computed in full: LoRA on the head adds to them, a
+        # quantised head dequantises, and TRL's `cast_lm_head_to_fp32` replaces the head's `forward`.
         return score_targets(self._diffusion_logits(hidden), targets, temperature, support)
 
     def _diffusion_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        # The head is called as a module: ZeRO-3, FSDP2 and quantised heads gather their weights in its hooks. A hook
-        # on its backward pass forbids changing its output in place, hence the copy (which bfloat16 needs anyway).
+        # Called as a module, because ZeRO-3, FSDP2 and quantised heads gather the weights in its hooks. A hook on its
+        # backward pass forbids changing its output in place, hence the copy (which bfloat16 needs anyway).
         logits = self.lm_head(hidden).to(torch.float32, copy=torch.is_grad_enabled())
         return self.family.exclude_never_sampled(logits)
 
@@ -316,9 +311,9 @@ class DiffusionLM(HasFamily, WholeWeights):
     ) -> torch.Tensor | Trajectory | DiffusionGenerateOutput:
         """Sample completions by diffusion on a canvas of `max_new_tokens` positions.
 
-        What transformers' `generate` has under the same name means the same here. What is not given is read from
-        `generation_config`, then from the model's, which comes from the checkpoint; greedy decoding on a canvas of
-        256 positions is what is left.
+        Arguments that transformers' `generate` has too mean the same here. One that is not given is read from
+        `generation_config`, then from the model's own generation config, which comes from the checkpoint. The last
+        default is greedy decoding on a canvas of 256 positions.
 
         Args:
             input_ids: integers [B, P], left-padded prompts.
@@ -336,8 +331,8 @@ class DiffusionLM(HasFamily, WholeWeights):
                 needs `top_k`.
             num_return_sequences: completions per prompt n; those of a prompt follow each other.
             pad_token_id: fills the canvas after a finished text; the family's tail id if not given.
-            eos_token_id: ids that end a text too. The family's own always do, because the network writes nothing but
-                filling after them.
+            eos_token_id: further ids that end a text. The family's own always do, because the network writes only
+                padding after them.
             unmasking: how positions are chosen, see `trl_diffusion.sampling.SamplingConfig`, also for the next four.
             confidence_threshold: commit every position whose largest probability reaches this.
             entropy_bound: commit positions up to this much entropy, in nats.

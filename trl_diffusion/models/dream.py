@@ -7,25 +7,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Tokenizer,
-)
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
-from trl_diffusion.models.diffusion_lm import DiffusionLM, require_dense, require_plain_rope
+from trl_diffusion.models.config import DiffusionConfigMixin, Vocabulary
+from trl_diffusion.models.diffusion_lm import DiffusionLM
+from trl_diffusion.models.families import register
 from trl_diffusion.models.layers import DiffusionAttention, Float32Rotary, LastLayer
 
-DREAM_7B_VOCABULARY = 152064
-DREAM_7B_TOKENS = 151667  # <|mask|> 151666 is the last id that has a token
-DREAM_7B_END_TOKENS = [151643, 151645]  # <|endoftext|>, <|im_end|>
+DREAM_7B = Vocabulary(
+    size=152064,
+    num_tokens=151667,  # <|mask|> 151666 is the last id that has a token
+    end_token_ids=(151643, 151645),  # <|endoftext|>, <|im_end|>
+)
 
 
-class DreamConfig(Qwen2Config):
+class DreamConfig(DiffusionConfigMixin, Qwen2Config):
     """Configuration of Dream: `Qwen2Config` with the mask token.
 
     Args:
@@ -40,33 +38,14 @@ class DreamConfig(Qwen2Config):
     """
 
     model_type = "Dream"
+    published = DREAM_7B
 
-    mask_token_id: int | None = None
-    end_token_ids: list[int] | None = None
-    num_tokens: int | None = None
-    is_causal: bool = False
-    auto_map: dict[str, Any] | None = None
-
-    def __post_init__(self, **kwargs: Any):
-        require_dense(self.model_type, kwargs)
-        if self.use_sliding_window or not kwargs.get("full_attn_mask", True):
+    def read_hub_keys(self, keys: dict[str, Any]) -> None:
+        if self.use_sliding_window or not keys.get("full_attn_mask", True):
             raise ValueError(
                 "This Dream variant has use_sliding_window=True or full_attn_mask=False; trl_diffusion computes "
                 "full attention only. Use a checkpoint of the Dream-7B architecture."
             )
-        if self.end_token_ids is None and self.vocab_size == DREAM_7B_VOCABULARY:
-            self.end_token_ids = list(DREAM_7B_END_TOKENS)
-        if self.num_tokens is None:
-            self.num_tokens = DREAM_7B_TOKENS if self.vocab_size == DREAM_7B_VOCABULARY else self.vocab_size
-        self.auto_map = self.auto_map or {}  # TRL's loader reads it from every config that it does not know
-        super().__post_init__(**kwargs)
-        require_plain_rope(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration with the hub's `rope_theta`, as `config.json` stores it."""
-        output = super().to_dict()
-        output["rope_theta"] = output.pop("rope_parameters")["rope_theta"]
-        return output
 
 
 class DreamRotaryEmbedding(Float32Rotary, qwen2.Qwen2RotaryEmbedding):
@@ -78,11 +57,11 @@ class DreamAttention(DiffusionAttention, qwen2.Qwen2Attention):  # type: ignore[
 
 
 class Qwen2DecoderLayer(LastLayer, qwen2.Qwen2DecoderLayer):  # type: ignore[misc]  # adds `read`
-    """The last layer, under the stock name: FSDP and device maps know layers by it."""
+    """The last layer. It has the name of the stock class, by which FSDP and device maps recognise layers."""
 
 
 class DreamTokenizer(Qwen2Tokenizer):
-    """Qwen2's tokenizer, which gives the ids of Dream's remote code, under the name that checkpoints ask for."""
+    """Qwen2's tokenizer under the name that checkpoints ask for; it gives the same ids as Dream's remote code."""
 
 
 class DreamModel(DiffusionLM, Qwen2ForCausalLM):  # type: ignore[misc]  # `generate` samples by diffusion
@@ -95,7 +74,6 @@ class DreamModel(DiffusionLM, Qwen2ForCausalLM):  # type: ignore[misc]  # `gener
     logit_shift = 1  # trained from an autoregressive model: the logits at i - 1 predict the token at i
 
 
-AutoConfig.register(DreamConfig.model_type, DreamConfig, exist_ok=True)
-AutoModelForCausalLM.register(DreamConfig, DreamModel, exist_ok=True)
-# By name, as AutoTokenizer.register(DreamConfig, …) would let remote code win under trust_remote_code=True.
+register(DreamConfig, DreamModel)
+# Registered by name: after AutoTokenizer.register(DreamConfig, …), trust_remote_code=True would load the remote code.
 REGISTERED_TOKENIZER_CLASSES[DreamTokenizer.__name__] = DreamTokenizer

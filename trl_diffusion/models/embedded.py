@@ -15,13 +15,13 @@ from pathlib import Path
 EMBEDDED_MODEL = str(Path(__file__).with_suffix(""))
 EMBEDDED_SDAR_MODEL = f"{EMBEDDED_MODEL}_sdar"
 EMBEDDED_MODELS = {"embedded": EMBEDDED_MODEL, "embedded_sdar": EMBEDDED_SDAR_MODEL}  # by their names in recipes
-_BLOCK_LENGTHS = {"embedded_sdar": 4}  # those that the attention prescribes
+_BLOCK_LENGTHS = {"embedded_sdar": 4}  # where block-causal attention prescribes them
 
 
 def embedded_arguments(
     arguments: Sequence[str], defaults: Sequence[str], block_option: str, *sources: str
 ) -> list[str] | None:
-    """Command-line arguments for an embedded model, if a command names one of them or no model at all.
+    """Return command-line arguments for an embedded model, if a command names one of them or no model at all.
 
     Args:
         arguments: of the command line.

@@ -1,4 +1,8 @@
-"""What the layers of all families do differently from those of their stock classes, whose weights they keep."""
+"""Layer overrides shared by all families; the weights stay those of the stock classes.
+
+Rotary embeddings are computed in float32, attention keeps its keys and values in a `WindowCache`, and attention and
+the last layer compute only the requested positions.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,12 @@ from transformers.models.llama.modeling_llama import LlamaModel, eager_attention
 
 from trl_diffusion.sampling.window_cache import WindowCache
 
-# transformers 5.24 renamed the keyword by which networks and their layers hand the cache on.
+# The keyword under which a network passes the cache to its layers; transformers 5.24 renamed it.
 CACHE_KEYWORD = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 
 class Float32Rotary:
-    """Rotary embedding whose frequencies, cosines and sines stay in float32 when the model is cast.
+    """Keeps the frequencies, cosines and sines of a rotary embedding in float32 when the model is cast.
 
     `model.bfloat16()` casts buffers too, and bfloat16 frequencies make log-probabilities 3 to 10 times less exact.
     """
@@ -25,6 +29,8 @@ class Float32Rotary:
     inv_freq: Any  # tensor [head size / 2]
 
     def _apply(self, fn, recurse: bool = True):
+        # `_apply` moves and casts all buffers alike. A cast one is replaced by the float32 values from before, because
+        # casting back would keep the rounding.
         exact = self.inv_freq
         super()._apply(fn, recurse)  # type: ignore[misc]
         if self.inv_freq.dtype != torch.float32:
@@ -32,11 +38,12 @@ class Float32Rotary:
         return self
 
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor):
+        # The stock class reads device and dtype of its result from `x`, and nothing else.
         return super().forward(torch.empty(0, device=x.device, dtype=torch.float32), position_ids)  # type: ignore[misc]
 
 
 class DiffusionAttention:
-    """Attention that rotates queries and keys in float32, and that can leave out queries which nobody reads."""
+    """Attention that rotates queries and keys in float32, and that can compute only the queries which are read."""
 
     q_proj: Any
     k_proj: Any
@@ -57,12 +64,12 @@ class DiffusionAttention:
         queries: torch.Tensor | None = None,
         **kwargs: Any,
     ):
-        """Attention output and weights.
+        """Compute the attention output and, where the implementation returns them, the weights.
 
         Args:
             hidden_states: [R, T, H].
             position_embeddings: cosines and sines of the columns, float32 [R or 1, T, head size].
-            attention_mask: of the kind that the implementation takes; with `queries`, [R or 1, 1, T, keys] or `None`.
+            attention_mask: in the form that the implementation takes; with `queries`, [R or 1, 1, T, keys] or `None`.
             queries: long [R, K], the columns to compute; all of them if not given.
             **kwargs: for the implementation; and a `WindowCache` under transformers' keyword for caches.
 
@@ -72,14 +79,16 @@ class DiffusionAttention:
         Raises:
             TypeError: for a cache of another kind, or one under another keyword.
         """
-        kwargs.pop("read", None)  # the stock network hands all layers what is meant for the last
+        kwargs.pop("read", None)  # for the last layer alone, but the stock network passes it to all
         cache = kwargs.pop(CACHE_KEYWORD, None)
         _require_window_cache(cache, kwargs)
+        # Keys and values are needed of every column, queries only of those that are read.
         cos, sin = position_embeddings
         asked, query_cos, query_sin = hidden_states, cos, sin
         if queries is not None:
             asked, query_cos, query_sin = (take(states, queries) for states in (hidden_states, cos, sin))
             if attention_mask is not None:
+                # [R or 1, 1, T, keys] → [R, 1, K, keys]: the rows of the queries that are computed
                 attention_mask = take(attention_mask.squeeze(1), queries).unsqueeze(1)
         query, key = self._normalised(self._heads(self.q_proj, asked), self._heads(self.k_proj, hidden_states))
         query, key = _rotated(query, query_cos, query_sin), _rotated(key, cos, sin)
@@ -100,17 +109,19 @@ class DiffusionAttention:
         return self.o_proj(output.reshape(*asked.shape[:2], -1).contiguous()), weights
 
     def _heads(self, projection, states: torch.Tensor) -> torch.Tensor:
-        """[R, heads, T, head size]"""
+        """Project states [R, T, H] and split the result into heads: [R, heads, T, head size]."""
         return projection(states).view(*states.shape[:2], -1, self.head_dim).transpose(1, 2)
 
     def _normalised(self, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Apply the family's norms of queries and keys; the base has none."""
         return query, key
 
 
 class LastLayer:
-    """A decoder layer that can leave out columns which nobody reads; only their keys and values are needed here.
+    """A decoder layer that computes only the columns which are read; of the others it needs keys and values alone.
 
-    Of a network of N layers that saves up to 1 / N: little of 32, a fifth of 4.
+    It has to be the last one, because every earlier layer is read by the next in full. It saves up to 1/N of the
+    compute of an N-layer network.
     """
 
     input_layernorm: Any
@@ -119,19 +130,23 @@ class LastLayer:
     mlp: Any
 
     def forward(self, hidden_states, attention_mask=None, read: torch.Tensor | None = None, **kwargs: Any):
-        """Hidden states [R, T, H], or of the columns `read` (long [R, K]) alone, [R, K, H].
+        """Compute the layer for all columns or, with `read`, for those alone.
 
         Args:
             hidden_states: [R, T, H].
-            attention_mask: of the kind that the attention implementation takes.
-            read: long [R, K].
+            attention_mask: in the form that the attention implementation takes.
+            read: long [R, K], the columns to compute; all if not given.
             **kwargs: of the stock layer.
+
+        Returns:
+            Hidden states [R, T, H] or, with `read`, [R, K, H].
         """
-        # flash and flex attention have masks in which single queries cannot be chosen
+        # Single queries cannot be chosen from the masks of flash and flex attention: everything is computed then.
         by_query = attention_mask is None or (torch.is_tensor(attention_mask) and attention_mask.dim() == 4)
         if read is None or not by_query:
             output = super().forward(hidden_states, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
             return output if read is None else take(output, read)
+        # From here on as in the stock layer, for the columns that are read; attention takes all as keys and values.
         attended, _ = self.self_attn(
             self.input_layernorm(hidden_states), attention_mask=attention_mask, queries=read, **kwargs
         )
@@ -140,29 +155,29 @@ class LastLayer:
 
 
 def take(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """States [R or 1, T, H] of columns (long [R, K]), [R, K, H]."""
+    """Return the states [R, K, H] of columns (long [R, K]) out of all states [R or 1, T, H]."""
     index = columns.unsqueeze(-1).expand(-1, -1, states.size(-1))
     return states.expand(len(columns), -1, -1).gather(1, index)
 
 
 def _require_window_cache(cache: Any, others: dict[str, Any]) -> None:
-    """Raise if a cache is not a `WindowCache`, or if another argument is a cache, which would be left unused."""
+    """Raise if a cache is not a `WindowCache`, or if another argument is a cache, which would be ignored."""
     if cache is not None and not isinstance(cache, WindowCache):
         raise TypeError(
             f"The attention of a diffusion language model got {CACHE_KEYWORD}={type(cache).__name__}; it rewrites "
-            "columns and keeps their keys and values in a WindowCache only. Call the model with use_cache=False, or "
+            "columns, and keeps their keys and values in a WindowCache only. Call the model with use_cache=False, or "
             "sample with `model.generate(…, cache=…)`."
         )
     for name, value in others.items():
         if isinstance(value, (WindowCache, Cache)):
             raise TypeError(
-                f"The attention of a diffusion language model got a cache as {name!r}, and knows it as "
-                f"{CACHE_KEYWORD!r}: this release of transformers names it otherwise. Install one of the releases "
-                "that pyproject.toml names."
+                f"The attention of a diffusion language model got a cache as {name!r} and expects it as "
+                f"{CACHE_KEYWORD!r}: this release of transformers renamed it. Install one of the releases that "
+                "pyproject.toml names."
             )
 
 
 def _rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """States [R, heads, T, head size], turned by the angles of their columns ([R or 1, T, head size])."""
+    """Rotate states [R, heads, T, head size] in float32 by the angles of their columns, [R or 1, T, head size]."""
     exact = states.float()
     return (exact * cos.unsqueeze(1) + rotate_half(exact) * sin.unsqueeze(1)).to(states.dtype)

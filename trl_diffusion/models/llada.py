@@ -10,12 +10,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.llama import modeling_llama as llama
 
-from trl_diffusion.models.diffusion_lm import DiffusionLM, require_dense, require_plain_rope
+from trl_diffusion.models.config import DiffusionConfigMixin, Vocabulary
+from trl_diffusion.models.diffusion_lm import DiffusionLM
+from trl_diffusion.models.families import register
 from trl_diffusion.models.layers import DiffusionAttention, Float32Rotary, LastLayer
 
 # hub key → Llama key
@@ -30,7 +32,7 @@ CONFIG_KEYS = {
     "embedding_size": "vocab_size",
     "init_std": "initializer_range",
 }
-# hub keys that change the network, with the only value that this class computes
+# Hub keys that change the network, with the only value that this class computes.
 REQUIRED_VALUES = {
     "alibi": False,
     "rope": True,
@@ -50,12 +52,15 @@ REQUIRED_VALUES = {
     "embedding_dropout": 0.0,
     "rope_scaling": None,
 }
-LLADA_8B_VOCABULARY = 126464
-LLADA_8B_TOKENS = 126349  # <|eot_id|> 126348 is the last id that has a token
-LLADA_8B_END_TOKENS = [126081, 126348]  # <|endoftext|>, <|eot_id|>
+LLADA_8B = Vocabulary(
+    size=126464,
+    num_tokens=126349,  # <|eot_id|> 126348 is the last id that has a token
+    end_token_ids=(126081, 126348),  # <|endoftext|>, <|eot_id|>
+)
 
 _BLOCK = r"model\.transformer\.blocks\.(\d+)"
-# (hub name, native name) of every weight, as regular expressions on whole names
+# (hub name, native name) of every weight. Hub names are regular expressions that match from the start of a name up to
+# a dot or its end, so the rows serve modules (`…blocks.3.attn_out`) and weights (`…blocks.3.attn_out.weight`) alike.
 _WEIGHT_NAMES = [
     (r"model\.transformer\.wte", "model.embed_tokens"),
     (r"model\.transformer\.ln_f", "model.norm"),
@@ -70,7 +75,7 @@ _WEIGHT_NAMES = [
     (rf"{_BLOCK}\.up_proj", r"model.layers.\1.mlp.up_proj"),
     (rf"{_BLOCK}\.ff_out", r"model.layers.\1.mlp.down_proj"),
 ]
-# the other way: (native name as a regular expression, hub name)
+# The inverse: (native name as a regular expression, hub name).
 _HUB_NAMES = [
     (native.replace(".", r"\.").replace(r"\1", r"(\d+)"), hub.replace(r"\.", ".").replace(r"(\d+)", r"\1"))
     for hub, native in _WEIGHT_NAMES
@@ -78,12 +83,12 @@ _HUB_NAMES = [
 
 
 def native_weight_name(name: str) -> str:
-    """The native name of a LLaDA weight or module; native names are returned as they are."""
+    """Return the native name of a LLaDA weight or module; native names are returned unchanged."""
     return _renamed(name, _WEIGHT_NAMES)
 
 
 def hub_weight_name(name: str) -> str:
-    """The hub's name of a LLaDA weight or module, given its native name."""
+    """Return the hub's name of a LLaDA weight or module, given its native name."""
     return _renamed(name, _HUB_NAMES)
 
 
@@ -95,7 +100,7 @@ def _renamed(name: str, table: list[tuple[str, str]]) -> str:
     return name
 
 
-class LLaDAConfig(LlamaConfig):
+class LLaDAConfig(DiffusionConfigMixin, LlamaConfig):
     """Configuration of LLaDA: `LlamaConfig` read from and written with the hub's key names.
 
     Args:
@@ -110,50 +115,40 @@ class LLaDAConfig(LlamaConfig):
     """
 
     model_type = "llada"
+    published = LLADA_8B
 
-    mask_token_id: int | None = None
-    end_token_ids: list[int] | None = None
-    num_tokens: int | None = None
-    is_causal: bool = False
-    auto_map: dict[str, Any] | None = None
-    vocab_size: int = LLADA_8B_VOCABULARY
+    vocab_size: int = LLADA_8B.size
     rms_norm_eps: float = 1e-5
     bos_token_id: int | None = None
 
-    def __post_init__(self, **kwargs: Any):
-        require_dense(self.model_type, kwargs)
+    def read_hub_keys(self, keys: dict[str, Any]) -> None:
         for key, supported in REQUIRED_VALUES.items():
-            given = kwargs.pop(key, None)
+            given = keys.pop(key, None)
             if given is not None and given != supported:
                 raise ValueError(
                     f"This LLaDA variant has {key}={given!r}; trl_diffusion computes only {key}={supported!r}. "
                     "Use a checkpoint of the LLaDA-8B architecture."
                 )
-        if "d_model" in kwargs and kwargs.get("mlp_hidden_size") is None:
-            kwargs["mlp_hidden_size"] = kwargs.get("mlp_ratio", 4) * kwargs["d_model"]
-        if kwargs.get("multi_query_attention"):
-            kwargs["n_kv_heads"] = 1
-        num_tokens = self.vocab_size  # on the hub the number of tokens; embedding_size has rows to spare
-        # Dataclass defaults are already set, so a hub key must overwrite them; head_dim follows from both.
+        if "d_model" in keys and keys.get("mlp_hidden_size") is None:
+            keys["mlp_hidden_size"] = keys.get("mlp_ratio", 4) * keys["d_model"]
+        if keys.get("multi_query_attention"):
+            keys["n_kv_heads"] = 1
+        num_tokens = self.vocab_size  # the hub's `vocab_size` counts tokens, its `embedding_size` rows
+        # Dataclass defaults are set already, so hub keys overwrite them. This comes before the stock class's
+        # `__post_init__`, which derives `head_dim` from two of them.
         for hub, native in CONFIG_KEYS.items():
-            if (value := kwargs.pop(hub, None)) is not None:
+            if (value := keys.pop(hub, None)) is not None:
                 setattr(self, native, value)
-        if self.end_token_ids is None and self.vocab_size == LLADA_8B_VOCABULARY:
-            self.end_token_ids = list(LLADA_8B_END_TOKENS)
-        if self.num_tokens is None:
-            is_8b = self.vocab_size == LLADA_8B_VOCABULARY
-            self.num_tokens = LLADA_8B_TOKENS if is_8b else min(num_tokens, self.vocab_size)
-        self.auto_map = self.auto_map or {}  # TRL's loader reads it from every config that it does not know
-        super().__post_init__(**kwargs)
-        require_plain_rope(self)
+        # In LLaDA-8B's own config.json both count rows; its number of tokens is in `published`.
+        if self.num_tokens is None and self.vocab_size != LLADA_8B.size:
+            self.num_tokens = min(num_tokens, self.vocab_size)
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration with the hub's keys (`d_model` …), as `config.json` stores it."""
+        """Return the configuration with the hub's keys (`d_model` …), as `config.json` stores it."""
         output = super().to_dict()
         for hub, native in CONFIG_KEYS.items():
             output[hub] = output.pop(native)
         output["vocab_size"] = output["embedding_size"]
-        output["rope_theta"] = output.pop("rope_parameters")["rope_theta"]
         return {**REQUIRED_VALUES, **output}
 
 
@@ -166,7 +161,7 @@ class LLaDAAttention(DiffusionAttention, llama.LlamaAttention):  # type: ignore[
 
 
 class LlamaDecoderLayer(LastLayer, llama.LlamaDecoderLayer):  # type: ignore[misc]  # adds `read`
-    """The last layer, under the stock name: FSDP and device maps know layers by it."""
+    """The last layer. It has the name of the stock class, by which FSDP and device maps recognise layers."""
 
 
 class LLaDAModelLM(DiffusionLM, LlamaForCausalLM):  # type: ignore[misc]  # `generate` samples by diffusion
@@ -196,5 +191,4 @@ def _rename_state_dict(module, state_dict, prefix, *args) -> None:
 register_checkpoint_conversion_mapping(
     LLaDAModelLM.__name__, [WeightRenaming(hub, native) for hub, native in _WEIGHT_NAMES], overwrite=True
 )
-AutoConfig.register(LLaDAConfig.model_type, LLaDAConfig, exist_ok=True)
-AutoModelForCausalLM.register(LLaDAConfig, LLaDAModelLM, exist_ok=True)
+register(LLaDAConfig, LLaDAModelLM)

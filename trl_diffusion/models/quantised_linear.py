@@ -1,9 +1,9 @@
 """4-bit layers (QLoRA, 2305.14314) that compute on the CPU with the weights they hold.
 
 bitsandbytes 0.50 has two faults on CPUs. Its dequantisation starts a new block of 64 values with every row, so a
-layer whose input size is no multiple of 64 computes with other weights, and no error says so. And where there is
-AVX512-BF16, a layer in evaluation mode repacks its weight in place with coarser scales: sampling and scoring would use
-another network than the update does, and the frozen weights would drift with every change of the mode.
+layer whose input size is no multiple of 64 silently computes with other weights. And on CPUs with AVX512-BF16 a layer
+in evaluation mode repacks its weight in place with coarser scales: sampling and scoring would use another network than
+the update does, and the frozen weights would drift with every change of the mode.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ QUANTISED_LINEAR = (Linear4bit, Linear8bitLt)
 
 
 class ExactLinear4bit(Linear4bit):
-    """`Linear4bit` that on a CPU dequantises as the weight was quantised, in blocks over all rows, in every mode."""
+    """Dequantises its weight on a CPU as it was quantised, in blocks that run across rows, in every mode."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.device.type != "cpu":
@@ -29,7 +29,8 @@ class ExactLinear4bit(Linear4bit):
         return nn.functional.linear(x.to(dtype), self.dequantised().to(dtype), bias).to(x.dtype)
 
     def dequantised(self) -> torch.Tensor:
-        """The weight [out, in] that the 4-bit codes stand for."""
+        """Return the weight [out, in] that the 4-bit codes stand for."""
+        # As one long row, so that blocks of 64 values run across rows, as they did when the weight was quantised.
         one_row = copy.copy(self.weight.quant_state)  # type: ignore[attr-defined]  # it is a Params4bit
         one_row.shape = torch.Size([1, self.out_features * self.in_features])
         return dequantize_4bit(self.weight.data, one_row).view(self.out_features, self.in_features)

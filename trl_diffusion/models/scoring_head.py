@@ -1,8 +1,8 @@
-"""The LM head that scores tokens: log-probabilities and entropies of targets without their [N, V] logits.
+"""The LM head that scores tokens: log-probabilities and entropies of targets without keeping their [N, V] logits.
 
 Full-canvas methods score every position of the canvas. With a vocabulary of 126,464, the float32 logits of a thousand
-positions take 0.5 GB, and log-softmax, entropy and gradient each as much again. Here a chunk of rows at a time goes
-from hidden states to scores, and once more in the backward pass, so memory does not grow with the number of targets.
+positions take 0.5 GB, and log-softmax, entropy and gradient each as much again. Here the rows go from hidden states to
+scores one chunk at a time, and once more in the backward pass, so memory does not grow with the number of targets.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch.nn import functional as F
 from trl_diffusion.distribution import SMALLEST, at_columns, log_distribution, target_columns
 from trl_diffusion.family import DiffusionFamily
 
-# Logits in a chunk (4 bytes each). On a CPU few enough for its cache, yet enough rows for the matrix product to be
-# efficient; elsewhere more, because every chunk reads the whole weight.
+# Logits in a chunk (4 bytes each). On a CPU they are few enough for its cache, yet enough rows for the matrix product
+# to be efficient; on accelerators they are more, because every chunk reads the whole weight.
 _CPU_CHUNK, _CHUNK = 2**22, 2**26
 
 
 class ScoringHead(nn.Linear):
     """An LM head, `nn.Linear` without a bias, that can also score targets.
 
-    The loop over chunks lies inside the module's forward pass: wrappers gather its weights in its hooks (ZeRO-3,
-    FSDP2), which must run as often on every process, however many targets that has.
+    The loop over chunks lies inside the module's forward pass. ZeRO-3 and FSDP2 gather its weights in hooks of this
+    module, and the hooks must run equally often on every process, however many targets a process has.
     """
 
     def forward(
@@ -35,7 +35,7 @@ class ScoringHead(nn.Linear):
         temperature: float = 1.0,
         family: DiffusionFamily | None = None,
     ):
-        """Logits or, with `targets`, what `score_targets` computes from them.
+        """Compute logits or, with `targets`, what `score_targets` computes from them.
 
         Args:
             hidden: [..., H]; with `targets`, [N, H].
@@ -50,31 +50,37 @@ class ScoringHead(nn.Linear):
         """
         if targets is None:
             return super().forward(hidden)
+        # Cast here as autocast would cast in `F.linear`: in the backward pass, which computes chunks again, it is off.
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         return _score_in_chunks(hidden, self.weight, targets, support, temperature, family)
 
 
-@torch.compiler.disable  # the number of chunks changes from pass to pass, and each would be compiled anew
+@torch.compiler.disable  # the number of chunks changes from call to call, and each would be compiled anew
 def _score_in_chunks(*arguments) -> tuple[torch.Tensor, torch.Tensor]:
     return _Score.apply(*arguments)
 
 
 class _Score(torch.autograd.Function):
-    """`score_targets` of the head's logits. A lone chunk is kept for the backward pass, several are computed again."""
+    """Computes `score_targets` of the head's logits, chunk by chunk.
+
+    With one chunk its log-probabilities are saved for the backward pass; with several they are recomputed.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, support, temperature, family):
         ctx.temperature, ctx.family = temperature, family
-        ctx.set_materialize_grads(False)  # entropies seldom have a gradient, and it costs
+        ctx.set_materialize_grads(
+            False
+        )  # most losses do not use the entropies, whose gradient costs a pass over [N, V]
         column, there = target_columns(targets, support)
         log_probs, entropy = torch.empty(2, len(hidden), dtype=torch.float32, device=hidden.device)
         cast_weight, parts, chunk = weight.to(hidden.dtype), _parts(hidden, weight), None
         for part in parts:
-            chunk = None  # the last one is not needed beside the next
+            chunk = None  # free the last one first, so that there are never two
             chunk = _chunk(hidden[part], cast_weight, _rows(support, part), temperature, family)
             log_probs[part] = at_columns(chunk, column[part], there[part])
-            chunk.clamp_(min=SMALLEST)
+            chunk.clamp_(min=SMALLEST)  # 0 · log 0 is 0 in the entropy, and −inf would make it NaN
             entropy[part] = -chunk.exp().mul_(chunk).sum(-1)
         kept = chunk if len(parts) == 1 else None
         ctx.save_for_backward(hidden, weight, support, column, log_probs, entropy, kept)
@@ -98,7 +104,7 @@ class _Score(torch.autograd.Function):
             ids = _rows(support, part)
             chunk = _chunk(hidden[part], cast_weight, ids, ctx.temperature, ctx.family) if kept is None else kept
             grad = _gradient(chunk, column[part], entropy[part], grad_log_probs[part], _rows(grad_entropy, part))
-            if ids is not None:
+            if ids is not None:  # from the columns of the support to those of the vocabulary
                 grad = grad.new_zeros(len(grad), len(weight)).scatter_add_(1, ids.clamp(min=0).long(), grad)
             grad = grad.to(hidden.dtype)
             torch.mm(grad, cast_weight, out=grad_hidden[part])
@@ -108,7 +114,7 @@ class _Score(torch.autograd.Function):
 
 
 def _parts(hidden: torch.Tensor, weight: torch.Tensor) -> list[slice]:
-    """Slices of the rows; one, empty, where there are none."""
+    """Return slices of the rows, one chunk each; one empty slice if there are no rows, so that shapes stay right."""
     rows = max((_CPU_CHUNK if hidden.device.type == "cpu" else _CHUNK) // len(weight), 1)
     return [slice(start, start + rows) for start in range(0, max(len(hidden), 1), rows)]
 
@@ -123,7 +129,9 @@ def _chunk(hidden, weight, support, temperature, family) -> torch.Tensor:
 
 
 def _gradient(log_probs, column, entropy, grad_log_probs, grad_entropy) -> torch.Tensor:
-    """Gradient of the logits z at temperature 1: ∂ log p_t / ∂z_j = 1[j = t] − p_j, ∂H / ∂z_j = −p_j (log p_j + H).
+    """Return the gradient of the logits z at temperature 1.
+
+    ∂ log p_t / ∂z_j = 1[j = t] − p_j and ∂H / ∂z_j = −p_j (log p_j + H).
 
     Args:
         log_probs: [n, V] or, on a support, [n, C].
@@ -131,6 +139,9 @@ def _gradient(log_probs, column, entropy, grad_log_probs, grad_entropy) -> torch
         entropy: [n], H.
         grad_log_probs: [n].
         grad_entropy: [n] or `None`.
+
+    Returns:
+        [n, V] or [n, C].
     """
     factor = -grad_log_probs.unsqueeze(1)
     if grad_entropy is not None:
@@ -139,6 +150,7 @@ def _gradient(log_probs, column, entropy, grad_log_probs, grad_entropy) -> torch
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add a matrix product to `total` in place, without a copy where the types allow."""
     if total.dtype == left.dtype:
         torch.addmm(total, left, right, out=total)
     else:

@@ -10,19 +10,25 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
-from trl_diffusion.models.diffusion_lm import DiffusionLM, require_dense, require_plain_rope
+from trl_diffusion.models.config import DiffusionConfigMixin, Vocabulary
+from trl_diffusion.models.diffusion_lm import DiffusionLM
+from trl_diffusion.models.families import register
 from trl_diffusion.models.layers import DiffusionAttention, Float32Rotary, LastLayer
+from trl_diffusion.validation import at_least
 
-SDAR_VOCABULARY = 151936
-SDAR_MASK_TOKEN = 151669  # <|MASK|>, the last id that has a token
-SDAR_END_TOKENS = [151643, 151645]  # <|endoftext|>, <|im_end|>
+SDAR = Vocabulary(
+    size=151936,
+    num_tokens=151670,
+    end_token_ids=(151643, 151645),  # <|endoftext|>, <|im_end|>
+    mask_token_id=151669,  # <|MASK|>, the last id that has a token
+)
 ATTENTION = ("eager", "sdpa")  # implementations that take a mask of their own for every query
 
 
-class SDARConfig(Qwen3Config):
+class SDARConfig(DiffusionConfigMixin, Qwen3Config):
     """Configuration of SDAR: `Qwen3Config` with the mask token and the block size.
 
     Args:
@@ -39,47 +45,25 @@ class SDARConfig(Qwen3Config):
     """
 
     model_type = "sdar"
+    published = SDAR
 
-    mask_token_id: int | None = None
-    end_token_ids: list[int] | None = None
-    num_tokens: int | None = None
     block_size: int = 4
-    is_causal: bool = False
-    auto_map: dict[str, Any] | None = None
 
-    def __post_init__(self, **kwargs: Any):
-        require_dense(self.model_type, kwargs)
+    def read_hub_keys(self, keys: dict[str, Any]) -> None:
         if self.use_sliding_window:
             raise ValueError(
                 "This SDAR variant has use_sliding_window=True; trl_diffusion computes block-causal attention over "
                 "the whole text only. Use a checkpoint of the SDAR-8B architecture."
             )
-        if self.block_size < 1:
-            raise ValueError(f"block_size must be at least 1, got {self.block_size}.")
-        published = self.vocab_size == SDAR_VOCABULARY
-        if self.mask_token_id is None and published:
-            self.mask_token_id = SDAR_MASK_TOKEN
-        if self.end_token_ids is None and published:
-            self.end_token_ids = list(SDAR_END_TOKENS)
-        if self.num_tokens is None:
-            self.num_tokens = SDAR_MASK_TOKEN + 1 if published else self.vocab_size
-        if kwargs.get("attn_implementation") == "flex_attention":  # what published configs name for their own code
-            del kwargs["attn_implementation"]
-        self.auto_map = self.auto_map or {}  # TRL's loader reads it from every config that it does not know
-        super().__post_init__(**kwargs)
-        require_plain_rope(self)
+        at_least("block_size", self.block_size, 1)
+        if keys.get("attn_implementation") == "flex_attention":  # published configs name it for their own code
+            del keys["attn_implementation"]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
-        """transformers' `from_dict`, which puts arguments of `from_pretrained` among the keys of `config.json`."""
+        """Check the attention asked of `from_pretrained`, which from here on looks like a key of `config.json`."""
         _check_attention(kwargs.get("attn_implementation"))
         return super().from_dict(config_dict, **kwargs)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The configuration with the hub's `rope_theta`, as `config.json` stores it."""
-        output = super().to_dict()
-        output["rope_theta"] = output.pop("rope_parameters")["rope_theta"]
-        return output
 
 
 def _check_attention(implementation: Any) -> None:
@@ -102,7 +86,7 @@ class SDARAttention(DiffusionAttention, qwen3.Qwen3Attention):  # type: ignore[m
 
 
 class Qwen3DecoderLayer(LastLayer, qwen3.Qwen3DecoderLayer):  # type: ignore[misc]  # adds `read`
-    """The last layer, under the stock name: FSDP and device maps know layers by it."""
+    """The last layer. It has the name of the stock class, by which FSDP and device maps recognise layers."""
 
 
 class SDARForCausalLM(DiffusionLM, Qwen3ForCausalLM):  # type: ignore[misc]  # `generate` samples by diffusion
@@ -123,5 +107,4 @@ class SDARForCausalLM(DiffusionLM, Qwen3ForCausalLM):  # type: ignore[misc]  # `
         self.attention_block = config.block_size
 
 
-AutoConfig.register(SDARConfig.model_type, SDARConfig, exist_ok=True)
-AutoModelForCausalLM.register(SDARConfig, SDARForCausalLM, exist_ok=True)
+register(SDARConfig, SDARForCausalLM)

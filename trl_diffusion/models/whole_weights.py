@@ -1,6 +1,6 @@
-"""Loading fails if a checkpoint's weights are not those of the network.
+"""Make loading fail if a checkpoint's weights are not those of the network.
 
-transformers prints a table of what is missing and unexpected, gives the missing weights random values and continues.
+transformers prints a table of missing and unexpected weights, gives the missing ones random values and continues.
 Under ZeRO-3 it does not even look for unexpected ones.
 """
 
@@ -20,10 +20,10 @@ class WholeWeights:
     """Mixin of a `PreTrainedModel` that refuses checkpoints with missing or unexpected weights.
 
     Weights that other weights replace (a tied LM head) and the states of quantised ones count as present: transformers
-    takes them out of the lists that are checked here. What else a family's checkpoints may lack or have in addition
-    is declared by its class, as in transformers, in `_keys_to_ignore_on_load_missing` and
-    `_keys_to_ignore_on_load_unexpected` (regular expressions). Weights of other shapes are refused by transformers;
-    with `ignore_mismatched_sizes=True`, the caller's own wish, they get random values.
+    takes them out of the lists that are checked here. As in transformers, a family's class declares in
+    `_keys_to_ignore_on_load_missing` and `_keys_to_ignore_on_load_unexpected` (regular expressions) which other
+    weights its checkpoints may lack or have in addition. transformers refuses weights of other shapes; with
+    `ignore_mismatched_sizes=True` they get random values, as the caller asked.
     """
 
     @staticmethod
@@ -33,6 +33,7 @@ class WholeWeights:
         loaded = PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
+        # Under ZeRO-3 transformers fills the list of missing weights only, so names are compared here.
         if is_deepspeed_zero3_enabled() and not load_config.is_quantized:
             given = state_dict or {
                 name for file in checkpoint_files for name in load_state_dict(file, map_location="meta")
@@ -54,7 +55,7 @@ class WholeWeights:
 
 
 def _listed(fault: str, names: set[str]) -> str:
-    """A count of weights and their names; those of different layers as one, with `*` for the number."""
+    """Describe weights by their count and names; those that differ in their layer alone as one, with `*` for it."""
     kinds = sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names})
     more = f" and {len(kinds) - NAMED} other kinds" if len(kinds) > NAMED else ""
     return f"{fault} {len(names)}: {', '.join(kinds[:NAMED])}{more}"

@@ -1,1 +1,1 @@
-"""The parts of a run that do not depend on its method: start checks, checkpoints, guards, cost, report, model card."""
+"""Parts of a run that do not depend on its method: checks at the start, checkpoints, guards, cost, report, card."""

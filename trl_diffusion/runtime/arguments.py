@@ -1,4 +1,4 @@
-"""What a trainer refuses before it loads or draws anything; the same for reinforcement learning and masked SFT."""
+"""Refuse arguments that cannot work before anything is loaded or drawn; for reinforcement learning and masked SFT."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from trl.trainer.utils import get_callable_name
 from trl_diffusion.credit import StepAwareReward
 from trl_diffusion.family import family_of
 from trl_diffusion.models import DiffusionLM
-from trl_diffusion.models.skeleton import native_config
+from trl_diffusion.models.meta_model import native_config
 from trl_diffusion.sampling.positions import check_fits
 
 logger = logging.getLogger(__name__)
 
 # Keyword arguments with which TRL calls a reward function, in addition to the data set's other columns.
 _FROM_TRL = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
-_NOT_PASSED_ON = {"prompt", "completion", "completion_ids"}  # columns that TRL keeps to itself
+_NOT_PASSED_ON = {"prompt", "completion", "completion_ids"}  # columns that TRL does not pass to reward functions
 _IMAGES = {"image", "images"}
-_LONGEST = 64  # prompts of a data set that are tokenised to see whether they fit
+_LONGEST = 64  # prompts of a data set that are tokenised to check their length
 
 
 # ---------------------------------------------------------------- model and adapter
@@ -42,7 +42,7 @@ def check_arguments(processing_class: Any, kwargs: Mapping[str, Any]) -> None:
         kwargs: the trainer's other arguments.
 
     Raises:
-        ValueError: if there is one.
+        ValueError: if one is given.
     """
     reasons = {
         "tools": "tool calls need several turns; a rollout here is one canvas",
@@ -59,18 +59,19 @@ def check_arguments(processing_class: Any, kwargs: Mapping[str, Any]) -> None:
 
 
 def check_model(model: Any) -> None:
-    """Refuse a model that is no diffusion language model.
+    """Refuse a model that is not a diffusion language model.
 
     Args:
         model: the trainer's argument; of a path or hub id only the config is read.
 
     Raises:
-        TypeError: if it is of another kind, or its checkpoint would be loaded as one.
+        TypeError: if it is another kind of model, or its checkpoint would be loaded as one.
     """
     if isinstance(model, str):
         config = native_config(model)
         for name in config.architectures or []:
-            if hasattr(transformers, name):  # TRL's loader would build that class, whatever the model_type
+            # TRL's loader builds the class that `architectures` names if transformers has it, whatever the model_type.
+            if hasattr(transformers, name):
                 raise TypeError(
                     f"{model} names the stock class {name} in `architectures` of its config.json. Put the diffusion "
                     f"class of model_type {config.model_type!r} there, or leave the entry out."
@@ -80,7 +81,7 @@ def check_model(model: Any) -> None:
 
 
 def check_adapter(model: Any, peft_config: PeftConfig | None) -> None:
-    """Refuse an adapter that a diffusion language model cannot have.
+    """Refuse a kind of adapter that does not work with a diffusion language model.
 
     Args:
         model: the trainer's argument.
@@ -92,14 +93,14 @@ def check_adapter(model: Any, peft_config: PeftConfig | None) -> None:
     config = model.active_peft_config if isinstance(model, PeftModel) else peft_config
     if config is not None and config.is_prompt_learning:
         raise ValueError(
-            f"An adapter of type {PeftType(config.peft_type).value} puts virtual tokens before the prompt, so a "
-            "canvas would no longer lie where it is sampled and scored. Use an adapter that changes layers, such as "
-            "LoRA."
+            f"An adapter of type {PeftType(config.peft_type).value} puts virtual tokens before the prompt, so the "
+            "canvas would no longer be at the positions where it is sampled and scored. Use an adapter that changes "
+            "layers, such as LoRA."
         )
 
 
 def check_trainable(model: nn.Module) -> None:
-    """Refuse a model of which nothing would be trained.
+    """Refuse a model without trainable parameters.
 
     Raises:
         ValueError: if no parameter has `requires_grad`.
@@ -119,10 +120,10 @@ def check_trainable(model: nn.Module) -> None:
 
 
 def check_load_arguments(model_init_kwargs: Mapping[str, Any] | str | None) -> None:
-    """Refuse an argument of `from_pretrained` that TRL's loader leaves unread.
+    """Refuse an argument of `from_pretrained` that TRL's loader ignores.
 
     Raises:
-        ValueError: for `torch_dtype`, in place of which TRL loads float32.
+        ValueError: for `torch_dtype`; TRL reads `dtype` only, and would load float32.
     """
     if isinstance(model_init_kwargs, Mapping) and "torch_dtype" in model_init_kwargs:
         raise ValueError(
@@ -132,13 +133,13 @@ def check_load_arguments(model_init_kwargs: Mapping[str, Any] | str | None) -> N
 
 
 def warn_of_eight_bit(model: nn.Module) -> None:
-    """Say what `load_in_8bit` does to ratios."""
+    """Warn that `load_in_8bit` makes importance ratios noisy."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if isinstance(base, DiffusionLM) and base.uses_bitsandbytes and base.hf_quantizer.quantization_config.load_in_8bit:
         logger.warning(
             "The model is loaded in 8 bits: its layers round activations too, by the largest ones of the batch, so "
-            "that a token's log-probability depends on what it is computed with. On policy, where ratios should be 1, "
-            "expect |log ratio| around 0.1 (`rollout/max_abs_log_ratio`). With load_in_4bit=True weights alone are "
+            "that a token's log-probability depends on the other rows of its batch. On policy, where ratios should be "
+            "1, expect |log ratio| around 0.1 (`rollout/max_abs_log_ratio`). With load_in_4bit=True only weights are "
             "rounded, and ratios start at 1."
         )
 
@@ -147,12 +148,12 @@ def warn_of_eight_bit(model: nn.Module) -> None:
 
 
 def check_dataset(dataset: Any, name: str = "train_dataset", columns: Mapping[str, str] | None = None) -> None:
-    """Refuse what is no data set, one with images, and one without a column that is needed.
+    """Refuse something that is no data set, a data set with images, and one without a column that is needed.
 
     Args:
         dataset: the trainer's argument.
-        name: of the argument, for messages.
-        columns: by the name of each column that is needed, who needs it.
+        name: name of the argument, for messages.
+        columns: names of the columns that are needed, and who needs each.
 
     Raises:
         TypeError: if it is neither a `Dataset` nor an `IterableDataset`.
@@ -170,7 +171,7 @@ def check_dataset(dataset: Any, name: str = "train_dataset", columns: Mapping[st
         )
     found = columns_of(dataset)
     if found is None:
-        return  # no rows, which `check_rows` refuses
+        return  # a stream without rows, which `check_rows` refuses
     if images := sorted(_IMAGES & set(found)):
         raise ValueError(
             f"{name} has a column {images[0]!r}, and images are not supported. Remove the column, or rename it if it "
@@ -185,7 +186,7 @@ def check_dataset(dataset: Any, name: str = "train_dataset", columns: Mapping[st
 
 
 def named_eval_datasets(dataset: Any) -> dict[str, Any]:
-    """The trainer's `eval_dataset`, none, one or several, by names for messages."""
+    """Return the data sets of the trainer's `eval_dataset` (none, one or several) by their names for messages."""
     if isinstance(dataset, dict):
         return {f"eval_dataset[{split!r}]": rows for split, rows in dataset.items()}
     return {} if dataset is None else {"eval_dataset": dataset}
@@ -195,7 +196,7 @@ def check_eval_datasets(dataset: Any, columns: Mapping[str, str] | None = None) 
     """Check the trainer's `eval_dataset`, a data set or several by name; see `check_dataset`.
 
     Raises:
-        TypeError: if one is no data set.
+        TypeError: if one of them is no data set.
         ValueError: if one lacks a column or has no rows.
     """
     for name, rows in named_eval_datasets(dataset).items():
@@ -204,7 +205,10 @@ def check_eval_datasets(dataset: Any, columns: Mapping[str, str] | None = None) 
 
 
 def columns_of(dataset: Dataset | IterableDataset) -> list[str] | None:
-    """Names of the columns; of a stream that does not know them, those of its first row. `None` without rows."""
+    """Return the names of the columns; a stream that does not know them is asked for its first row.
+
+    `None` stands for a stream without rows.
+    """
     if dataset.column_names is not None:
         return list(dataset.column_names)
     row = next(iter(dataset.take(1)), None)
@@ -212,13 +216,13 @@ def columns_of(dataset: Dataset | IterableDataset) -> list[str] | None:
 
 
 def check_rows(dataset: Dataset | IterableDataset, needed: int, why: str, name: str = "train_dataset") -> None:
-    """Refuse a data set from which no update could be made.
+    """Refuse a data set with too few rows.
 
     Args:
-        dataset: of a stream no more rows than needed are read.
-        needed: rows that it must have.
+        dataset: a data set; of a stream no more rows than needed are read.
+        needed: number of rows that it must have.
         why: what needs them, for the message.
-        name: of the argument, for the message.
+        name: name of the argument, for the message.
 
     Raises:
         ValueError: if it has fewer.
@@ -233,19 +237,19 @@ def check_rows(dataset: Dataset | IterableDataset, needed: int, why: str, name: 
 def check_prompts_fit(
     model: Any, canvas_length: int, datasets: Mapping[str, Any], encode: Callable[[list], Sequence[Sequence[int]]]
 ) -> None:
-    """Refuse prompts that do not fit into the model's positions together with the canvas.
+    """Refuse prompts that are too long for the model's positions together with the canvas.
 
-    Tokenising a large data set would take minutes, so of each the 64 prompts with most characters are. The sampler
-    checks every prompt again when it draws, those of streams only then.
+    Tokenising a large data set would take minutes, so only the 64 prompts with most characters are tokenised. The
+    sampler checks every prompt again when it draws; prompts of streams are checked only then.
 
     Args:
         model: the trainer's model.
-        canvas_length: positions to write.
-        datasets: by their names for the message, with a column `prompt`.
-        encode: from prompts to token ids.
+        canvas_length: positions to sample.
+        datasets: data sets with a column `prompt`, by their names for the message.
+        encode: turns prompts into token ids.
 
     Raises:
-        ValueError: if one does not fit, or the canvas leaves no position for a prompt.
+        ValueError: if a prompt is too long, or the canvas leaves no position for one.
     """
     check_fits(model, 1, canvas_length, "any data set")
     for name, dataset in datasets.items():
@@ -258,7 +262,7 @@ def check_prompts_fit(
 
 
 def check_rollout_data(args: GRPOConfig, train_dataset: Any, eval_dataset: Any, reward_funcs: Any) -> None:
-    """Check data sets and reward functions of reinforcement learning, and that they go together.
+    """Check the data sets and reward functions of reinforcement learning, alone and against each other.
 
     Args:
         args: the trainer's config.
@@ -267,7 +271,7 @@ def check_rollout_data(args: GRPOConfig, train_dataset: Any, eval_dataset: Any, 
         reward_funcs: the trainer's argument.
 
     Raises:
-        TypeError: if a data set is none.
+        TypeError: if an argument is no data set.
         ValueError: see `check_dataset`, `check_rows`, `check_rewards` and `check_eval_batch`.
     """
     columns = {"prompt": "the trainer"} | columns_of_rewards(reward_funcs)
@@ -287,10 +291,10 @@ def check_rollout_data(args: GRPOConfig, train_dataset: Any, eval_dataset: Any, 
 
 
 def check_eval_batch(args: GRPOConfig) -> None:
-    """Refuse an evaluation whose batches would cut a prompt's group.
+    """Refuse an evaluation whose batches would split the group of a prompt.
 
     Raises:
-        ValueError: if the group does not divide the batch of all processes.
+        ValueError: if the batch of all processes is no multiple of the group.
     """
     group = int(args.num_generations_eval or args.num_generations or 1)
     if args.per_device_eval_batch_size * args.world_size % group:
@@ -301,7 +305,7 @@ def check_eval_batch(args: GRPOConfig) -> None:
 
 
 def columns_of_rewards(reward_funcs: Any) -> dict[str, str]:
-    """The columns that reward functions cannot do without, with the function that needs each.
+    """Return the columns that reward functions need, with the function that needs each.
 
     Args:
         reward_funcs: the trainer's argument; reward models need no column.
@@ -325,16 +329,17 @@ def columns_of_rewards(reward_funcs: Any) -> dict[str, str]:
 
 
 def check_rewards(reward_funcs: Any, columns: Iterable[str]) -> None:
-    """Refuse reward functions that could not be called with the columns of the data set.
+    """Refuse reward functions that cannot be called with the columns of the data set.
 
     Args:
         reward_funcs: the trainer's argument.
         columns: names of the data set's columns.
 
     Raises:
-        ValueError: if TRL's own arguments hide a column, or a function does not take all that it is called with.
+        ValueError: if a column has the name of an argument of TRL's, or a function does not accept all arguments.
     """
     columns = set(columns)
+    # A column `completion_ids` is not passed on, so it hides nothing.
     if hidden := sorted(columns & (_FROM_TRL - {"completion_ids"})):
         raise ValueError(
             f"The data set has a column {hidden[0]!r}, but TRL calls reward functions with an argument of that name. "
@@ -355,7 +360,7 @@ def check_rewards(reward_funcs: Any, columns: Iterable[str]) -> None:
 
 
 def _functions(reward_funcs: Any) -> list[Callable]:
-    """The functions among the trainer's rewards, those inside a `StepAwareReward` included; no reward models."""
+    """Return the functions among the trainer's rewards, with those inside a `StepAwareReward`, without models."""
     given = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
     step_aware = [function for function in given if isinstance(function, StepAwareReward)]
     inside = [f.reward for f in step_aware] + [f.success for f in step_aware if f.success is not None]
@@ -364,7 +369,7 @@ def _functions(reward_funcs: Any) -> list[Callable]:
 
 
 def _parameters(function: Callable) -> list[inspect.Parameter] | None:
-    """Parameters of a function, not of one that it wraps; `None` if Python cannot tell."""
+    """Return the parameters of a function, not of one that it wraps; `None` if Python does not know them."""
     try:
         return list(inspect.signature(function, follow_wrapped=False).parameters.values())
     except ValueError:  # some built-in functions have no signature

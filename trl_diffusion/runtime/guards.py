@@ -1,8 +1,8 @@
-"""What a run does when a reward function fails, a rollout teaches nothing or an update is not finite: the policies.
+"""Policies for rewards and updates that go wrong, as fields of a trainer's config.
 
-Every case has a policy that the config names. The default stops the run with an error that says where; the other one
-goes on, and warns and counts in a metric `guards/…`. Nothing is passed over in silence. `reward_guard.py` applies them
-to rewards, `update_guard.py` to updates.
+A reward function may fail, a rollout may teach nothing, an update may not be finite. By default the run stops with an
+error that names the place. The alternative continues, warns once, and counts in a metric `guards/…`, so that nothing
+is ignored in silence. `reward_guard.py` applies the policies to rewards, `update_guard.py` to updates.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field
 
+from trl_diffusion.validation import at_least, one_of
+
 
 @dataclass
 class UpdateGuardConfig:
-    """The policy of updates; part of every trainer's config.
+    """The policy for updates; part of every trainer's config.
 
     Args:
         nonfinite_update: when the loss or the gradient is NaN or infinite: `raise`, or `skip` the update.
@@ -25,22 +27,17 @@ class UpdateGuardConfig:
     )
 
     def check_guards(self) -> None:
-        """Check the policies.
+        """Check that the policies exist.
 
         Raises:
             ValueError: if there is no such policy.
         """
-        self._check_choices({"nonfinite_update": ("raise", "skip")})
-
-    def _check_choices(self, choices: dict[str, tuple[str, ...]]) -> None:
-        for name, values in choices.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name} must be one of {', '.join(values)}; got {getattr(self, name)!r}.")
+        one_of("nonfinite_update", self.nonfinite_update, ("raise", "skip"))
 
 
 @dataclass
 class GuardConfig(UpdateGuardConfig):
-    """The guards' policies; part of every RL method's config.
+    """The policies for rewards and updates; part of every RL method's config.
 
     Args:
         reward_error: when a reward function raises or runs into `reward_timeout`: `raise`, or `none`: the completions
@@ -71,16 +68,16 @@ class GuardConfig(UpdateGuardConfig):
     )
 
     def check_guards(self) -> None:
-        """Check the policies.
+        """Check that the policies exist and can be applied here.
 
         Raises:
             ValueError: if there is no such policy, or no time limit on this platform.
         """
         super().check_guards()
-        self._check_choices({"reward_error": ("raise", "none"), "reward_nonfinite": ("raise", "none")})
+        one_of("reward_error", self.reward_error, ("raise", "none"))
+        one_of("reward_nonfinite", self.reward_nonfinite, ("raise", "none"))
         if self.reward_timeout is not None and self.reward_timeout <= 0:
             raise ValueError(f"reward_timeout must be positive, got {self.reward_timeout}. Leave it out for no limit.")
         if self.reward_timeout is not None and sys.platform == "win32":
             raise ValueError("reward_timeout needs alarm signals, which Windows does not have. Leave it out.")
-        if self.tied_rollouts_patience < 0:
-            raise ValueError(f"tied_rollouts_patience must be at least 0, got {self.tied_rollouts_patience}.")
+        at_least("tied_rollouts_patience", self.tied_rollouts_patience, 0)

@@ -1,4 +1,4 @@
-"""Launches: on a CPU too, and refused where they would train on another backend, or otherwise, than was asked for."""
+"""Make launches work on a CPU too, and refuse those that would train on another backend than was asked for."""
 
 from __future__ import annotations
 
@@ -10,16 +10,22 @@ from accelerate.utils import DistributedType, parse_flag_from_env
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
-# What accelerate makes of an optimizer under DeepSpeed's offload; every other becomes Adam.
+# Under DeepSpeed's offload accelerate replaces the optimizer by DeepSpeed's own of the same kind. There are these; any
+# other optimizer becomes Adam.
 _OFFLOADED = ("adam", "adagrad", "lion")
 
 
-def fit_to_cpu(args: TrainingArguments) -> None:
-    """Choose what a machine without an accelerator needs, so that the same command runs with and without one.
+def launched_processes() -> int:
+    """Return how many processes a launcher started together with this one; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
-    accelerate looks for accelerators only, unless it is told otherwise: processes started on a machine without one
-    would not know of each other, and each would train alone. Call this before transformers looks for devices, that is
-    at the start of a config's `__post_init__`.
+
+def fit_to_cpu(args: TrainingArguments) -> None:
+    """Set what a machine without an accelerator needs, so that the same command runs with and without one.
+
+    Unless `use_cpu` or a backend is set, accelerate connects processes through accelerators only: processes started on
+    a machine without one would not know of each other, and each would train alone. Call this before transformers looks
+    for devices, that is at the start of a config's `__post_init__`.
 
     Args:
         args: a config under construction; changed in place.
@@ -28,14 +34,14 @@ def fit_to_cpu(args: TrainingArguments) -> None:
         return
     sharding = args.deepspeed or any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("DEEPSPEED", "FSDP"))
     if sharding and "LOCAL_RANK" in os.environ:
-        args.ddp_backend = args.ddp_backend or "gloo"  # not `use_cpu`, with which accelerate leaves them out
+        args.ddp_backend = args.ddp_backend or "gloo"  # not `use_cpu`, with which accelerate ignores both backends
         args.bf16 = bool(args.bf16)  # TRL's default is true, which transformers refuses on a CPU without `use_cpu`
     elif not args.deepspeed:
         args.use_cpu = True
 
 
 def check_backend(args: TrainingArguments) -> None:
-    """Refuse to start where accelerate dropped the backend that was launched, or some of the processes.
+    """Refuse to start if accelerate dropped the backend that was launched, or some of the processes.
 
     Raises:
         RuntimeError: if DeepSpeed or FSDP was launched and this process is not part of it, or if the processes do not
@@ -49,15 +55,15 @@ def check_backend(args: TrainingArguments) -> None:
         raise RuntimeError(
             f"DeepSpeed was launched, but accelerate started {started.value}: with `use_cpu` or the environment "
             "variable ACCELERATE_USE_CPU it leaves DeepSpeed out. The weights would stay in shards ('weight' must be "
-            "2-D). Unset both: without an accelerator, DeepSpeed runs on the CPU by itself."
+            "2-D). Unset both: without an accelerator, DeepSpeed uses the CPU without being told."
         )
-    fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP") and int(os.environ.get("WORLD_SIZE", "1")) > 1
+    processes = launched_processes()
+    fsdp = parse_flag_from_env("ACCELERATE_USE_FSDP") and processes > 1
     if launched and fsdp and started in (DistributedType.NO, DistributedType.MULTI_CPU):
         raise RuntimeError(
             f"FSDP was launched, but accelerate started {started.value}, because it shards on accelerators only. "
             "Every process would hold the whole model. Launch with recipes/accelerate_configs/cpu_zero3.yaml on a CPU."
         )
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes != args.world_size:
         raise RuntimeError(
             f"{processes} processes were launched, but each believes to be one of {args.world_size} and would train "
@@ -65,14 +71,17 @@ def check_backend(args: TrainingArguments) -> None:
             "than processes, pass --use_cpu true for DDP, or --ddp_backend gloo for DeepSpeed."
         )
     if plugin is not None:
-        offload = plugin.deepspeed_config.get("zero_optimization", {}).get("offload_optimizer", {})
-        replaced = plugin.deepspeed_config.get("zero_force_ds_cpu_optimizer", True)
-        optimizer = OptimizerNames(args.optim).value
-        if offload.get("device", "none") != "none" and replaced and not optimizer.startswith(_OFFLOADED):
-            raise ValueError(
-                f"optim={optimizer!r} would silently become DeepSpeed's Adam, because its state is offloaded. Use "
-                "adamw_torch, or set `zero_force_ds_cpu_optimizer: false` in a DeepSpeed config file."
-            )
+        _check_offloaded_optimizer(OptimizerNames(args.optim).value, plugin.deepspeed_config)
+
+
+def _check_offloaded_optimizer(optimizer: str, deepspeed_config: dict[str, Any]) -> None:
+    offload = deepspeed_config.get("zero_optimization", {}).get("offload_optimizer", {})
+    replaced = deepspeed_config.get("zero_force_ds_cpu_optimizer", True)
+    if offload.get("device", "none") != "none" and replaced and not optimizer.startswith(_OFFLOADED):
+        raise ValueError(
+            f"optim={optimizer!r} would silently become DeepSpeed's Adam, because its state is offloaded. Use "
+            "adamw_torch, or set `zero_force_ds_cpu_optimizer: false` in a DeepSpeed config file."
+        )
 
 
 def check_device_map(model: Any) -> None:
@@ -85,20 +94,20 @@ def check_device_map(model: Any) -> None:
     if len(devices) > 1:
         raise ValueError(
             f"The model's layers lie on several devices ({', '.join(devices)}), and its canvases can lie on one only. "
-            "Start one process per GPU with `accelerate launch`, or load the model with device_map=None; with "
-            "DeepSpeed ZeRO-3 or FSDP2 its weights are shared over all of them."
+            "Start one process per GPU with `accelerate launch`, or load the model with device_map=None; DeepSpeed "
+            "ZeRO-3 and FSDP2 shard its weights over all GPUs."
         )
 
 
 def check_reference_loading() -> None:
-    """Refuse a reference model that would be made of empty weights.
+    """Refuse to load a reference model whose weights would be empty.
 
     Raises:
         ValueError: if FSDP loads the checkpoint in the first process only.
     """
     if parse_flag_from_env("ACCELERATE_USE_FSDP") and parse_flag_from_env("FSDP_CPU_RAM_EFFICIENT_LOADING"):
         raise ValueError(
-            "With `fsdp_cpu_ram_efficient_loading: true` only the first process loads weights, and FSDP hands them "
-            "over for the policy but not for the reference model that beta != 0 needs. Set it to false in the "
+            "With `fsdp_cpu_ram_efficient_loading: true` only the first process loads weights, and FSDP sends them to "
+            "the others for the policy but not for the reference model that beta != 0 needs. Set it to false in the "
             "accelerate config, or train an adapter, which needs no second model."
         )

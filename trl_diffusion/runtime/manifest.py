@@ -1,8 +1,8 @@
-"""Which checkpoints are whole.
+"""Tell whole checkpoints from torn ones by a manifest that is written last.
 
-A run can be killed at any moment, also while it writes a checkpoint. So the last thing written is a manifest with the
-names, sizes and checksums of all files of the checkpoint, and it appears in one step when they are on the disk. A
-checkpoint that has no manifest, or does not match it, is torn.
+A run can be killed at any moment, also while it writes a checkpoint. So the last file written is a manifest with the
+names, sizes and checksums of all others. It is written under another name and renamed once everything is on the disk,
+so it exists completely or not at all. A checkpoint that has no manifest, or does not match it, is torn.
 
 Sizes are compared wherever checkpoints are listed. Checksums are compared for the one checkpoint that is about to be
 read, because that reads all of it.
@@ -23,19 +23,20 @@ import xxhash
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 MANIFEST = "manifest.json"
-# Files of one checkpoint that are read at the same time; a checksum releases Python's lock.
+# Files of one checkpoint that are read at the same time; Python's lock is released while a checksum is computed.
 _READERS = 4
 _CHUNK = 1 << 22
 
 
 def seal(folder: Path, **facts: Any) -> None:
-    """Declare a checkpoint whole.
+    """Write the manifest of a checkpoint, which makes it whole.
 
     Args:
-        folder: of the checkpoint, with all its files written.
-        **facts: to keep in the manifest.
+        folder: of the checkpoint; all its files are written.
+        **facts: what else to keep in the manifest.
     """
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(MANIFEST))
+    # The manifest must not reach the disk before the files it describes, whatever order the system writes them in.
     for path in paths:
         _sync(path)
     files = {
@@ -46,17 +47,17 @@ def seal(folder: Path, **facts: Any) -> None:
     part.write_text(json.dumps({"written": time.time(), **facts, "files": files}, indent=1), encoding="utf-8")
     _sync(part)
     part.replace(folder / MANIFEST)
-    _sync(folder)
+    _sync(folder)  # the rename itself
 
 
 def checksums(paths: list[Path]) -> list[str]:
-    """64-bit xxHash of the contents of files, several of them at a time."""
+    """Compute the 64-bit xxHash of the contents of files, several of them at a time."""
     with ThreadPoolExecutor(_READERS) as pool:
         return list(pool.map(_checksum, paths))
 
 
 def _checksum(path: Path) -> str:
-    # not a cryptographic one: it has to find damage, not forgery, and is several times faster
+    # Not a cryptographic hash: it has to find damage, not forgery, and is several times faster.
     state = xxhash.xxh3_64()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -65,7 +66,11 @@ def _checksum(path: Path) -> str:
 
 
 def fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, by the names and sizes of its files; `None` if nothing is."""
+    """Compare the names and sizes of a checkpoint's files with its manifest.
+
+    Returns:
+        What is wrong, to be put after the folder's name in a message; `None` if nothing is.
+    """
     try:
         files = read_manifest(folder)["files"]
     except FileNotFoundError:
@@ -82,9 +87,12 @@ def fault(folder: Path) -> str | None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with the contents of a checkpoint that has no `fault`; `None` if nothing is.
+    """Compare the contents of a checkpoint that has no `fault` with its manifest, which reads every file.
 
-    This reads every file. Checkpoints of earlier versions have no checksums: nothing is known about their contents.
+    Checkpoints of earlier versions have no checksums, so nothing is known about their contents.
+
+    Returns:
+        What is wrong, to be put after the folder's name in a message; `None` if nothing is.
     """
     recorded = {
         name: file["xxh3"] for name, file in read_manifest(folder)["files"].items() if file["xxh3"] is not None
@@ -100,13 +108,15 @@ def damage(folder: Path) -> str | None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What `seal` wrote: `written` (seconds since the epoch), the facts, and `files`: size and checksum by name.
+    """Read what `seal` wrote.
 
-    Checkpoints of earlier versions have sizes only; their checksums are `None`.
+    Returns:
+        `written` (seconds since the epoch), the facts, and `files`: size and checksum by name. Manifests of earlier
+        versions have sizes only; their checksums are `None`.
 
     Raises:
         FileNotFoundError: if there is none.
-        OSError: if the disk does not give it.
+        OSError: if it cannot be read.
         ValueError: if it is not a manifest.
     """
     content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
@@ -119,12 +129,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _file(name: str, recorded: Any) -> dict[str, Any]:
-    """Size and checksum of one file, from a manifest of this version or an earlier one."""
+    """Return size and checksum of one file, from a manifest of this version or an earlier one."""
     if _is_number(recorded):
         return {"size": recorded, "xxh3": None}
     if isinstance(recorded, dict) and _is_number(recorded.get("size")) and isinstance(recorded.get("xxh3"), str):
         return recorded
-    raise ValueError(f"it does not tell size and checksum of {name}")
+    raise ValueError(f"it does not give size and checksum of {name}")
 
 
 def _is_number(value: Any) -> bool:
@@ -132,7 +142,11 @@ def _is_number(value: Any) -> bool:
 
 
 def survey(output_dir: Path) -> tuple[list[Path], dict[Path, str]]:
-    """The checkpoints of a run: those without a `fault`, the one written last first, and what is wrong with others."""
+    """List the checkpoints of a run.
+
+    Returns:
+        (those without a `fault`, the one written last first; the fault of each of the others).
+    """
     folders = sorted(
         path
         for path in output_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
@@ -149,7 +163,7 @@ def survey(output_dir: Path) -> tuple[list[Path], dict[Path, str]]:
 
 
 def rotate(output_dir: Path, limit: int, keep: set[Path]) -> None:
-    """Delete checkpoints, torn ones first and then the oldest, until `limit` are left or only those to `keep`."""
+    """Delete checkpoints, torn ones first and then the oldest, until `limit` or only those to `keep` are left."""
     whole, torn = survey(output_dir)
     by_age = [*torn, *reversed(whole)]
     surplus = max(len(by_age) - limit, 0)
@@ -158,13 +172,13 @@ def rotate(output_dir: Path, limit: int, keep: set[Path]) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Delete a checkpoint, manifest first, so that it is torn as soon as anything is missing."""
+    """Delete a checkpoint, its manifest first, so that it counts as torn as soon as any file is missing."""
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk, where the system can."""
+    """Wait until a file or folder is on the disk, on systems that support it."""
     if os.name != "posix":
         return
     descriptor = os.open(path, os.O_RDONLY)

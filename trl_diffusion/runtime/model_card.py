@@ -1,4 +1,4 @@
-"""What TRL's model card does not say of a diffusion language model: base, family, adapter, and how to sample."""
+"""Complete TRL's model card with the base, family and adapter of a diffusion language model, and how to sample."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trl_diffusion.models.embedded import EMBEDDED_MODELS
 
 
 def is_hub_id(name: str | None) -> bool:
-    """Whether a model or data set has a page on the Hub: an id with its owner, and no file or folder here."""
+    """Return whether a model or data set has a page on the Hub: an id with an owner, and no local file or folder."""
     if name is None or name.count("/") != 1 or os.path.exists(name):
         return False
     try:
@@ -30,7 +30,7 @@ def is_hub_id(name: str | None) -> bool:
 
 
 def hub_id_of(base: str) -> str | None:
-    """The id under which others find a model on the Hub: its name, or what a path into the Hub's cache stands for."""
+    """Return the id of a model on the Hub, also from a path into the Hub's local cache; `None` if it has none."""
     if is_hub_id(base):
         return base
     kind, *names = next((part.split("--", 2) for part in Path(base).parts if part.startswith("models--")), [""])
@@ -38,7 +38,7 @@ def hub_id_of(base: str) -> str | None:
 
 
 def card_arguments(trainer: Trainer, model_name: str | None, dataset_name: str | None) -> dict[str, Any]:
-    """Arguments for TRL's `create_model_card`: a name in any case, and a data set only if the Hub can link to it."""
+    """Return arguments for TRL's `create_model_card`: always a name, and a data set only if it is on the Hub."""
     hub_id = trainer.hub_model_id or trainer.args.hub_model_id
     name = model_name or (hub_id.split("/")[-1] if hub_id else Path(str(trainer.args.output_dir)).name)
     return {"model_name": name, "dataset_name": dataset_name if is_hub_id(dataset_name) else None}
@@ -49,35 +49,30 @@ def complete_card(trainer: Any, dataset_name: str | None, generation: dict[str, 
 
     Args:
         trainer: with `family`, `model`, `_name` and `_paper`.
-        dataset_name: as the user calls it, on the Hub or not.
-        generation: arguments of `generate` that belong to the model's training, for the example.
+        dataset_name: the data set, by its id on the Hub or a name of the user's.
+        generation: arguments of `generate` that the model was trained with, for the example.
     """
     path = Path(trainer.args.output_dir) / "README.md"
     card = ModelCard.load(path)
     adapter = trainer.model.active_peft_config if isinstance(trainer.model, PeftModel) else None
     base = get_config_model_id(trainer.model.config)
     hub_id = hub_id_of(base)
-    card.data.base_model = hub_id
-    if adapter is not None:
-        card.data.library_name = "peft"
-        if hub_id is not None:
-            card.data.base_model_relation = "adapter"
-        if isinstance(adapter, LoraConfig):
-            card.data.tags = sorted({*card.data.tags, "lora"})
+    _correct_metadata(card, hub_id, adapter)
     page = _page(base, hub_id)
     paper = trainer._paper
-    rows = {
-        "base model": page,
-        "family": f"{trainer.family.name}, a diffusion language model",
-        "weights": _weights(trainer.model, adapter),
-        "method": trainer._name + (f", [{paper['id']}](https://arxiv.org/abs/{paper['id']})" if paper else ""),
-        "data set": dataset_name or "not named",
-    }
-    facts = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    facts = _table(
+        {
+            "base model": page,
+            "family": f"{trainer.family.name}, a diffusion language model",
+            "weights": _weights(trainer.model, adapter),
+            "method": trainer._name + (f", [{paper['id']}](https://arxiv.org/abs/{paper['id']})" if paper else ""),
+            "data set": dataset_name or "not named",
+        }
+    )
     pushed_to = trainer.hub_model_id or Path(trainer.args.output_dir).name
     example = _example(base, hub_id, pushed_to, adapter is not None, generation)
     text = card.text
-    for link in (None, base):  # TRL links to what is no folder here, and to `None` for what is
+    for link in (None, base):  # TRL links to the base, and to a page named "None" if that is a folder
         text = text.replace(f"[{link}](https://huggingface.co/{link})", page)
     text = re.sub(
         "## Quick start\n.*?(?=## Training procedure)",
@@ -89,10 +84,25 @@ def complete_card(trainer: Any, dataset_name: str | None, generation: dict[str, 
     card.save(path)
 
 
-class PortableCards:
-    """Mix-in before a trainer: the cards that PEFT writes next to adapters name no path of this machine as their base.
+def _correct_metadata(card: Any, hub_id: str | None, adapter: Any) -> None:
+    """Name the base by its id on the Hub, or not at all without one, and mark adapters as such."""
+    card.data.base_model = hub_id
+    if adapter is not None:
+        card.data.library_name = "peft"
+        if hub_id is not None:
+            card.data.base_model_relation = "adapter"
+        if isinstance(adapter, LoraConfig):
+            card.data.tags = sorted({*card.data.tags, "lora"})
 
-    PEFT writes one into every checkpoint and wherever `save_model` puts an adapter.
+
+def _table(rows: dict[str, str]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+class PortableCards:
+    """Mixin before a trainer that removes local paths from the cards which PEFT writes next to adapters.
+
+    PEFT writes a card into every checkpoint and wherever `save_model` puts an adapter, and names the base by its path.
     """
 
     def _save(self: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -103,10 +113,10 @@ class PortableCards:
 
 
 def make_portable(path: Path, base: str) -> None:
-    """Let the metadata of an adapter's card name its base by the Hub's id, or not at all if it has none.
+    """Name the base of an adapter by its id on the Hub in the card's metadata, or remove it if it has none.
 
     Args:
-        path: the card, as PEFT wrote it.
+        path: path of the card, as PEFT wrote it.
         base: name or path of the base.
     """
     card, hub_id = ModelCard.load(path), hub_id_of(base)

@@ -1,7 +1,7 @@
-"""The learning rates of a resumed run: those of its own settings, at the place in the schedule that it has reached.
+"""Give a resumed run the learning rates of its own settings, at the place in the schedule that it has reached.
 
 transformers loads the optimizer and the schedule of the interrupted run with all their numbers, so that a changed
-learning rate, schedule or weight decay would be ignored. Here a fresh schedule is moved to its place instead.
+learning rate, schedule or weight decay would be ignored. Here a new schedule is advanced to that place instead.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import Any
 from accelerate.scheduler import AcceleratedScheduler
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-# Hyperparameters in an optimizer's groups that may change; all others there belong to its averages.
+# Hyperparameters in an optimizer's groups that may change between runs. The others there (Adam's betas, …) belong to
+# its averages and are loaded with them.
 _RATES = ("lr", "initial_lr")
 _OTHERS = ("weight_decay", "eps")
 
 
 class SavedSchedule:
-    """Stands in for a schedule while a checkpoint is loaded, and keeps what would be loaded into it."""
+    """Takes the place of a schedule while a checkpoint is loaded, and keeps the state that would be loaded into it."""
 
     state: dict[str, Any] | None = None
 
@@ -28,11 +29,11 @@ class SavedSchedule:
 
 
 class Rates:
-    """What a run's own settings say, remembered before a checkpoint is loaded.
+    """The rates and the schedule of a run's own settings, remembered before a checkpoint overwrites them.
 
     Args:
-        optimizer: as the training loop sees it.
-        schedule: as the training loop sees it.
+        optimizer: as the training loop has it, wrapped or not.
+        schedule: as the training loop has it, wrapped or not.
     """
 
     def __init__(self, optimizer: Any, schedule: Any):
@@ -48,23 +49,24 @@ class Rates:
 
         Args:
             saved: state of the schedule in the checkpoint; `None` if DeepSpeed has loaded it into the schedule.
-            updates: that the interrupted run has made.
-            anew: for a schedule that follows measurements, whether it starts again at the run's own rate.
+            updates: number of updates that the interrupted run has made.
+            anew: start a schedule that follows measurements (`ReduceLROnPlateau`) again at the run's own rate.
 
         Raises:
             ValueError: if the rates changed under a schedule whose place cannot be found again.
         """
         if isinstance(self.schedule, LambdaLR):
             saved = self.schedule.state_dict() if saved is None else saved
-            # fp16 leaves out updates that the schedule then does not count
+            # Not the number of updates: the schedule does not count those that fp16's loss scaler skipped.
             place = saved["last_epoch"] if "lr_lambdas" in saved else updates
             self._put_back(*_RATES, *_OTHERS)
             self.schedule.load_state_dict(copy.deepcopy(self.start))
+            # Stepped one by one, because PyTorch has deprecated `step(epoch)`, which would go there at once.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # torch expects the optimizer's steps in between
                 for _ in range(place):
                     self.schedule.step()
-        elif saved is None:  # DeepSpeed's own, which is a function of the update
+        elif saved is None:  # a schedule of DeepSpeed's, whose rates are a function of the update
             self._put_back(*_OTHERS)
             self.schedule.step(self.schedule.last_batch_iteration)
         elif anew:
@@ -79,11 +81,11 @@ class Rates:
             group.update({name: value for name, value in own.items() if name in names})
 
     def _refuse_other_rates(self) -> None:
-        """A schedule of another kind that was handed over is loaded, and with it the rates it had."""
+        """Refuse changed rates under another kind of schedule, which is loaded together with the rates it had."""
         for own, group in zip(self.groups, self.optimizer.param_groups, strict=True):
             if isinstance(self.schedule, LRScheduler) and own.get("initial_lr") != group.get("initial_lr"):
                 raise ValueError(
                     f"The learning rate of an optimizer was {group['initial_lr']} and is {own['initial_lr']}, but its "
-                    f"{type(self.schedule).__name__} resumes at the rates of the checkpoint. Set it back, or hand "
-                    "over a LambdaLR."
+                    f"{type(self.schedule).__name__} resumes at the rates of the checkpoint. Set it back, or pass a "
+                    "LambdaLR to the trainer."
                 )

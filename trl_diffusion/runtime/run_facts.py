@@ -1,7 +1,7 @@
-"""Facts about a run that its checkpoints depend on, and how those of two runs differ.
+"""Collect the facts about a run that its checkpoints depend on, and compare those of two runs.
 
 A checkpoint holds drawn completions with their log-probabilities, positions in random streams and in the data, and
-averages of gradients. All of them mean something else under other settings, another model or other data. Its manifest
+averages of gradients. All of them would be wrong under other settings, with another model or other data. Its manifest
 therefore keeps the facts below in tables, and a run that resumes compares them with its own.
 """
 
@@ -21,8 +21,8 @@ from peft import PeftConfig
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel, TrainingArguments
 
-# Of transformers' own settings those that must stay, and those of learning that may change and take effect. Its other
-# settings (logging, saving, evaluation, hardware, the Hub) are not recorded.
+# transformers' own settings that must stay as they were. Those of learning may change, and then take effect. All its
+# others (logging, saving, evaluation, hardware, the Hub) are not recorded.
 _STAY = (
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
@@ -34,7 +34,7 @@ _STAY = (
     "optim_args",
     "optim_target_modules",
     "adam_beta1",
-    "adam_beta2",  # averages with one decay are corrected for their start with another
+    "adam_beta2",  # Adam's bias correction assumes that its averages had one decay from the start
     "train_sampling_strategy",
     "length_column_name",
     "dataloader_drop_last",
@@ -52,7 +52,8 @@ _LEARNING = (
     "adam_epsilon",
     "max_grad_norm",
 )
-# Of the settings that TRL and this library add, all must stay but these, so that a new method's need no entry here.
+# Settings that may change. All others that TRL and this library add must stay, so settings of a new method need no
+# entry here to be safe.
 _MAY_CHANGE = (
     *_LEARNING,
     "ds3_gather_for_generation",
@@ -68,9 +69,10 @@ _MAY_CHANGE = (
     "reward_timeout",
     "tied_rollouts_patience",
 )
-# Of those, what is no part of the run. `model_init_kwargs` may hold a token; what they make of the model is compared.
+# Added settings that say nothing about the run. `model_init_kwargs` may hold a token, and the model that they give is
+# compared in its own table.
 _NOT_RECORDED = ("log_completions_hub_repo", "model_init_kwargs", "trust_remote_code")
-# Of an adapter's config, what does not change the network that is trained.
+# Fields of an adapter's config that do not change the network that is trained.
 _NOT_OF_THE_ADAPTER = (
     "auto_mapping",
     "base_model_name_or_path",
@@ -80,11 +82,10 @@ _NOT_OF_THE_ADAPTER = (
     "revision",
     "runtime_config",
 )
-# Of a model's config, what says nothing about the network.
+# Fields of a model's config that say nothing about the network.
 _NOT_OF_THE_MODEL = ("auto_map", "use_cache")
 
-# Rows of the data set, tensors, and numbers of a tensor that enter a checksum at most; evenly spaced where there are
-# more.
+# At most this many rows of the data set, tensors, and numbers of a tensor enter a checksum, evenly spaced.
 _ROWS, _TENSORS, _NUMBERS = 10_000, 16, 1024
 _SHOWN = 200  # characters of a value in a message
 
@@ -97,21 +98,21 @@ _NAMES = {
     "adapter": "the adapter's `{}`",
     "data": "the data set's {}",
 }
-# Compared where both runs have a checksum that differs: a moved or renamed folder holds the same model.
+# Reported only if the checksums differ: a model or data set keeps its checksum when its folder is moved or renamed.
 _EXPLAINING = ("name", "checksum")
-# Where these facts of the run differ, so does the whole table, which is then not listed.
+# If one of these facts of the run differs, the whole table does too, and its entries are not listed one by one.
 _HEADS = {"settings": "trainer", "model": "network", "adapter": "adapter"}
 
 
 @dataclass(frozen=True)
 class Change:
-    """A fact that two runs do not share.
+    """A fact in which two runs differ.
 
     Args:
         name: of the fact, for messages.
         was: its value in the checkpoint.
         is_now: its value in this run.
-        allowed: whether a run can go on with the other value.
+        allowed: whether a run can continue with the other value.
     """
 
     name: str
@@ -124,7 +125,7 @@ class Change:
 
 
 def changes(before: Facts, now: Facts) -> list[Change]:
-    """Return what differs between two runs, among the facts that are known of both."""
+    """Return the facts that differ between two runs, out of those known of both."""
     return [
         Change(_NAMES[table].format(name), before[table][name], now[table][name], name in _MAY_CHANGE)
         for table, name in _compared(before, now)
@@ -133,6 +134,7 @@ def changes(before: Facts, now: Facts) -> list[Change]:
 
 
 def _compared(before: Facts, now: Facts) -> Iterator[tuple[str, str]]:
+    """Yield (table, name) of the facts that are compared, see `_EXPLAINING` and `_HEADS`."""
     for table in [table for table in _NAMES if table in before and table in now]:
         head, run = _HEADS.get(table), before.get("run", {})
         if head in run and run[head] != now["run"][head]:
@@ -144,7 +146,7 @@ def _compared(before: Facts, now: Facts) -> Iterator[tuple[str, str]]:
 
 
 def unknown(before: Facts, now: Facts) -> list[str]:
-    """Return the facts that must stay and that a checkpoint of an earlier version does not tell, by name."""
+    """Return the names of facts that must stay but that a checkpoint of an earlier version does not hold."""
     names = []
     for table, facts in now.items():
         if table in before or table in ("run", "settings"):
@@ -162,18 +164,19 @@ def setting_facts(args: TrainingArguments) -> dict[str, Any]:
     """Return the settings that are compared or whose change is reported, by name."""
     of_transformers = {field.name for field in fields(TrainingArguments)}
     added = [field.name for field in fields(args) if field.name not in (*of_transformers, *_NOT_RECORDED)]
-    added = [name for name in added if not name.startswith("vllm_")]  # which cannot be used
+    added = [name for name in added if not name.startswith("vllm_")]  # vLLM cannot be used, so they have no effect
     names = [field.name for field in fields(args) if field.name in (*_STAY, *_LEARNING, *added)]
     return as_json({name: getattr(args, name) for name in names})
 
 
 def model_facts(model: PreTrainedModel, checksum: str | None) -> dict[str, Any]:
-    """Return what makes the network: the fields of its family's config, its dtype, and the model's name.
+    """Return the facts that define the network: the fields of its family's config, its dtype, and the model's name.
 
     Args:
-        model: without an adapter around it.
-        checksum: of weights that checkpoints do not hold, if there are any.
+        model: the model without an adapter around it.
+        checksum: checksum of the weights that checkpoints do not hold, if there are any.
     """
+    # Fields that every transformers config has are about generation, outputs and so on, not about the network.
     config, general = model.config.to_dict(), PreTrainedConfig().to_dict()
     own = {name: value for name, value in config.items() if name not in (*general, *_NOT_OF_THE_MODEL)}
     name = Path(model.config._name_or_path).name
@@ -181,7 +184,7 @@ def model_facts(model: PreTrainedModel, checksum: str | None) -> dict[str, Any]:
 
 
 def adapter_facts(configs: dict[str, PeftConfig]) -> dict[str, Any]:
-    """Return the shape and scale of adapters, by the names of their config's fields; several are told apart."""
+    """Return the shape and scale of adapters by the fields of their configs, with the adapter's name if several."""
     several = len(configs) > 1
     return as_json(
         {
@@ -194,11 +197,11 @@ def adapter_facts(configs: dict[str, PeftConfig]) -> dict[str, Any]:
 
 
 def data_facts(dataset: Any, chat_template: Any) -> dict[str, Any]:
-    """Return what identifies a data set wherever it lies: rows, columns, and a checksum of up to 10,000 rows.
+    """Return facts that identify a data set wherever it is stored: rows, columns, a checksum of up to 10,000 rows.
 
     Args:
         dataset: a `Dataset`; of anything else, such as a stream, only the columns are known.
-        chat_template: through which conversational prompts go.
+        chat_template: the tokenizer's template for conversational prompts.
     """
     facts: dict[str, Any] = {"chat template": None if chat_template is None else text_checksum(str(chat_template))}
     if dataset is None:
@@ -208,7 +211,7 @@ def data_facts(dataset: Any, chat_template: Any) -> dict[str, Any]:
     )
     if not isinstance(dataset, Dataset):
         return facts | {"number of rows": None, "checksum": None}
-    # not `dataset._fingerprint`, which depends on how the data set was made and cached
+    # Not `dataset._fingerprint`, which also depends on how the data set was made and cached.
     state, rows = xxhash.xxh3_64(), len(dataset)
     sample = dataset.select(range(0, rows, -(-rows // _ROWS) or 1)).with_format("arrow")
     for table in sample.iter(1000):
@@ -229,9 +232,11 @@ def weights_checksum(
 ) -> str:
     """Return a checksum of a sample of weights: some numbers of some tensors, in float32.
 
+    A sample, because all weights of a large model would have to be gathered and copied to the CPU.
+
     Args:
-        weights: by name, in a fixed order; every process must give the same.
-        whole: a context in which a parameter that is sharded by ZeRO-3 is whole.
+        weights: by name, in a fixed order; the same on every process, because gathering them is collective.
+        whole: makes a context in which a parameter that ZeRO-3 shards is whole.
     """
     real = [(name, weight) for name, weight in weights if weight.is_floating_point() and not weight.is_meta]
     state = xxhash.xxh3_64()
@@ -249,7 +254,7 @@ def text_checksum(text: str) -> str:
 
 
 def as_json(value: Any) -> Any:
-    """The value as a manifest gives it back: tuples and sets are lists, and what JSON does not know is text."""
+    """Return the value as it is read back from a manifest: tuples and sets as lists, unknown types as text."""
     return json.loads(json.dumps(value, default=lambda item: sorted(item) if isinstance(item, set) else str(item)))
 
 

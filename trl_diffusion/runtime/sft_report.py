@@ -21,7 +21,7 @@ class SFTRun(TrainingRun):
 
     Args:
         rows: training rows, with `prompt_ids` and `completion_ids`.
-        evaluates: whether there are rows to evaluate on.
+        evaluates: `True` if there are rows to evaluate on.
     """
 
     rows: Any
@@ -29,7 +29,7 @@ class SFTRun(TrainingRun):
 
 
 def sft_report(run: SFTRun) -> Panel:
-    """The panel for a run that is about to begin."""
+    """Return the panel for a run that is about to begin."""
     facts = {
         **model_facts(run),
         **_method(run),
@@ -78,17 +78,17 @@ def _rows_of_update(run: SFTRun) -> int:
 
 
 def update_cost(run: SFTRun) -> tuple[float, float]:
-    """Forward units and floating-point operations of an update, on all processes together and with full batches.
+    """Return the forward units and floating-point operations of an update of full batches, over all processes.
 
-    Units are those of `DiffusionGRPOTrainer.count_forwards`; operations are those in matrix products, on average over
-    the noise.
+    A forward unit is a forward pass of one row of prompt and canvas; a backward pass counts as two. Operations are
+    those of matrix products, on average over the noise.
     """
     args, rows, batch = run.args, _rows_of_update(run), run.args.per_device_train_batch_size
     prompts = [len(ids) for ids in run.rows["prompt_ids"]]
     # Prompts are padded to the longest of their micro-batch.
     prompt = statistics.mean(max(prompts[start : start + batch]) for start in range(0, len(prompts), batch))
     canvas = args.max_completion_length
-    # Block-causal attention is shown the finished completion in addition to the noised one.
+    # With block-causal attention the input holds the finished completion in addition to the noised one.
     context = 0 if run.family.attention_block is None else canvas
     shape, tokens = cost.network_shape(run.model, args.gradient_checkpointing), prompt + canvas + context
     scored = scored_positions(args)
@@ -97,9 +97,10 @@ def update_cost(run: SFTRun) -> tuple[float, float]:
 
 
 def scored_positions(args: Any) -> float:
-    """Positions of each row that the last layer computes, on average: as many as the micro-batch's fullest row masks.
+    """Return the number of positions of each row that the last layer computes, on average.
 
-    The largest of B levels that are uniform on [min, 1] is (B + min) / (B + 1) on average.
+    All rows of a micro-batch are padded to the one that masks most. The largest of B noise levels that are uniform on
+    [min, 1] is (B + min) / (B + 1) on average.
     """
     batch = args.per_device_train_batch_size
     return args.max_completion_length * (batch + args.min_noise_level) / (batch + 1)

@@ -1,4 +1,4 @@
-"""Updates under the policy of `GuardConfig`: what happens when the loss or the gradient is not finite."""
+"""Apply the policy of `UpdateGuardConfig` to updates whose loss or gradient is not finite."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ logger = logging.getLogger(__name__)
 
 
 class GuardedUpdates(Trainer):
-    """Looks at the loss and the gradient before every step of the optimizer.
+    """Checks that the loss and the gradient are finite before every step of the optimizer.
 
-    It stands before TRL's trainer in the method resolution order.
+    This mixin stands before TRL's trainer in the method resolution order.
     """
 
     args: Any
@@ -25,7 +25,7 @@ class GuardedUpdates(Trainer):
     _losses_finite: torch.Tensor | None = None
 
     def check_update_policy(self) -> None:
-        """Refuse what cannot be done.
+        """Refuse a policy that the backend cannot follow.
 
         Raises:
             ValueError: for `skip` with DeepSpeed.
@@ -43,11 +43,14 @@ class GuardedUpdates(Trainer):
 
     def look_at_loss(self, model, loss: torch.Tensor) -> None:
         """Remember whether a training loss is finite; a trainer that computes its own loss calls this with it."""
-        if self.model.training:
-            finite = loss.detach().isfinite()
-            self._losses_finite = finite if self._losses_finite is None else self._losses_finite & finite
-            if self._steps_in_backward() and self.accelerator.sync_gradients:
-                self._check_update(model, None)  # the last moment before the step
+        if not self.model.training:
+            return
+        # Kept as a tensor: reading it here would make the host wait for the device at every micro-batch.
+        finite = loss.detach().isfinite()
+        self._losses_finite = finite if self._losses_finite is None else self._losses_finite & finite
+        # DeepSpeed takes the step inside of the last backward pass, so this is the last moment before it.
+        if self._steps_in_backward() and self.accelerator.sync_gradients:
+            self._check_update(model, None)
 
     def _get_grad_norm(self, model, grad_norm=None):
         grad_norm = super()._get_grad_norm(model, grad_norm)
@@ -58,31 +61,42 @@ class GuardedUpdates(Trainer):
         return self.accelerator.distributed_type == DistributedType.DEEPSPEED
 
     def _check_update(self, model, grad_norm) -> None:
-        finite, self._losses_finite = self._losses_finite, None
-        loss_is_bad = finite is not None and not bool(finite)
-        # The loss scaler of fp16 meets infinite gradients in ordinary operation, and leaves such updates out itself.
-        looked_at = grad_norm is not None and self.accelerator.mixed_precision != "fp16"
-        norm_is_bad = looked_at and not math.isfinite(float(grad_norm))
-        flags = torch.tensor([loss_is_bad, norm_is_bad], dtype=torch.long, device=self.accelerator.device)
-        loss_is_bad, norm_is_bad = self.accelerator.reduce(flags, reduction="sum").bool().tolist()
-        skip = self.args.nonfinite_update == "skip"
-        if skip:
-            self._metrics["train"]["guards/skipped_updates"].append(float(loss_is_bad or norm_is_bad))
-        if not (loss_is_bad or norm_is_bad):
+        """Apply the policy to an update that is about to be made; with a gradient norm DeepSpeed has made it already.
+
+        Raises:
+            FloatingPointError: if loss or gradient are not finite and the policy is `raise`.
+        """
+        not_finite = self._what_is_not_finite(grad_norm)
+        skips = self.args.nonfinite_update == "skip"
+        if skips:
+            self._metrics["train"]["guards/skipped_updates"].append(float(not_finite is not None))
+        if not_finite is None:
             return
-        bad = " and ".join(
-            name for name, is_bad in (("the loss", loss_is_bad), ("the gradient norm", norm_is_bad)) if is_bad
-        )
-        what = f"Update {self.state.global_step + 1}: not finite: {bad}"
-        if not skip:
-            stepped = self._steps_in_backward() and grad_norm is not None
-            raise FloatingPointError(
-                f"{what}. "
-                + ("DeepSpeed has already tried the step; go back to a checkpoint. " if stepped else "")
-                + "Lower learning_rate, set max_grad_norm, or use bfloat16 or float32 in place of float16"
-                + ("." if self._steps_in_backward() else "; nonfinite_update='skip' leaves such updates out.")
-            )
+        problem = f"Update {self.state.global_step + 1}: not finite: {not_finite}"
+        if not skips:
+            raise FloatingPointError(f"{problem}. {self._advice(already_made=grad_norm is not None)}")
         # Without gradients the optimizer touches neither parameters nor its own state; zeros would still decay them.
         model.zero_grad(set_to_none=True)
         if self.accelerator.is_main_process:
-            logger.warning("%s. The update is skipped; the metric guards/skipped_updates counts.", what)
+            logger.warning("%s. The update is skipped; the metric guards/skipped_updates counts.", problem)
+
+    def _what_is_not_finite(self, grad_norm) -> str | None:
+        """Name what is not finite on any process since the last update, the same on all; `None` if everything is."""
+        finite, self._losses_finite = self._losses_finite, None
+        bad_loss = finite is not None and not bool(finite)
+        # The loss scaler of fp16 expects occasional infinite gradients and skips those steps itself.
+        checks_norm = grad_norm is not None and self.accelerator.mixed_precision != "fp16"
+        bad_norm = checks_norm and not math.isfinite(float(grad_norm))
+        # All processes must come to the same decision: one that alone skips a step would drift from the others.
+        flags = torch.tensor([bad_loss, bad_norm], dtype=torch.long, device=self.accelerator.device)
+        found = self.accelerator.reduce(flags, reduction="sum").tolist()
+        names = [name for name, count in zip(("the loss", "the gradient norm"), found, strict=True) if count]
+        return " and ".join(names) or None
+
+    def _advice(self, already_made: bool) -> str:
+        advice = "Lower learning_rate, set max_grad_norm, or use bfloat16 or float32 in place of float16"
+        if not self._steps_in_backward():
+            return f"{advice}; nonfinite_update='skip' leaves such updates out."
+        if already_made:
+            return f"DeepSpeed has already tried the step; go back to a checkpoint. {advice}."
+        return f"{advice}."

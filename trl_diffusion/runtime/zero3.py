@@ -1,4 +1,4 @@
-"""What DeepSpeed ZeRO-3 needs so that processes may run different numbers of forward passes on gathered weights."""
+"""Let processes run different numbers of forward passes on gathered weights under DeepSpeed ZeRO-3."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from accelerate import Accelerator
 def finish_trace(accelerator: Accelerator, model: Any) -> None:
     """Run two small forward passes under ZeRO-3; do nothing on other backends.
 
-    When the model's forward begins, DeepSpeed compares the order of modules between the processes, until it has traced
-    a whole pass. A process without rows would leave the others waiting there, and so would one that runs a single pass
-    where another runs two. After two passes on every process the trace is complete, and nothing is compared any more.
+    Until DeepSpeed has traced a whole forward pass, it compares the order of modules between the processes whenever
+    the model's forward begins. A process without rows would leave the others waiting there, and so would one that runs
+    a single pass where another runs two. After two passes on every process the trace is complete, and nothing is
+    compared any more.
 
     Args:
         accelerator: of the run.

@@ -18,6 +18,7 @@ from trl_diffusion.losses import Contrast, Loss, WeightedLikelihood
 from trl_diffusion.trainers.base.choices import CreditChoice
 from trl_diffusion.trainers.base.masked import CompletionLossConfig, MaskRateConfig
 from trl_diffusion.trainers.base.trainer import DiffusionGRPOTrainer
+from trl_diffusion.validation import one_of
 
 CHOICES = {"objective": ("cross_entropy", "wddo"), "weight_baseline": BASELINES}
 
@@ -55,8 +56,7 @@ class DMPOConfig(CompletionLossConfig, MaskRateConfig):
         super().__post_init__()
         self.require_pairs()
         for name, values in CHOICES.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name} must be one of {', '.join(values)}; got {getattr(self, name)!r}.")
+            one_of(name, getattr(self, name), values)
         if self.alpha < 0:
             raise ValueError(f"alpha is a temperature and must not be negative; got {self.alpha}.")
         if self.weight_scale is None and self.alpha == 0:

@@ -1,9 +1,9 @@
 """Masked supervised fine-tuning of diffusion language models, as in d1 (2504.12216) and LLaDA (2502.09992).
 
-Every answer is noised at its own level t ~ U(1e-3, 1): each of its positions is masked with probability t, and the
-loss is the sum of cross-entropy / t over masked positions, divided by the number of answer positions. The answer is
-the completion, the id that ends a turn, and the tail id up to the end of the canvas, which is trained like the rest so
-that the network learns where texts end. Prompts are never masked.
+Every answer is noised at its own level t ~ U(1e-3, 1): each of its positions is masked with probability t. The loss is
+the sum of cross-entropy / t over masked positions, divided by the number of answer positions. The answer consists of
+the completion, the id that ends a turn, and the tail id up to the end of the canvas. The tail is trained like the
+rest, so that the network learns where texts end. Prompts are never masked.
 """
 
 from __future__ import annotations
@@ -15,35 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, set_seed
+from accelerate.utils import set_seed
 from datasets import Dataset
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from rich.console import Console
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.utils.quantization_config import QuantizationConfigMixin
 from trl.trainer.base_config import _BaseConfig
 from trl.trainer.base_trainer import _BaseTrainer
-from trl.trainer.utils import create_model_from_path, get_config_model_id
+from trl.trainer.utils import get_config_model_id
 
-from trl_diffusion.adapters.precision import load_to_train, native_peft_config, share_checkpointing_kwargs
-from trl_diffusion.adapters.renaming import is_adapter
 from trl_diffusion.family import DiffusionFamily, family_of
 from trl_diffusion.likelihood import noised_views, score_views
-from trl_diffusion.runtime.arguments import (
-    check_adapter,
-    check_arguments,
-    check_load_arguments,
-    check_model,
-    check_rows,
-    check_trainable,
-    named_eval_datasets,
-)
+from trl_diffusion.runtime.arguments import check_arguments, check_load_arguments
 from trl_diffusion.runtime.checkpoints import Checkpoints, ResumeConfig
 from trl_diffusion.runtime.guards import UpdateGuardConfig
 from trl_diffusion.runtime.launch import check_backend, check_device_map, fit_to_cpu
@@ -53,10 +37,12 @@ from trl_diffusion.runtime.update_guard import GuardedUpdates
 from trl_diffusion.sampling import row_generators
 from trl_diffusion.sampling.positions import check_fits
 from trl_diffusion.tokenization import encode_prompt as prompt_token_ids  # noqa: F401  # the import path it had
-from trl_diffusion.trainers.base.sft_data import check_texts, make_collator, tokenize_dataset
+from trl_diffusion.trainers.base.sft_data import check_sft_data, make_collator, tokenize_dataset
 from trl_diffusion.trainers.base.sft_data import completion_content as completion_content  # the import path it had
+from trl_diffusion.trainers.base.sft_model import load_arguments, load_policy
+from trl_diffusion.validation import at_least
 
-# Keeps the noise of training and of evaluation apart.
+# First element of the key of a noise stream, so that training and evaluation do not share noise.
 _TRAIN, _EVAL = 0, 1
 
 
@@ -64,13 +50,13 @@ _TRAIN, _EVAL = 0, 1
 class SFTConfig(UpdateGuardConfig, ResumeConfig, _BaseConfig):
     """Configuration of [`SFTTrainer`]; defaults are d1's (2504.12216).
 
-    The fields of `transformers.TrainingArguments` are there too; those below are new or have another default.
+    It has all fields of `transformers.TrainingArguments`; those below are new or have another default.
 
     Raises:
         ValueError: if a value is out of its range, or a setting has no meaning for this loss.
     """
 
-    # The command line gives them as JSON.
+    # Fields that are given as JSON on the command line.
     _VALID_DICT_FIELDS = [*_BaseConfig._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     learning_rate: float = field(default=1e-5, metadata={"help": "Initial learning rate of AdamW."})
@@ -99,8 +85,7 @@ class SFTConfig(UpdateGuardConfig, ResumeConfig, _BaseConfig):
         super().__post_init__()
         if not 0 < self.min_noise_level <= 1:
             raise ValueError(f"min_noise_level must lie in (0, 1], got {self.min_noise_level}.")
-        if self.max_completion_length < 1:
-            raise ValueError(f"max_completion_length must be at least 1, got {self.max_completion_length}.")
+        at_least("max_completion_length", self.max_completion_length, 1)
         self.check_guards()
         refused = {
             "label_smoothing_factor": (self.label_smoothing_factor != 0, "the masked loss scores the data's tokens"),
@@ -124,7 +109,7 @@ class SFTTrainer(PortableCards, Checkpoints, GuardedUpdates, _BaseTrainer):  # t
         args: configuration; d1's defaults if not given.
         train_dataset: columns `prompt` and `completion`, both strings or both lists of messages. Messages of the
             prompt go through the chat template; the completion is one assistant message.
-        eval_dataset: same form. Its noise is the same at every evaluation, so that losses can be compared.
+        eval_dataset: in the same form. Its noise is the same at every evaluation, so that losses can be compared.
         processing_class: the tokenizer; loaded from the model's name if not given.
         callbacks: as in `transformers.Trainer`.
         optimizers: as in `transformers.Trainer`.
@@ -144,8 +129,8 @@ class SFTTrainer(PortableCards, Checkpoints, GuardedUpdates, _BaseTrainer):  # t
         "title": "d1: Scaling Reasoning in Diffusion Large Language Models via Reinforcement Learning",
         "id": "2504.12216",
     }
-    # Every row has the same number of answer positions, so the mean over a micro-batch is all the scaling there is,
-    # and Trainer divides by the accumulation steps.
+    # Every row has the same number of answer positions, so the loss is a mean over the micro-batch and Trainer has to
+    # divide by the accumulation steps.
     loss_is_scaled_for_ga = False  # type: ignore[assignment]
 
     args: SFTConfig
@@ -168,13 +153,13 @@ class SFTTrainer(PortableCards, Checkpoints, GuardedUpdates, _BaseTrainer):  # t
         check_backend(args)
         check_arguments(processing_class, {})
         check_load_arguments(args.model_init_kwargs)
-        _check_data(train_dataset, eval_dataset, args)
+        check_sft_data(train_dataset, eval_dataset, args)
         set_seed(args.seed)  # before the weights of a new adapter are drawn
-        policy = _policy(model, args, peft_config, quantization_config)
+        policy = load_policy(model, args, peft_config, quantization_config)
         self.family = family_of(policy)
         if processing_class is None:
             name = get_config_model_id(policy.config)
-            processing_class = AutoTokenizer.from_pretrained(name, revision=_load_arguments(args).get("revision"))
+            processing_class = AutoTokenizer.from_pretrained(name, revision=load_arguments(args).get("revision"))
 
         def tokenize(dataset: Dataset) -> Dataset:
             rows = tokenize_dataset(dataset, processing_class, self.family, args.max_completion_length)
@@ -200,7 +185,7 @@ class SFTTrainer(PortableCards, Checkpoints, GuardedUpdates, _BaseTrainer):  # t
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
 
     def train(self, *args, **kwargs):
-        """TRL's `train`. With the progress bar (`disable_tqdm=False`) the start-up report is printed first."""
+        """Train as TRL does; with the progress bar (`disable_tqdm=False`) print the start-up report first."""
         if self.train_dataset is not None and not self.args.disable_tqdm:
             self.print_report()
         return super().train(*args, **kwargs)
@@ -211,11 +196,11 @@ class SFTTrainer(PortableCards, Checkpoints, GuardedUpdates, _BaseTrainer):  # t
             Console().print(sft_report(self.as_run()))
 
     def as_run(self) -> SFTRun:
-        """The values that the start-up report and the estimates of cost follow from."""
+        """Return the values from which the start-up report and the estimates of cost are computed."""
         return SFTRun.of(self, self.family, rows=self.train_dataset, evaluates=self.eval_dataset is not None)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """transformers' `log`, with the mean of what was counted since the last one."""
+        """Log as transformers does, with the means of the guards' metrics since the last log added."""
         metrics = self._metrics["train" if self.model.training else "eval"]
         logs |= {name: sum(values) / len(values) for name, values in metrics.items()}
         metrics.clear()
@@ -238,7 +223,7 @@ class SFTTrainer(PortableCards, Checkpoints, GuardedUpdates, _BaseTrainer):  # t
         self._signature_columns = ["prompt_ids", "completion_ids", "row"]  # type: ignore[assignment]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The masked loss of a micro-batch, with noise keyed by (seed, update, row of the data set)."""
+        """Compute the masked loss of a micro-batch, with noise keyed by (seed, update, row of the data set)."""
         key = (_TRAIN, self.state.global_step) if model.training else (_EVAL, 0)
         masked, level = draw_noise(
             self.args.seed,
@@ -261,112 +246,21 @@ class SFTTrainer(PortableCards, Checkpoints, GuardedUpdates, _BaseTrainer):  # t
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """The loss of an evaluation batch; there are no logits to return."""
+        """Compute the loss of an evaluation batch; there are no logits to return."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
         return loss.mean().detach(), None, None
 
 
-def _check_data(train_dataset: Any, eval_dataset: Any, args: SFTConfig) -> None:
-    """Refuse data sets from which nothing could be trained or measured; the model need not be loaded yet."""
-    if train_dataset is not None:
-        check_texts(train_dataset, "train_dataset")
-    for name, rows in named_eval_datasets(eval_dataset).items():
-        check_texts(rows, name)
-    if train_dataset is not None and args.dataloader_drop_last:
-        batch = args.train_batch_size * args.world_size
-        check_rows(
-            train_dataset,
-            batch,
-            f"dataloader_drop_last=True leaves out a batch of fewer than {batch} (per_device_train_batch_size "
-            f"{args.per_device_train_batch_size} × {args.world_size} processes)",
-        )
-
-
-def _policy(
-    model: Any,
-    args: SFTConfig,
-    peft_config: PeftConfig | None,
-    quantization_config: QuantizationConfigMixin | None,
-) -> Any:
-    """The model that is trained, with a new adapter if one is asked for."""
-    policy = _loaded(model, args, quantization_config)
-    check_adapter(policy, peft_config)
-    if peft_config is not None:
-        policy = _with_new_adapter(policy, peft_config, args)
-    check_trainable(policy)
-    if isinstance(policy, PeftModel) and args.gradient_checkpointing:
-        policy.enable_input_require_grads()
-        if _shards_weights(args):
-            args.gradient_checkpointing_kwargs = _reentrant(args.gradient_checkpointing_kwargs)
-            share_checkpointing_kwargs(args)
-    policy.config.use_cache = False
-    return policy
-
-
-def _loaded(model: Any, args: SFTConfig, quantization_config: QuantizationConfigMixin | None) -> Any:
-    """The model itself, or the one that a name stands for, in float32 as TRL's trainers load it."""
-    arguments = _load_arguments(args)
-    if not isinstance(model, str):
-        given = {"model_init_kwargs": arguments, "quantization_config": quantization_config}
-        if ignored := [name for name, value in given.items() if value]:
-            raise ValueError(
-                f"{' and '.join(ignored)} would be ignored, because the model given is loaded already. Leave them "
-                "out, or give the model's name."
-            )
-        check_model(model)
-        return model
-    if is_adapter(model):
-        return load_to_train(model, args, quantization_config)
-    check_model(model)
-    if quantization_config is not None:
-        arguments = {**arguments, "quantization_config": quantization_config}
-    if args.distributed_state is not None and args.distributed_state.distributed_type != DistributedType.NO:
-        arguments = {**arguments, "device_map": None}  # every process holds or shards the whole model
-    return create_model_from_path(model, AutoModelForCausalLM, **arguments)  # type: ignore[arg-type]
-
-
-def _load_arguments(args: SFTConfig) -> dict[str, Any]:
-    assert not isinstance(args.model_init_kwargs, str)  # transformers parses the command line's
-    return args.model_init_kwargs or {}
-
-
-def _with_new_adapter(model: Any, config: PeftConfig, args: SFTConfig) -> Any:
-    """A new adapter on a model, set up as TRL's trainers do."""
-    if isinstance(model, PeftModel):
-        raise ValueError(
-            "The model has an adapter already, and peft_config asks for another one. Leave peft_config out to train "
-            "the adapter that is there, or merge it first (`merge_and_unload`)."
-        )
-    settings: dict[str, Any] = {}
-    if _shards_weights(args) and not model.uses_bitsandbytes:
-        settings["autocast_adapter_dtype"] = False  # ZeRO-3 gathers weights of one dtype only
-    return get_peft_model(model, native_peft_config(config, model, None), **settings)  # type: ignore[arg-type]
-
-
-def _reentrant(kwargs: Any) -> dict[str, Any]:
-    """Ask for reentrant checkpointing: the other kind, computing a layer again, finds weights of another shape."""
-    if (kwargs or {}).get("use_reentrant") is False:
-        raise ValueError(
-            "An adapter under ZeRO-3 needs reentrant gradient checkpointing, but gradient_checkpointing_kwargs says "
-            "use_reentrant=False. Leave it out, or turn gradient_checkpointing off."
-        )
-    return {**(kwargs or {}), "use_reentrant": True}
-
-
-def _shards_weights(args: SFTConfig) -> bool:
-    return args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
-
-
 def draw_noise(
     *key: int, rows: Sequence[int], length: int, min_noise_level: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noise level and mask of every row, each from its own stream.
+    """Draw the noise level and mask of every row, each from its own stream.
 
     Args:
         *key: non-negative integers, such as (seed, purpose, update).
-        rows: the row of the data set that each answer comes from.
+        rows: number in the data set of each answer's row.
         length: answer positions L.
         min_noise_level: smallest t.
 
@@ -389,12 +283,13 @@ def masked_loss(
     level: torch.Tensor,
     family: DiffusionFamily,
 ) -> torch.Tensor:
-    """Sum of cross-entropy / t over masked positions ÷ number of answer positions (2504.12216), mean over rows.
+    """Return Σ cross-entropy / t over masked positions ÷ number of answer positions (2504.12216), mean over rows.
 
-    With block-causal attention every block is noised beside the finished ones before it, all in one pass (2503.09573).
+    With block-causal attention the clean answer is part of the input too, and every noised block sees the clean blocks
+    before it, all in one forward pass (2503.09573).
 
     Args:
-        model: a diffusion language model, also behind a wrapper.
+        model: a diffusion language model, wrapped or not.
         prompt_ids: long [B, P], left-padded.
         prompt_mask: [B, P], 0 on padding.
         completion_ids: long [B, L], the whole canvas.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
 from trl_diffusion.runtime.checkpoints import ResumeConfig
 from trl_diffusion.runtime.guards import GuardConfig
-from trl_diffusion.runtime.launch import fit_to_cpu
+from trl_diffusion.runtime.launch import fit_to_cpu, launched_processes
 from trl_diffusion.sampling import SamplingConfig
 
 
@@ -105,7 +104,7 @@ class DiffusionGRPOConfig(GuardConfig, ResumeConfig, GRPOConfig):
         evaluated = self.num_generations_eval or group
         self.per_device_train_batch_size = self.per_device_train_batch_size or _whole_groups(group)
         self.per_device_eval_batch_size = self.per_device_eval_batch_size or _whole_groups(evaluated)
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        processes = launched_processes()
         micro_batches = self.steps_per_generation or self.gradient_accumulation_steps
         completions = self.generation_batch_size or self.per_device_train_batch_size * micro_batches * processes
         if self.num_generations and completions % self.num_generations:

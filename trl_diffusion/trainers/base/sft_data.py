@@ -1,4 +1,4 @@
-"""Rows of prompts and completions as masked SFT trains on them: checked, tokenised, and put into batches."""
+"""Check, tokenise and batch the rows of prompts and completions that masked SFT trains on."""
 
 from __future__ import annotations
 
@@ -10,16 +10,42 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from trl_diffusion.family import DiffusionFamily
-from trl_diffusion.runtime.arguments import check_dataset, check_rows
+from trl_diffusion.runtime.arguments import check_dataset, check_rows, named_eval_datasets
 from trl_diffusion.tokenization import encode_prompt
 
 
+def check_sft_data(train_dataset: Any, eval_dataset: Any, args: Any) -> None:
+    """Refuse data sets from which nothing could be trained or measured, before the model is loaded.
+
+    Args:
+        train_dataset: the trainer's argument.
+        eval_dataset: the trainer's argument, one data set or several by name.
+        args: the trainer's config.
+
+    Raises:
+        TypeError: see `check_texts`.
+        ValueError: see `check_texts`; or if there are fewer rows than one batch and incomplete batches are left out.
+    """
+    if train_dataset is not None:
+        check_texts(train_dataset, "train_dataset")
+    for name, rows in named_eval_datasets(eval_dataset).items():
+        check_texts(rows, name)
+    if train_dataset is not None and args.dataloader_drop_last:
+        batch = args.train_batch_size * args.world_size
+        check_rows(
+            train_dataset,
+            batch,
+            f"dataloader_drop_last=True leaves out a batch of fewer than {batch} (per_device_train_batch_size "
+            f"{args.per_device_train_batch_size} × {args.world_size} processes)",
+        )
+
+
 def check_texts(dataset: Any, name: str) -> None:
-    """Refuse what is no data set of prompts and completions.
+    """Refuse something that is no data set of prompts and completions.
 
     Args:
         dataset: the trainer's argument.
-        name: of the argument, for messages.
+        name: name of the argument, for messages.
 
     Raises:
         TypeError: if it is a stream or no data set.
@@ -28,8 +54,8 @@ def check_texts(dataset: Any, name: str) -> None:
     check_dataset(dataset, name, dict.fromkeys(("prompt", "completion"), "masked SFT"))
     if isinstance(dataset, IterableDataset):
         raise TypeError(
-            f"{name} is a stream, and masked SFT needs all its rows: each is noised by its number, and is checked to "
-            "fit before training starts. Take a part, `Dataset.from_list(list(stream.take(n)))`."
+            f"{name} is a stream, but masked SFT needs all rows: each is noised by its number, and its length is "
+            "checked before training starts. Take a part of it, `Dataset.from_list(list(stream.take(n)))`."
         )
     check_rows(dataset, 1, "masked SFT needs one", name)
     for column in ("prompt", "completion"):
@@ -43,7 +69,7 @@ def check_texts(dataset: Any, name: str) -> None:
 def tokenize_dataset(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, family: DiffusionFamily, max_completion_length: int
 ) -> Dataset:
-    """Token ids of prompts and completions.
+    """Tokenise prompts and completions.
 
     Args:
         dataset: columns `prompt` and `completion`.
@@ -81,7 +107,7 @@ def tokenize_dataset(
 
 
 def completion_content(completion: str | list[dict[str, Any]]) -> str:
-    """The text of a completion.
+    """Return the text of a completion.
 
     Raises:
         ValueError: if it is neither a string nor one assistant message.
@@ -98,7 +124,7 @@ def completion_content(completion: str | list[dict[str, Any]]) -> str:
 
 
 def _checked_text(prompt: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
-    """The prompt, if all its messages are text; a template for text would print other content as a list."""
+    """Return the prompt if all its messages are text; a template for text would print other content as a list."""
     for message in [] if isinstance(prompt, str) else prompt:
         if not isinstance(message["content"], str):
             raise ValueError(
@@ -108,10 +134,10 @@ def _checked_text(prompt: str | list[dict[str, Any]]) -> str | list[dict[str, An
 
 
 def make_collator(tail_token_id: int, max_completion_length: int) -> Callable[[list[dict]], dict[str, torch.Tensor]]:
-    """Batches of left-padded prompts and of whole canvases.
+    """Make a collator that batches left-padded prompts and whole canvases.
 
     Returns:
-        A function of rows to `prompt_ids` long [B, P], `prompt_mask` [B, P], `completion_ids` long [B, L] and `row`
+        A function from rows to `prompt_ids` long [B, P], `prompt_mask` [B, P], `completion_ids` long [B, L] and `row`
         long [B].
     """
 

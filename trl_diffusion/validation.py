@@ -1,0 +1,40 @@
+"""Checks of single settings, with messages that name the setting, what was given and what is possible."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def one_of(name: str, value: object, choices: Iterable[str]) -> None:
+    """Check that a setting has one of the values that it can have.
+
+    Args:
+        name: of the setting, as users write it.
+        value: given for it.
+        choices: the possible values.
+
+    Raises:
+        ValueError: if it has another value; the message suggests the choice that is spelled nearly like it.
+    """
+    choices = list(choices)
+    if value in choices:
+        return
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.{hint}")
+
+
+def at_least(name: str, value: float, least: float) -> None:
+    """Check that a number is not too small.
+
+    Args:
+        name: of the setting, as users write it.
+        value: given for it.
+        least: the smallest possible value.
+
+    Raises:
+        ValueError: if the number is smaller, or NaN.
+    """
+    if not value >= least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
