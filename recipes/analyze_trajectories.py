@@ -41,14 +41,16 @@ from trl_diffusion.evaluation.confusion_zones import (
     outcomes,
     signal_frame,
 )
-from trl_diffusion.evaluation.decoding import decode_completions, encode_prompt, left_pad
+from trl_diffusion.evaluation.decoding import decode_completions
 from trl_diffusion.models import family_of
 from trl_diffusion.models.embedded import EMBEDDED_MODEL, embedded_arguments
-from trl_diffusion.sampling import SamplingConfig, row_generators, sample
+from trl_diffusion.sampling import SamplingArguments, SamplingConfig, row_generators, sample
+from trl_diffusion.sampling.arguments import with_default
 from trl_diffusion.tasks.countdown import check_countdown, load_countdown
 from trl_diffusion.tasks.gsm8k import correctness_reward, load_gsm8k
 from trl_diffusion.tasks.sudoku import check_sudoku, load_sudoku
 from trl_diffusion.tasks.word_problems import load_word_problems
+from trl_diffusion.tokenization import encode_prompt, left_pad
 
 # (number of problems, seed) -> held-out problems
 LOADERS: dict[str, Callable[[int, int], Dataset]] = {
@@ -66,8 +68,8 @@ CHECKS: dict[str, Callable[[str, dict], bool]] = {
 
 
 @dataclass
-class AnalysisArguments:
-    """What to sample. The defaults fit the embedded model."""
+class AnalysisArguments(SamplingArguments):
+    """The model, the problems, and how completions are drawn. The defaults are made for the embedded model."""
 
     model_name_or_path: str | None = field(
         default=None,
@@ -89,14 +91,8 @@ class AnalysisArguments:
     num_completions: int = field(default=256, metadata={"help": "Completions, one per held-out problem."})
     batch_size: int = field(default=64, metadata={"help": "Completions sampled together."})
     canvas_length: int = field(default=32, metadata={"help": "Positions to write."})
-    block_length: int = field(default=8, metadata={"help": "Positions per block."})
-    denoising_steps: int = field(default=16, metadata={"help": "Denoising steps per canvas."})
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
-    top_k: int = field(default=0, metadata={"help": "Tokens to draw from; 0 for all."})
-    top_p: float = field(default=1.0, metadata={"help": "Probability mass to draw from; below 1 needs top_k."})
-    unmasking: str = field(
-        default="random", metadata={"help": "random, max_prob, entropy, margin, or LLaDA's (biased) low_confidence."}
-    )
+    block_length: int = with_default("block_length", 8)
+    denoising_steps: int = with_default("denoising_steps", 16)
     num_selected: int = field(default=4, metadata={"help": "Steps that the selector roec_cm would choose, K."})
     seed: int = field(default=0, metadata={"help": "Seed of problems and sampling noise."})
     output_dir: str = field(default="outputs/analyze_trajectories", metadata={"help": "Where the results go."})
@@ -110,16 +106,8 @@ class AnalysisArguments:
         self.sampling_config()
 
     def sampling_config(self) -> SamplingConfig:
-        return SamplingConfig(
-            canvas_length=self.canvas_length,
-            denoising_steps=self.denoising_steps,
-            block_length=self.block_length,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            unmasking=self.unmasking,
-            record_signals=True,
-        )
+        """Return how completions are drawn."""
+        return self.sampling_on(self.canvas_length, record_signals=True)
 
 
 def sample_signals(model, tokenizer, problems: Dataset, correct, args: AnalysisArguments) -> tuple[torch.Tensor, ...]:

@@ -35,14 +35,15 @@ from trl_diffusion.evaluation import (
 )
 from trl_diffusion.models.embedded import EMBEDDED_MODEL, embedded_arguments
 from trl_diffusion.sampling import SamplingConfig
+from trl_diffusion.sampling.arguments import GreedyArguments
 from trl_diffusion.tasks import TASKS, Task
 
 EMBEDDED_CONFIG = Path(__file__).parent / "configs" / "embedded" / "evaluate.yaml"
 
 
 @dataclass
-class EvaluateArguments:
-    """What is evaluated, on what, and how it is decoded."""
+class EvaluateArguments(GreedyArguments):
+    """The model, the tasks, and how they are decoded."""
 
     model_name_or_path: str | None = field(
         default=None,
@@ -77,22 +78,10 @@ class EvaluateArguments:
     )
 
     canvas_lengths: list[int] = field(default_factory=lambda: [256], metadata={"help": "Positions to write."})
-    denoising_steps: list[int] = field(
+    # A list, where other commands have one number: every canvas is decoded with each.
+    denoising_steps: list[int] = field(  # type: ignore[assignment]
         default_factory=list, metadata={"help": "Steps per canvas; half of each canvas length if not given."}
     )
-    block_length: int = field(default=32, metadata={"help": "Positions per block."})
-    unmasking: str = field(default="max_prob", metadata={"help": "See trl_diffusion.sampling.SamplingConfig."})
-    confidence_threshold: float | None = field(
-        default=None, metadata={"help": "Commit every position whose largest probability reaches this."}
-    )
-    entropy_bound: float | None = field(
-        default=None, metadata={"help": "Commit positions up to this much entropy, in nats."}
-    )
-    cache: str = field(default="auto", metadata={"help": "Reused keys and values: auto (exact), none, prefix, dual."})
-    cache_refresh: int = field(default=0, metadata={"help": "Steps between full passes with prefix or dual."})
-    temperature: float = field(default=0.0, metadata={"help": "0 is greedy."})
-    top_k: int = field(default=0, metadata={"help": "Tokens to draw from; 0 for all."})
-    top_p: float = field(default=1.0, metadata={"help": "Probability mass to draw from."})
     completions_per_prompt: int = field(default=1, metadata={"help": "Completions of every prompt."})
     seed: int = field(default=0, metadata={"help": "Seed of sampling."})
 
@@ -106,26 +95,13 @@ class EvaluateArguments:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
 
     def decodings(self) -> list[SamplingConfig]:
-        """Every canvas length with every number of steps.
+        """Return the settings for every canvas length with every number of steps.
 
         Raises:
-            ValueError: if one does not go with another.
+            ValueError: if a number of steps cannot be spread over the blocks of a canvas.
         """
         return [
-            SamplingConfig(
-                canvas_length=canvas,
-                denoising_steps=steps,
-                block_length=self.block_length,
-                temperature=self.temperature,
-                top_k=self.top_k,
-                top_p=self.top_p,
-                record_support=False,
-                unmasking=self.unmasking,
-                confidence_threshold=self.confidence_threshold,
-                entropy_bound=self.entropy_bound,
-                cache=self.cache,
-                cache_refresh=self.cache_refresh,
-            )
+            self.sampling_on(canvas, denoising_steps=steps, record_support=False)
             for canvas in self.canvas_lengths
             for steps in self.denoising_steps or [canvas // 2]
         ]

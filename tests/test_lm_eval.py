@@ -13,13 +13,13 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from trl_diffusion.evaluation.decoding import encode_prompt
 from trl_diffusion.evaluation.lm_eval.__main__ import main
 from trl_diffusion.evaluation.lm_eval.likelihood_bound import log_likelihood_bound
 from trl_diffusion.evaluation.lm_eval.model import DiffusionHarnessLM
 from trl_diffusion.models.embedded import EMBEDDED_MODEL
 from trl_diffusion.sampling import SamplingConfig, row_generators
 from trl_diffusion.tasks.word_problems import load_word_problems
+from trl_diffusion.tokenization import encode_prompt
 
 QUESTION = [{"role": "user", "content": "Tom has 7 pens and gets 5 more. How many pens now?"}]
 

@@ -244,6 +244,7 @@ def train_and_evaluate(
     from trl_diffusion.credit import StepAwareReward
     from trl_diffusion.evaluation import evaluate_accuracy
     from trl_diffusion.models.embedded import EMBEDDED_MODEL
+    from trl_diffusion.sampling import SamplingConfig
     from trl_diffusion.trainers import METHODS
 
     torch.set_num_threads(1)
@@ -301,9 +302,9 @@ def train_and_evaluate(
     held_out = task.load("test", eval_size, 0)
 
     def accuracy(steps: int, temperature: float = 0.0) -> float:
-        decoding = dict(canvas_length=CANVAS_LENGTH, block_length=BLOCK_LENGTH, denoising_steps=steps, batch_size=128)
+        decoding = SamplingConfig(CANVAS_LENGTH, steps, BLOCK_LENGTH, temperature, unmasking="max_prob")
         measured = evaluate_accuracy(
-            model, tokenizer, held_out, task.correct, temperature=temperature, progress=False, **decoding
+            model, tokenizer, held_out, task.correct, decoding=decoding, batch_size=128, progress=False
         )
         return measured.value
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_diffusion.family import family_of
 from trl_diffusion.sampling import SamplingConfig, sample
-from trl_diffusion.tokenization import encode_prompt as encode_prompt  # its import path
+from trl_diffusion.tokenization import left_pad
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,3 @@ def decode_completions(
         str(tokenizer.decode(ids[:length], skip_special_tokens=True))
         for ids, length in zip(completion_ids, lengths, strict=True)
     ]
-
-
-def left_pad(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids [B, P] padded on the left, and their mask [B, P], 0 on padding."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad_token_id] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask

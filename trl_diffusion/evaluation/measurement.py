@@ -18,12 +18,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_diffusion import __version__
-from trl_diffusion.evaluation.decoding import Decoded, decode_batch, encode_prompt, fixed_batches
+from trl_diffusion.evaluation.decoding import Decoded, decode_batch, fixed_batches
 from trl_diffusion.evaluation.results import Result, summarise
 from trl_diffusion.evaluation.samples import Sample, SampleStore
 from trl_diffusion.sampling import SamplingConfig, row_generators
 from trl_diffusion.sampling.positions import check_fits
 from trl_diffusion.tasks.task import Score
+from trl_diffusion.tokenization import encode_prompt
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,14 @@ class Measurement:
     seed: int = 0
     completions_per_prompt: int = 1
     batch_size: int = 32
+
+    def check_fits(self, model: PreTrainedModel) -> None:
+        """Check that every prompt fits into the model's positions together with the canvas.
+
+        Raises:
+            ValueError: if one does not.
+        """
+        check_fits(model, max(map(len, self.problems.prompts)), self.decoding.canvas_length, self.problems.name)
 
     @property
     def name(self) -> str:
@@ -196,8 +205,7 @@ def measure(
     if doubled := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"Every measurement needs a name of its own; given more than once: {', '.join(doubled)}.")
     for measurement in measurements:
-        problems = measurement.problems
-        check_fits(model, max(map(len, problems.prompts)), measurement.decoding.canvas_length, problems.name)
+        measurement.check_fits(model)
     stores = [SampleStore(Path(output_dir) / m.name, m.settings, m.batches) for m in measurements]
     if state.is_main_process:
         for store in stores:

@@ -12,26 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from trl_diffusion.evaluation.accuracy import wilson_interval
 from trl_diffusion.evaluation.samples import Sample
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean score over prompts.
-
-    Args:
-        value: the mean, in [0, 1].
-        low: lower end of its 95 % Wilson interval.
-        high: upper end.
-    """
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+from trl_diffusion.evaluation.statistics import Estimate, wilson_interval
 
 
 @dataclass(frozen=True)
@@ -74,7 +56,7 @@ def summarise(settings: dict[str, Any], samples: Sequence[Sample]) -> Result:
     scores = {}
     for name in samples[0]["scores"]:
         value = sum(sample["scores"][name] for sample in samples) / count
-        scores[name] = Estimate(value, *wilson_interval(value * prompts, prompts))
+        scores[name] = Estimate(value, *wilson_interval(value * prompts, prompts), prompts)
     forwards, tokens = (sum(sample[key] for sample in samples) for key in ("forwards", "tokens"))
     ended = sum(sample["ended"] for sample in samples)
     return Result(settings, scores, count, forwards / count, tokens / count, tokens / forwards, ended / count)

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from trl_diffusion.evaluation.decoding import left_pad
 from trl_diffusion.family import family_of
 from trl_diffusion.likelihood import Views, score_views
+from trl_diffusion.tokenization import left_pad
 
 
 @torch.no_grad()

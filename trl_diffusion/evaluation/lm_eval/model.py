@@ -25,9 +25,13 @@ from trl_diffusion.evaluation.loading import load_model, weights_checksum
 from trl_diffusion.evaluation.processes import join_processes
 from trl_diffusion.family import family_of
 from trl_diffusion.sampling import SamplingConfig, row_generators
+from trl_diffusion.sampling.arguments import OPTIONS, GreedyArguments, refuse_unknown
 from trl_diffusion.sampling.positions import check_fits
 
 logger = logging.getLogger(__name__)
+
+# Options of the sampler that are the model's; the others have arguments of their own or are the task's.
+RULE_OPTIONS = tuple(name for name in OPTIONS if name not in ("denoising_steps", "temperature", "top_k", "top_p"))
 
 
 @register_model("trl_diffusion")
@@ -47,21 +51,18 @@ class DiffusionHarnessLM(TemplateLM):
         allow_other_base: accept an adapter whose config names another base.
         canvas_length: positions to write; the task's `max_gen_toks`, in whole blocks, if not given.
         denoising_steps: network evaluations per canvas; half the canvas if not given.
-        block_length: positions per block.
-        unmasking: see `trl_diffusion.sampling.SamplingConfig`, also for the next four. Temperature, top-k and top-p
-            are the task's (`--gen_kwargs`).
-        confidence_threshold: commit every position whose largest probability reaches this.
-        entropy_bound: commit positions up to this much entropy, in nats.
-        cache: keys and values to reuse between steps.
-        cache_refresh: steps between two full passes with an approximate cache.
         mc_num: noised copies of each continuation in `loglikelihood`.
         seed: seed of sampling and of the noised copies.
         batch_size: completions decoded together.
         max_batch_size: only for the harness's automatic batch size, which is refused.
         device: `cpu` to stay there. Several processes, or one without a GPU, take what accelerate gives them.
+        **decoding: the other options of `trl_diffusion.sampling.SamplingArguments`: `block_length`, `unmasking`
+            (`max_prob` if not given), `confidence_threshold`, `entropy_bound`, `cache` and `cache_refresh`.
+            Temperature, top-k and top-p are the task's (`--gen_kwargs`).
 
     Raises:
         ValueError: for `batch_size=auto`.
+        TypeError: for an option that does not exist.
     """
 
     def __init__(
@@ -74,19 +75,15 @@ class DiffusionHarnessLM(TemplateLM):
         allow_other_base: bool = False,
         canvas_length: int | None = None,
         denoising_steps: int | None = None,
-        block_length: int = 32,
-        unmasking: str = "max_prob",
-        confidence_threshold: float | None = None,
-        entropy_bound: float | None = None,
-        cache: str = "auto",
-        cache_refresh: int = 0,
         mc_num: int = 128,
         seed: int = 0,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         device: str | None = None,
+        **decoding: Any,
     ):
         super().__init__()
+        refuse_unknown(decoding, RULE_OPTIONS, type(self).__name__)
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(
                 f"batch_size must be a whole number, got {batch_size!r}: a batch size found by trial would change "
@@ -94,14 +91,7 @@ class DiffusionHarnessLM(TemplateLM):
             )
         self.batch_size, self.seed, self.mc_num = int(batch_size), seed, mc_num
         self.canvas_length, self.denoising_steps = canvas_length, denoising_steps
-        self.block_length = block_length
-        self.rules: dict[str, Any] = {
-            "unmasking": unmasking,
-            "confidence_threshold": confidence_threshold,
-            "entropy_bound": entropy_bound,
-            "cache": cache,
-            "cache_refresh": cache_refresh,
-        }
+        self.options = GreedyArguments(**decoding)
         self.state = join_processes(use_cpu=device == "cpu")
         self._rank, self._world_size = self.state.process_index, self.state.num_processes
         self._device = self.state.device
@@ -135,14 +125,14 @@ class DiffusionHarnessLM(TemplateLM):
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes beside its results."""
-        decoding = {key: getattr(self, key) for key in ("canvas_length", "denoising_steps", "block_length")}
+        """Return the facts and settings that the harness writes together with its results."""
         return {
             **self.facts,
             "weights": weights_checksum(self.model),
             "model_dtype": str(self.model.dtype),
-            **decoding,
-            **self.rules,
+            "canvas_length": self.canvas_length,
+            "denoising_steps": self.denoising_steps,
+            **{name: vars(self.options)[name] for name in RULE_OPTIONS},
             "mc_num": self.mc_num,
             "sampling_seed": self.seed,
         }
@@ -229,7 +219,7 @@ class DiffusionHarnessLM(TemplateLM):
         return texts
 
     def _decoding(self, options: dict[str, Any]) -> SamplingConfig:
-        """The task's generation options and the model's, as a `SamplingConfig`."""
+        """Merge the task's generation options and the model's into a `SamplingConfig`."""
         budget, sampled = options.pop("max_gen_toks"), options.pop("do_sample")
         temperature = float(options.pop("temperature", 1.0)) if sampled else 0.0
         top_k, top_p = int(options.pop("top_k", 0)), float(options.pop("top_p", 1.0))
@@ -239,16 +229,15 @@ class DiffusionHarnessLM(TemplateLM):
                 f"The task sets generation options that diffusion decoding does not have: {options}. Remove them from "
                 "the task's generation_kwargs."
             )
-        canvas = self.canvas_length or -(-budget // self.block_length) * self.block_length
-        return SamplingConfig(
-            canvas_length=canvas,
+        block = self.options.block_length
+        canvas = self.canvas_length or -(-budget // block) * block
+        return self.options.sampling_on(
+            canvas,
             denoising_steps=self.denoising_steps or canvas // 2,
-            block_length=self.block_length,
             temperature=temperature,
             top_k=top_k if sampled else 0,
             top_p=top_p if sampled else 1.0,
-            record_support=False,
-            **self.rules,
+            record_support=False,  # texts are all that is kept
         )
 
     def _indices(self, requests: list[Instance]) -> list[int]:
