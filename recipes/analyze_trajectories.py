@@ -1,4 +1,4 @@
-"""Where a model hesitates while it denoises, and whether that predicts failure (ATPO's confusion zones, 2511.15208).
+"""Find where a model hesitates while it denoises, and how well that predicts failure (ATPO, 2511.15208).
 
 The embedded model on synthetic word problems (half a minute on a CPU core):
 
@@ -30,7 +30,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 from trl import TrlParser
 
-from trl_diffusion.credit import SELECTORS, step_signals
+from trl_diffusion.credit import SELECTORS, step_signals, taken_steps
 from trl_diffusion.evaluation import load_model
 from trl_diffusion.evaluation.confusion_zones import (
     SIGNALS,
@@ -111,10 +111,10 @@ class AnalysisArguments(SamplingArguments):
 
 
 def sample_signals(model, tokenizer, problems: Dataset, correct, args: AnalysisArguments) -> tuple[torch.Tensor, ...]:
-    """Sample a completion per problem.
+    """Sample a completion per problem, each from a random stream of its own.
 
     Returns:
-        (step_entropy [B, S], step_margin [B, S], steps taken [B], success [B]).
+        (step_entropy [B, S], step_margin [B, S], the step after the last one [B], steps taken [B, S], success [B]).
     """
     parts = []
     with tqdm(total=len(problems), desc="Sampling", unit="completion") as bar:
@@ -126,7 +126,8 @@ def sample_signals(model, tokenizer, problems: Dataset, correct, args: AnalysisA
             trajectory = sample(model, ids, mask, args.sampling_config(), streams)
             texts = decode_completions(trajectory.completion_ids, model, tokenizer)
             success = torch.tensor([correct(text, row) for text, row in zip(texts, rows, strict=True)])
-            signals = trajectory.step_entropy, trajectory.step_margin, trajectory.steps_taken
+            taken = taken_steps(trajectory.unmask_step, args.denoising_steps)
+            signals = trajectory.step_entropy, trajectory.step_margin, trajectory.steps_taken, taken
             parts.append((*(values.cpu() for values in signals), success))
             bar.update(len(rows))
     return tuple(torch.cat(values) for values in zip(*parts, strict=True))
@@ -142,7 +143,7 @@ def auc_table(frame: pd.DataFrame, title: str) -> Table:
 
 
 def summary(frame: pd.DataFrame, args: AnalysisArguments, selected: list[int]) -> dict:
-    """What goes into the JSON file; `None` for a number that is not defined."""
+    """Return the content of the JSON file, with `None` for a number that is not defined."""
     success, by_step = outcomes(frame), failure_auc_by_step(frame)
 
     def number(value: float) -> float | None:
@@ -179,11 +180,10 @@ def main() -> None:
         device="cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu",
     )
     problems = LOADERS[args.task](args.num_completions, args.seed)
-    entropy, margin, steps, success = sample_signals(model, tokenizer, problems, CHECKS[args.task], args)
+    entropy, margin, steps, taken, success = sample_signals(model, tokenizer, problems, CHECKS[args.task], args)
 
     steps_per_block = args.sampling_config().steps_per_block
-    frame = signal_frame(entropy, margin, steps, success, steps_per_block)
-    taken = torch.arange(entropy.size(1)) < steps.unsqueeze(1)
+    frame = signal_frame(entropy, margin, steps, success, steps_per_block, taken)
     signals = step_signals(entropy, margin, taken, steps_per_block)
     chosen = SELECTORS["roec_cm"](signals, args.num_selected, torch.zeros_like(signals.entropy)).steps
     selected = chosen[chosen >= 0].tolist()

@@ -9,7 +9,7 @@ An adapter, on eight GPUs:
     accelerate launch --config_file recipes/accelerate_configs/multi_gpu.yaml recipes/evaluate.py \
         --config recipes/configs/llada_8b/evaluate.yaml --adapter outputs/llada_8b_gsm8k_agrpo
 
-A run that was stopped goes on when the same command is given again, with any number of processes. Everything in a
+A run that was stopped continues when the same command is given again, with any number of processes. Everything in a
 config can be overridden on the command line.
 """
 
@@ -108,7 +108,7 @@ class EvaluateArguments(GreedyArguments):
 
 
 def parse(arguments: list[str]) -> tuple[EvaluateArguments, bool]:
-    """The arguments, and whether the embedded model is evaluated because no other was given."""
+    """Parse the arguments; the second value is true if no model was given and the embedded one is evaluated."""
     config = ["--config", str(EMBEDDED_CONFIG)]
     for_embedded = embedded_arguments(arguments, config, "--block_length", "--adapter")
     arguments = arguments if for_embedded is None else for_embedded
@@ -120,7 +120,7 @@ def parse(arguments: list[str]) -> tuple[EvaluateArguments, bool]:
 
 
 def scorer(task: Task, protocols: list[str]):
-    """One function for all protocols; d1's scores carry its name."""
+    """Return one score function for all protocols; the names of d1's scores begin with `d1`."""
     if unknown := set(protocols) - {"own", "d1"}:
         raise ValueError(f"Protocols are 'own' and 'd1', got {sorted(unknown)}.")
     if "d1" in protocols and task.score_d1 is None:
@@ -136,7 +136,7 @@ def scorer(task: Task, protocols: list[str]):
 
 
 def requested(args: EvaluateArguments) -> list[tuple[Task, str | None]]:
-    """Tasks and where their rows come from."""
+    """Return the tasks, each with the source of its rows."""
     tasks = []
     for specification in args.tasks or [f"{name}=embedded" for name, task in TASKS.items() if task.embedded]:
         name, _, source = specification.partition("=")
@@ -149,13 +149,13 @@ def requested(args: EvaluateArguments) -> list[tuple[Task, str | None]]:
 
 
 def origin(args: EvaluateArguments, source: str | None) -> dict:
-    kept = {key: getattr(args, key) for key in ("split", "prompt", "limit", "protocols")}
+    kept = {key: vars(args)[key] for key in ("split", "prompt", "limit", "protocols")}
     return {"source": source or "default", **kept}
 
 
 def main() -> None:
     args, by_default = parse(sys.argv[1:])
-    # What needs no model is checked and loaded first.
+    # Everything that needs no model is checked and loaded first.
     decodings, tasks = args.decodings(), requested(args)
     scores = [scorer(task, args.protocols) for task, _ in tasks]
     state = join_processes(args.use_cpu)

@@ -72,7 +72,7 @@ def test_completions_are_those_of_one_padded_batch(monkeypatch):
             return sample(model, prompts, mask, config, row_generators(0, rows=range(rows))), calls
 
     together, padded = run()
-    monkeypatch.setattr(buckets, "_PASS_TOKENS", 0)
+    monkeypatch.setattr(buckets, "_FORWARD_TOKENS", 0)
     apart, trimmed = run()
     for name, value in vars(together).items():
         if isinstance(value, torch.Tensor) and name != "prompt_columns":

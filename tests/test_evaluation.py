@@ -17,7 +17,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from tiny import END, MASK, TAIL, A, B, tiny_model, tiny_tokenizer
+from tiny import END, MASK, TAIL, A, B, forwards_of, tiny_model, tiny_tokenizer
 
 from trl_diffusion.evaluation import (
     Measurement,
@@ -31,7 +31,7 @@ from trl_diffusion.evaluation import (
     wilson_interval,
     write_results,
 )
-from trl_diffusion.evaluation.decoding import fixed_batches
+from trl_diffusion.evaluation.decoding import decode_batch, fixed_batches
 from trl_diffusion.evaluation.lm_eval.likelihood_bound import is_greedy, log_likelihood_bound
 from trl_diffusion.evaluation.results import console_table, describe_decoding, plot, summarise
 from trl_diffusion.evaluation.samples import SampleStore, read_lines
@@ -189,6 +189,17 @@ def test_the_batch_size_changes_neither_the_accuracy_nor_a_completion(embedded, 
     if completions > 1:
         assert any(len(set(drawn)) > 1 for drawn in texts.values())
         assert evaluated(5, seed=1)[1] != texts
+
+
+def test_parallel_unmasking_counts_the_forwards_that_were_run(embedded, problems):
+    """A block ends as soon as it is written, so fewer steps are taken than the number of the last one says."""
+    config = SamplingConfig(32, 32, 8, temperature=0.0, unmasking="max_prob", confidence_threshold=0.7)
+    prompts = problems.prompts[:4]
+    with forwards_of(embedded[0]) as calls:
+        (decoded,) = decode_batch(*embedded, prompts[:1], config, row_generators(0, rows=[0]))
+    assert decoded.forwards == len(calls) < 32
+    for one in decode_batch(*embedded, prompts, config, row_generators(0, rows=range(4))):
+        assert one.forwards < 32
 
 
 class Stopped(Exception):

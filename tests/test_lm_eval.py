@@ -77,6 +77,11 @@ def test_decoding_follows_the_task_where_the_model_says_nothing(lm):
         free._decoding({**greedy, "num_beams": 4})
 
 
+def test_an_unknown_decoding_option_is_named_with_those_that_exist():
+    with pytest.raises(TypeError, match=r"no setting unmaskin, top_k\. .*are block_length, unmasking, confidence"):
+        DiffusionHarnessLM(EMBEDDED_MODEL, unmaskin="random", top_k=3)
+
+
 def test_what_cannot_be_answered_is_refused(lm):
     with pytest.raises(NotImplementedError, match="loglikelihood_rolling"):
         lm.loglikelihood_rolling([request("loglikelihood_rolling", "text")])

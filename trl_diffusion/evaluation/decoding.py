@@ -20,13 +20,13 @@ from trl_diffusion.tokenization import left_pad
 
 @dataclass(frozen=True)
 class Decoded:
-    """A completion and what it cost.
+    """A completion and its cost.
 
     Args:
         text: without special tokens, up to the first end id.
         tokens: up to and including the first end id.
-        forwards: network evaluations this row took part in.
-        ended: whether there is an end id; if not, the canvas was too short.
+        forwards: denoising steps that this row took part in, one network evaluation each.
+        ended: true if there is an end id; if not, the canvas was too short.
     """
 
     text: str
@@ -36,7 +36,7 @@ class Decoded:
 
 
 def fixed_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Batches of indices of similar length, so that little is padded; they depend on the lengths alone.
+    """Group indices of similar length into batches, so that little is padded; they depend on the lengths alone.
 
     Raises:
         ValueError: if `batch_size` is less than 1.
@@ -57,7 +57,7 @@ def decode_batch(
     """Complete prompts, all in one batch.
 
     Args:
-        model: a diffusion language model, also behind PEFT.
+        model: a diffusion language model, possibly inside PEFT.
         tokenizer: its tokenizer.
         prompts: token ids, not empty.
         config: how to decode.
@@ -74,7 +74,7 @@ def decode_batch(
         for text, tokens, forwards, ended in zip(
             decode_completions(completions, model, tokenizer),
             family_of(model).effective_length(completions).tolist(),
-            trajectory.steps_taken.tolist(),
+            trajectory.row_forwards.tolist(),
             family_of(model).is_end(completions).any(1).tolist(),
             strict=True,
         )
@@ -84,7 +84,7 @@ def decode_batch(
 def decode_completions(
     completion_ids: torch.Tensor, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
-    """Texts of canvases [B, L], each cut before its first end id."""
+    """Decode canvases [B, L] to texts, each cut before its first end id."""
     lengths = family_of(model).effective_length(completion_ids).tolist()
     return [
         str(tokenizer.decode(ids[:length], skip_special_tokens=True))

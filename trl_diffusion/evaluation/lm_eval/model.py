@@ -1,4 +1,4 @@
-"""Our models inside EleutherAI's lm-evaluation-harness: the model `trl_diffusion`.
+"""The model `trl_diffusion` for EleutherAI's lm-evaluation-harness.
 
 The harness has no entry point for models of other packages: it finds those that are registered before it looks.
 `python -m trl_diffusion.evaluation.lm_eval` is its command with this one registered.
@@ -51,8 +51,8 @@ class DiffusionHarnessLM(TemplateLM):
         allow_other_base: accept an adapter whose config names another base.
         canvas_length: positions to write; the task's `max_gen_toks`, in whole blocks, if not given.
         denoising_steps: network evaluations per canvas; half the canvas if not given.
-        mc_num: noised copies of each continuation in `loglikelihood`.
-        seed: seed of sampling and of the noised copies.
+        mc_num: noised views of each continuation in `loglikelihood`.
+        seed: seed of sampling and of the noised views.
         batch_size: completions decoded together.
         max_batch_size: only for the harness's automatic batch size, which is refused.
         device: `cpu` to stay there. Several processes, or one without a GPU, take what accelerate gives them.
@@ -110,7 +110,7 @@ class DiffusionHarnessLM(TemplateLM):
             allow_other_base=allow_other_base,
         )
 
-    # What the harness asks about
+    # Facts that the harness reads
 
     @property
     def eot_token_id(self) -> int:
@@ -154,7 +154,7 @@ class DiffusionHarnessLM(TemplateLM):
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Token ids of a context and its continuation; spaces between them belong to the continuation."""
+        """Encode a context and its continuation; spaces between them belong to the continuation."""
         text = context + continuation
         context = context.rstrip(" ")
         whole, context_ids = self.tok_encode(text), self.tok_encode(context)
@@ -185,7 +185,7 @@ class DiffusionHarnessLM(TemplateLM):
     # Requests
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Completions, each cut at its first stop string."""
+        """Complete each request, and cut the text at its first stop string."""
         groups: dict[str, list[int]] = defaultdict(list)
         for position, request in enumerate(requests):
             # Only rows of one task, decoded in one way, share batches.
@@ -241,7 +241,7 @@ class DiffusionHarnessLM(TemplateLM):
         )
 
     def _indices(self, requests: list[Instance]) -> list[int]:
-        """Row · repeats + number of the repeat, which keys each completion's random stream."""
+        """Return row · repeats + number of the repeat, which keys each completion's random stream."""
         seen: dict[int, int] = defaultdict(int)
         indices = []
         for request in requests:
@@ -287,7 +287,7 @@ class DiffusionHarnessLM(TemplateLM):
         return answers
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Refused.
+        """Refuse the request: there is no perplexity of whole documents.
 
         Raises:
             NotImplementedError: always.
@@ -300,11 +300,11 @@ class DiffusionHarnessLM(TemplateLM):
 
 
 def _key(token_ids: Sequence[int]) -> tuple[int, int]:
-    """Two 32-bit integers from token ids."""
+    """Hash token ids to two 32-bit integers."""
     digest = hashlib.blake2b(repr(list(token_ids)).encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:], "big")
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:
-    """The text before the first stop string."""
+    """Return the text before the first stop string."""
     return text[: min((at for at in map(text.find, stops) if at >= 0), default=len(text))]
