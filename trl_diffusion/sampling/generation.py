@@ -246,9 +246,12 @@ def complete(
         )
     input_ids = input_ids.repeat_interleave(settings.copies, 0)
     family, state = family_of(model), None
+    # The sampler writes whole blocks; a canvas that is no multiple of them ends inside the last block, whose other
+    # positions are cut from what the network sees.
     if settings.length < config.canvas_length:
         state = CanvasState.empty(len(input_ids), config.canvas_length, family.mask_token_id, input_ids.device)
         state.length.fill_(settings.length)
+    # One draw from the caller's generator keys a private stream per row, so that rows do not depend on each other.
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device if generator else "cpu"))
     trajectory = sample(
         model,

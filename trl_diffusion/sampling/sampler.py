@@ -21,7 +21,7 @@ from trl_diffusion.sampling.drawing import ScoredTokens, draw_everywhere, draw_s
 from trl_diffusion.sampling.positions import check_fits
 from trl_diffusion.sampling.prompts import checked_prompts
 from trl_diffusion.sampling.trajectory import Trajectory
-from trl_diffusion.sampling.unmasking import RULES, Candidates, step_signals
+from trl_diffusion.sampling.unmasking import RULES, Candidates, Choice, step_signals
 from trl_diffusion.streams import uniforms
 
 
@@ -66,6 +66,7 @@ def sample(
     """
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     family = family_of(model)
+    # One list of end ids serves the whole rollout: where texts end decides which rows leave the batch.
     family = replace(family, end_token_ids=(*family.end_token_ids, *end_token_ids))
     input_ids, attention_mask, lengths = checked_prompts(input_ids, attention_mask)
     batch, prompt_length = input_ids.shape
@@ -258,16 +259,22 @@ class _Rollout:
         chosen = offsets.gather(1, choice.slots)
         # Without logits of all candidates the LM head runs at the chosen positions only.
         at_chosen = self._logits(rows, chosen) if logits is None else take(logits, choice.slots)
-        if choice.draws is None:
-            drawn = draw_scored(at_chosen, self._noise(rows, 0, chosen), self.config)
-        else:
-            support = None if choice.draws.support is None else take(choice.draws.support, choice.slots)
-            drawn = score(at_chosen, take(choice.draws.tokens, choice.slots), support, self.config)
-        self._commit(rows, step, chosen, choice.counts, drawn)
+        self._commit(rows, step, chosen, choice.counts, self._tokens_at(rows, chosen, at_chosen, choice))
         if self.step_entropy is not None and self.step_margin is not None:
             assert logits is not None
             at = (rows, self.block[rows] * self.config.steps_per_block + step)
             self.step_entropy[at], self.step_margin[at] = step_signals(logits, is_masked)
+
+    def _tokens_at(
+        self, rows: torch.Tensor, chosen: torch.Tensor, logits: torch.Tensor, choice: Choice
+    ) -> ScoredTokens:
+        """Return tokens for the chosen positions: those that the rule drew to choose them, or new ones."""
+        if choice.draws is None:
+            # The noise of step 0 at whatever step: a position is drawn once, when it is committed. So the token of a
+            # position does not depend on the order of the others, given the same canvas.
+            return draw_scored(logits, self._noise(rows, 0, chosen), self.config)
+        support = None if choice.draws.support is None else take(choice.draws.support, choice.slots)
+        return score(logits, take(choice.draws.tokens, choice.slots), support, self.config)
 
     def _noise(self, rows: torch.Tensor, step: int, offsets: torch.Tensor) -> torch.Tensor:
         """Uniform noise for the tokens at offsets [R, n]; step 0 unless the rule draws anew at every step."""
