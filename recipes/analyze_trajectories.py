@@ -1,4 +1,4 @@
-"""Where a model hesitates while it denoises, and whether that predicts failure (ATPO's confusion zones, 2511.15208).
+"""Find where a model hesitates while it denoises, and how well that predicts failure (ATPO, 2511.15208).
 
 The embedded model on synthetic word problems (half a minute on a CPU core):
 
@@ -29,7 +29,7 @@ from rich.table import Table
 from tqdm.auto import tqdm
 from trl import TrlParser
 
-from trl_diffusion.credit import SELECTORS, step_signals
+from trl_diffusion.credit import SELECTORS, step_signals, taken_steps
 from trl_diffusion.evaluation import load_model
 from trl_diffusion.evaluation.confusion_zones import (
     SIGNALS,
@@ -40,11 +40,13 @@ from trl_diffusion.evaluation.confusion_zones import (
     outcomes,
     signal_frame,
 )
-from trl_diffusion.evaluation.decoding import decode_completions, encode_prompt, left_pad
+from trl_diffusion.evaluation.decoding import decode_completions
 from trl_diffusion.models import family_of
 from trl_diffusion.models.embedded import EMBEDDED_MODEL, embedded_arguments
-from trl_diffusion.sampling import SamplingConfig, row_generators, sample
+from trl_diffusion.sampling import SamplingArguments, SamplingConfig, row_generators, sample
+from trl_diffusion.sampling.arguments import with_default
 from trl_diffusion.tasks import TASKS
+from trl_diffusion.tokenization import encode_prompt, left_pad
 
 
 def held_out(task: str, size: int, seed: int) -> Dataset:
@@ -54,8 +56,8 @@ def held_out(task: str, size: int, seed: int) -> Dataset:
 
 
 @dataclass
-class AnalysisArguments:
-    """What to sample. The defaults fit the embedded model."""
+class AnalysisArguments(SamplingArguments):
+    """The model, the problems, and how completions are drawn. The defaults are made for the embedded model."""
 
     model_name_or_path: str | None = field(
         default=None,
@@ -75,14 +77,8 @@ class AnalysisArguments:
     num_completions: int = field(default=256, metadata={"help": "Completions, one per held-out problem."})
     batch_size: int = field(default=64, metadata={"help": "Completions sampled together."})
     canvas_length: int = field(default=32, metadata={"help": "Positions to write."})
-    block_length: int = field(default=8, metadata={"help": "Positions per block."})
-    denoising_steps: int = field(default=16, metadata={"help": "Denoising steps per canvas."})
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature."})
-    top_k: int = field(default=0, metadata={"help": "Tokens to draw from; 0 for all."})
-    top_p: float = field(default=1.0, metadata={"help": "Probability mass to draw from; below 1 needs top_k."})
-    unmasking: str = field(
-        default="random", metadata={"help": "random, max_prob, entropy, margin, or LLaDA's (biased) low_confidence."}
-    )
+    block_length: int = with_default("block_length", 8)
+    denoising_steps: int = with_default("denoising_steps", 16)
     num_selected: int = field(default=4, metadata={"help": "Steps that the selector roec_cm would choose, K."})
     seed: int = field(default=0, metadata={"help": "Seed of problems and sampling noise."})
     output_dir: str = field(default="outputs/analyze_trajectories", metadata={"help": "Where the results go."})
@@ -96,23 +92,15 @@ class AnalysisArguments:
         self.sampling_config()
 
     def sampling_config(self) -> SamplingConfig:
-        return SamplingConfig(
-            canvas_length=self.canvas_length,
-            denoising_steps=self.denoising_steps,
-            block_length=self.block_length,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            unmasking=self.unmasking,
-            record_signals=True,
-        )
+        """Return how completions are drawn."""
+        return self.sampling_on(self.canvas_length, record_signals=True)
 
 
 def sample_signals(model, tokenizer, problems: Dataset, correct, args: AnalysisArguments) -> tuple[torch.Tensor, ...]:
-    """Sample a completion per problem.
+    """Sample a completion per problem, each from a random stream of its own.
 
     Returns:
-        (step_entropy [B, S], step_margin [B, S], steps taken [B], success [B]).
+        (step_entropy [B, S], step_margin [B, S], the step after the last one [B], steps taken [B, S], success [B]).
     """
     parts = []
     with tqdm(total=len(problems), desc="Sampling", unit="completion") as bar:
@@ -124,7 +112,8 @@ def sample_signals(model, tokenizer, problems: Dataset, correct, args: AnalysisA
             trajectory = sample(model, ids, mask, args.sampling_config(), streams)
             texts = decode_completions(trajectory.completion_ids, model, tokenizer)
             success = torch.tensor([correct(text, row) for text, row in zip(texts, rows, strict=True)])
-            signals = trajectory.step_entropy, trajectory.step_margin, trajectory.steps_taken
+            taken = taken_steps(trajectory.unmask_step, args.denoising_steps)
+            signals = trajectory.step_entropy, trajectory.step_margin, trajectory.steps_taken, taken
             parts.append((*(values.cpu() for values in signals), success))
             bar.update(len(rows))
     return tuple(torch.cat(values) for values in zip(*parts, strict=True))
@@ -140,7 +129,7 @@ def auc_table(frame: pd.DataFrame, title: str) -> Table:
 
 
 def summary(frame: pd.DataFrame, args: AnalysisArguments, selected: list[int]) -> dict:
-    """What goes into the JSON file; `None` for a number that is not defined."""
+    """Return the content of the JSON file, with `None` for a number that is not defined."""
     success, by_step = outcomes(frame), failure_auc_by_step(frame)
 
     def number(value: float) -> float | None:
@@ -177,11 +166,11 @@ def main() -> None:
         device="cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu",
     )
     problems = held_out(args.task, args.num_completions, args.seed)
-    entropy, margin, steps, success = sample_signals(model, tokenizer, problems, TASKS[args.task].is_correct, args)
+    correct = TASKS[args.task].is_correct
+    entropy, margin, steps, taken, success = sample_signals(model, tokenizer, problems, correct, args)
 
     steps_per_block = args.sampling_config().steps_per_block
-    frame = signal_frame(entropy, margin, steps, success, steps_per_block)
-    taken = torch.arange(entropy.size(1)) < steps.unsqueeze(1)
+    frame = signal_frame(entropy, margin, steps, success, steps_per_block, taken)
     signals = step_signals(entropy, margin, taken, steps_per_block)
     chosen = SELECTORS["roec_cm"](signals, args.num_selected, torch.zeros_like(signals.entropy)).steps
     selected = chosen[chosen >= 0].tolist()

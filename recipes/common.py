@@ -24,7 +24,9 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from trl_diffusion.adapters.renaming import base_of, is_adapter
 from trl_diffusion.evaluation import AccuracyCallback, ConfusionZoneCallback, evaluate_accuracy
 from trl_diffusion.models.embedded import EMBEDDED_MODELS, embedded_arguments
-from trl_diffusion.trainers import DiffusionGRPOTrainer
+from trl_diffusion.sampling import SamplingArguments, SamplingConfig
+from trl_diffusion.sampling.arguments import OPTIONS, with_default
+from trl_diffusion.trainers import DiffusionGRPOConfig, DiffusionGRPOTrainer
 
 CONFIGS = Path(__file__).parent / "configs"
 # Metrics worth a line while training; the rest is in the logs.
@@ -43,10 +45,31 @@ class RunArguments:
     eval_canvas_length: int | None = field(default=None, metadata={"help": "Canvas length; training's if not given."})
     eval_block_length: int | None = field(default=None, metadata={"help": "Block length; training's if not given."})
     eval_denoising_steps: int | None = field(default=None, metadata={"help": "Steps; training's if not given."})
+    eval_temperature: float = with_default("temperature", 0.0)
+    eval_top_k: int = with_default("top_k", 0)
+    eval_top_p: float = with_default("top_p", 1.0)
+    eval_unmasking: str = with_default("unmasking", "max_prob")
+    eval_confidence_threshold: float | None = with_default("confidence_threshold", None)
+    eval_entropy_bound: float | None = with_default("entropy_bound", None)
+    eval_cache: str = with_default("cache", "auto")
+    eval_cache_refresh: int = with_default("cache_refresh", 0)
 
     dry_run: bool = field(
         default=False, metadata={"help": "Load everything, check it, print the start-up report and stop."}
     )
+
+    def decoding_on(self, canvas_length: int, block_length: int, denoising_steps: int) -> SamplingConfig:
+        """Return how held-out problems are decoded, with the other `eval_…` options.
+
+        Args:
+            canvas_length: positions to write; rounded up to whole blocks.
+            block_length: positions per block.
+            denoising_steps: steps per canvas.
+        """
+        options = {name: vars(self)[f"eval_{name}"] for name in OPTIONS}
+        options |= {"block_length": block_length, "denoising_steps": denoising_steps}
+        canvas_length = -(-canvas_length // block_length) * block_length
+        return SamplingArguments(**options).sampling_on(canvas_length, record_support=False)
 
 
 @dataclass
@@ -60,14 +83,13 @@ class RecipeArguments(RunArguments):
         },
     )
 
-    def decoding(self, training) -> dict[str, int]:
-        """Keyword arguments of `evaluate_accuracy`."""
-        return {
-            "canvas_length": self.eval_canvas_length or training.max_completion_length,
-            "block_length": self.eval_block_length or training.block_length,
-            "denoising_steps": self.eval_denoising_steps or training.denoising_steps,
-            "batch_size": self.eval_batch_size,
-        }
+    def decoding(self, training: DiffusionGRPOConfig) -> SamplingConfig:
+        """Return how held-out problems are decoded: by default greedily, on the canvas of training."""
+        return self.decoding_on(
+            self.eval_canvas_length or training.max_completion_length,
+            self.eval_block_length or training.block_length,
+            self.eval_denoising_steps or training.denoising_steps,
+        )
 
 
 def parse(
@@ -183,7 +205,8 @@ def measure_accuracy(trainer, held_out, is_correct: Callable[[str, dict[str, Any
         evaluate_accuracy,
         tokenizer=trainer.processing_class,
         correct=is_correct,
-        **script_args.decoding(trainer.args),
+        decoding=script_args.decoding(trainer.args),
+        batch_size=script_args.eval_batch_size,
     )
     accuracy = AccuracyCallback(trainer, held_out, measure, every=script_args.eval_every)
     trainer.add_callback(accuracy)

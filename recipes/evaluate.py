@@ -9,7 +9,7 @@ An adapter, on eight GPUs:
     accelerate launch --config_file recipes/accelerate_configs/multi_gpu.yaml recipes/evaluate.py \
         --config recipes/configs/llada_8b/evaluate.yaml --adapter outputs/llada_8b_gsm8k_agrpo
 
-A run that was stopped goes on when the same command is given again, with any number of processes. Everything in a
+A run that was stopped continues when the same command is given again, with any number of processes. Everything in a
 config can be overridden on the command line.
 """
 
@@ -35,14 +35,15 @@ from trl_diffusion.evaluation import (
 )
 from trl_diffusion.models.embedded import EMBEDDED_MODEL, embedded_arguments
 from trl_diffusion.sampling import SamplingConfig
+from trl_diffusion.sampling.arguments import GreedyArguments
 from trl_diffusion.tasks import TASKS, Task
 
 EMBEDDED_CONFIG = Path(__file__).parent / "configs" / "embedded" / "evaluate.yaml"
 
 
 @dataclass
-class EvaluateArguments:
-    """What is evaluated, on what, and how it is decoded."""
+class EvaluateArguments(GreedyArguments):
+    """The model, the tasks, and how they are decoded."""
 
     model_name_or_path: str | None = field(
         default=None,
@@ -77,22 +78,10 @@ class EvaluateArguments:
     )
 
     canvas_lengths: list[int] = field(default_factory=lambda: [256], metadata={"help": "Positions to write."})
-    denoising_steps: list[int] = field(
+    # A list, where other commands have one number: every canvas is decoded with each.
+    denoising_steps: list[int] = field(  # type: ignore[assignment]
         default_factory=list, metadata={"help": "Steps per canvas; half of each canvas length if not given."}
     )
-    block_length: int = field(default=32, metadata={"help": "Positions per block."})
-    unmasking: str = field(default="max_prob", metadata={"help": "See trl_diffusion.sampling.SamplingConfig."})
-    confidence_threshold: float | None = field(
-        default=None, metadata={"help": "Commit every position whose largest probability reaches this."}
-    )
-    entropy_bound: float | None = field(
-        default=None, metadata={"help": "Commit positions up to this much entropy, in nats."}
-    )
-    cache: str = field(default="auto", metadata={"help": "Reused keys and values: auto (exact), none, prefix, dual."})
-    cache_refresh: int = field(default=0, metadata={"help": "Steps between full passes with prefix or dual."})
-    temperature: float = field(default=0.0, metadata={"help": "0 is greedy."})
-    top_k: int = field(default=0, metadata={"help": "Tokens to draw from; 0 for all."})
-    top_p: float = field(default=1.0, metadata={"help": "Probability mass to draw from."})
     completions_per_prompt: int = field(default=1, metadata={"help": "Completions of every prompt."})
     seed: int = field(default=0, metadata={"help": "Seed of sampling."})
 
@@ -106,33 +95,20 @@ class EvaluateArguments:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
 
     def decodings(self) -> list[SamplingConfig]:
-        """Every canvas length with every number of steps.
+        """Return the settings for every canvas length with every number of steps.
 
         Raises:
-            ValueError: if one does not go with another.
+            ValueError: if a number of steps cannot be spread over the blocks of a canvas.
         """
         return [
-            SamplingConfig(
-                canvas_length=canvas,
-                denoising_steps=steps,
-                block_length=self.block_length,
-                temperature=self.temperature,
-                top_k=self.top_k,
-                top_p=self.top_p,
-                record_support=False,
-                unmasking=self.unmasking,
-                confidence_threshold=self.confidence_threshold,
-                entropy_bound=self.entropy_bound,
-                cache=self.cache,
-                cache_refresh=self.cache_refresh,
-            )
+            self.sampling_on(canvas, denoising_steps=steps, record_support=False)
             for canvas in self.canvas_lengths
             for steps in self.denoising_steps or [canvas // 2]
         ]
 
 
 def parse(arguments: list[str]) -> tuple[EvaluateArguments, bool]:
-    """The arguments, and whether the embedded model is evaluated because no other was given."""
+    """Parse the arguments; the second value is true if no model was given and the embedded one is evaluated."""
     config = ["--config", str(EMBEDDED_CONFIG)]
     for_embedded = embedded_arguments(arguments, config, "--block_length", "--adapter")
     arguments = arguments if for_embedded is None else for_embedded
@@ -144,7 +120,7 @@ def parse(arguments: list[str]) -> tuple[EvaluateArguments, bool]:
 
 
 def scorer(task: Task, protocols: list[str]):
-    """One function for all protocols; d1's scores carry its name."""
+    """Return one score function for all protocols; the names of d1's scores begin with `d1`."""
     if unknown := set(protocols) - {"own", "d1"}:
         raise ValueError(f"Protocols are 'own' and 'd1', got {sorted(unknown)}.")
     if "d1" in protocols and task.score_d1 is None:
@@ -160,7 +136,7 @@ def scorer(task: Task, protocols: list[str]):
 
 
 def requested(args: EvaluateArguments) -> list[tuple[Task, str | None]]:
-    """Tasks and where their rows come from."""
+    """Return the tasks, each with the source of its rows."""
     tasks = []
     for specification in args.tasks or [f"{name}=embedded" for name, task in TASKS.items() if task.embedded]:
         name, _, source = specification.partition("=")
@@ -173,13 +149,13 @@ def requested(args: EvaluateArguments) -> list[tuple[Task, str | None]]:
 
 
 def origin(args: EvaluateArguments, source: str | None) -> dict:
-    kept = {key: getattr(args, key) for key in ("split", "prompt", "limit", "protocols")}
+    kept = {key: vars(args)[key] for key in ("split", "prompt", "limit", "protocols")}
     return {"source": source or "default", **kept}
 
 
 def main() -> None:
     args, by_default = parse(sys.argv[1:])
-    # What needs no model is checked and loaded first.
+    # Everything that needs no model is checked and loaded first.
     decodings, tasks = args.decodings(), requested(args)
     scores = [scorer(task, args.protocols) for task, _ in tasks]
     state = join_processes(args.use_cpu)

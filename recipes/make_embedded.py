@@ -14,7 +14,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from trl import TrlParser
 
 from trl_diffusion.evaluation import evaluate_accuracy
 from trl_diffusion.models import DiffusionLM, LLaDAModelLM, SDARForCausalLM
+from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.tasks import TASKS
 from trl_diffusion.trainers.sft import SFTConfig, SFTTrainer
 
@@ -196,20 +197,20 @@ def report(model, tokenizer: PreTrainedTokenizerBase, args: EmbeddedArguments) -
     for task in sizes(args):
         rows = generator(task)("test", args.held_out, seed=args.seed)
         block_length = model.family.attention_block or 8
-        settings = {"canvas_length": CANVAS, "denoising_steps": 16, "block_length": block_length, "batch_size": 128}
-        greedy = evaluate_accuracy(model, tokenizer, rows, TASKS[task].is_correct, **settings)
+        decoding = SamplingConfig(CANVAS, 16, block_length, temperature=0.0, unmasking="max_prob")
+        correct = TASKS[task].is_correct
+        greedy = evaluate_accuracy(model, tokenizer, rows, correct, decoding=decoding, batch_size=128)
         sampled = evaluate_accuracy(
             model,
             tokenizer,
             rows.select(range(min(64, len(rows)))),
-            TASKS[task].is_correct,
-            **settings,
-            temperature=1.0,
-            unmasking="random",
+            correct,
+            decoding=replace(decoding, temperature=1.0, unmasking="random"),
+            batch_size=128,
             completions_per_prompt=8,
             seed=args.seed,
         )
-        table.add_row(task, str(greedy), str(sampled))
+        table.add_row(task, *(f"{estimate} of {estimate.total}" for estimate in (greedy, sampled)))
     return table
 
 

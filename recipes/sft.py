@@ -37,6 +37,7 @@ from rich.console import Console
 from transformers import ProgressCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.tasks import TASKS
 from trl_diffusion.tasks.rows import hold_out, read_rows
 from trl_diffusion.trainers import SFTConfig, SFTTrainer
@@ -66,14 +67,12 @@ class SFTArguments(RunArguments):
         default=None, metadata={"help": "Steps; half as many as positions if not given."}
     )
 
-    def decoding(self, training: SFTConfig) -> dict[str, int]:
+    def decoding(self, training: SFTConfig) -> SamplingConfig:
+        """Return how held-out problems are decoded: by default greedily, on the canvas of training."""
         canvas = self.eval_canvas_length or training.max_completion_length
-        return {
-            "canvas_length": canvas,
-            "block_length": self.eval_block_length or min(32, canvas),
-            "denoising_steps": self.eval_denoising_steps or canvas // 2,
-            "batch_size": self.eval_batch_size,
-        }
+        return self.decoding_on(
+            canvas, self.eval_block_length or min(32, canvas), self.eval_denoising_steps or canvas // 2
+        )
 
     @property
     def task(self) -> str | None:

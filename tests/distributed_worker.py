@@ -33,9 +33,10 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from transformers import TrainerCallback
 
-from trl_diffusion.evaluation import Accuracy, AccuracyCallback, evaluate_accuracy
+from trl_diffusion.evaluation import AccuracyCallback, Estimate, evaluate_accuracy
 from trl_diffusion.models import LLaDAModelLM
 from trl_diffusion.runtime import rollouts as engine
+from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.trainers import TrajectoryGRPOTrainer
 
 
@@ -294,16 +295,14 @@ def changed(checkpoint: str) -> LLaDAModelLM:
     return model
 
 
-def accuracy_of_one_step(model, dataset: Dataset) -> Accuracy:
-    """Of canvases that a single pass writes, the fewest there can be."""
+def accuracy_of_one_step(model, dataset: Dataset) -> Estimate:
+    """Measure accuracy on canvases that a single forward writes, the fewest there can be."""
     return evaluate_accuracy(
         model,
         tiny_tokenizer(),
         dataset,
         lambda text, row: True,
-        canvas_length=4,
-        denoising_steps=1,
-        block_length=4,
+        decoding=SamplingConfig(4, 1, 4, temperature=0.0, unmasking="max_prob"),
         progress=False,
     )
 

@@ -11,6 +11,7 @@ from tiny import coded_prompts, forwards_of, tiny_sdar
 
 from trl_diffusion.sampling import SamplingConfig, row_generators, sample
 from trl_diffusion.sampling import batching as buckets
+from trl_diffusion.sampling.cost import prompt_share
 
 
 def cost(parts: list[list[int]], lengths: list[int], canvas: int, each: int) -> int:
@@ -50,7 +51,7 @@ def test_small_differences_are_not_worth_a_pass():
 )
 def test_prompts_that_are_seldom_computed_are_not_worth_a_pass(cache, refresh, apart):
     config = SamplingConfig(256, 128, 32, cache=cache, cache_refresh=refresh)
-    share = config.prompt_share(network().family)
+    share = prompt_share(config, network().family)
     assert share == {"none": 1.0}.get(cache, 1.0 if refresh else 1 / 16)
     lengths = [100, 900, 95, 900]
     assert (len(buckets.prompt_buckets(lengths, 256, share)) > 1) == apart
@@ -58,7 +59,7 @@ def test_prompts_that_are_seldom_computed_are_not_worth_a_pass(cache, refresh, a
 
 def test_prompts_behind_the_block_cache_are_computed_once():
     config = SamplingConfig(256, 128, 4)
-    assert config.prompt_share(tiny_sdar().family) == 1 / 129
+    assert prompt_share(config, tiny_sdar().family) == 1 / 129
     assert buckets.prompt_buckets([100, 900, 95, 900], 256, 1 / 129) == [[0, 1, 2, 3]]
 
 
@@ -71,7 +72,7 @@ def test_completions_are_those_of_one_padded_batch(monkeypatch):
             return sample(model, prompts, mask, config, row_generators(0, rows=range(rows))), calls
 
     together, padded = run()
-    monkeypatch.setattr(buckets, "_PASS_TOKENS", 0)
+    monkeypatch.setattr(buckets, "_FORWARD_TOKENS", 0)
     apart, trimmed = run()
     for name, value in vars(together).items():
         if isinstance(value, torch.Tensor) and name != "prompt_columns":

@@ -14,8 +14,9 @@ from transformers import DynamicCache
 from trl_diffusion.models import DreamModel, LLaDAModelLM, SDARForCausalLM, WindowCache
 from trl_diffusion.models.layers import CACHE_KEYWORD
 from trl_diffusion.sampling import CanvasState, SamplingConfig, row_generators, sample
-from trl_diffusion.sampling.config import UNMASKING
-from trl_diffusion.sampling.passes import BlockPasses
+from trl_diffusion.sampling.caches import BlockCache
+from trl_diffusion.sampling.cost import completion_units
+from trl_diffusion.sampling.unmasking import RULES
 
 ROWS, PROMPT = 16, 8
 CONFIG = SamplingConfig(12, 6, 4, 1.3)
@@ -42,7 +43,7 @@ def assert_same(first, second, tolerance: float = 1e-5):
 # ------------------------------------------- block-causal attention
 
 
-@pytest.mark.parametrize("config", [*(replace(CONFIG, unmasking=rule) for rule in UNMASKING)], ids=UNMASKING)
+@pytest.mark.parametrize("config", [*(replace(CONFIG, unmasking=rule) for rule in RULES)], ids=RULES)
 @pytest.mark.parametrize("parallel", [False, True])
 def test_the_block_cache_is_exact(config, parallel):
     if parallel:
@@ -62,7 +63,7 @@ def test_the_block_cache_is_exact(config, parallel):
 def test_a_finished_block_is_written_to_the_cache_with_its_tokens(monkeypatch):
     model = block_causal()
     exact = draw(model, CONFIG)
-    monkeypatch.setattr(BlockPasses, "_unwritten", property(lambda self: 0, lambda self, value: None))
+    monkeypatch.setattr(BlockCache, "_unwritten", property(lambda self: 0, lambda self, value: None))
     stale = draw(model, CONFIG)
     first_block = slice(0, 4)
     assert torch.equal(stale.completion_ids[:, first_block], exact.completion_ids[:, first_block])
@@ -84,7 +85,7 @@ def test_columns_of_every_pass_and_one_for_the_prompt_of_a_group():
     # a third of the prompt, then 3 blocks at 2 steps and two of them once more when they are finished
     expected = torch.full((int(whole.sum()),), (PROMPT / 3 + 6 * 4 + 2 * 4) / columns)
     torch.testing.assert_close(trajectory.row_units[whole], expected)
-    assert CONFIG.forward_units(PROMPT, 4) == pytest.approx((PROMPT + 32) / columns)
+    assert completion_units(CONFIG, PROMPT, 4) == pytest.approx((PROMPT + 32) / columns)
 
 
 @pytest.mark.parametrize("unmasking", ["random", "max_prob"])
@@ -171,7 +172,7 @@ class TestApproximateCaches:
         expected = [width for w in widths for width in (columns, w + shift, w + shift, columns)]
         assert [call["input_ids"].size(1) for call in calls] == expected
         if not shift:
-            units = torch.full((ROWS,), config.forward_units(PROMPT, None))
+            units = torch.full((ROWS,), completion_units(config, PROMPT, None))
             torch.testing.assert_close(trajectory.row_units, units)
 
 

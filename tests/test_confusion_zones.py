@@ -78,6 +78,13 @@ def test_the_frame_holds_the_steps_that_were_taken(frame):
     assert frame["success"][:10].tolist() == [True] * 4 + [False] * 6
 
 
+def test_steps_that_parallel_unmasking_skipped_are_left_out():
+    entropy, margin = torch.tensor([[1.0, 0.0, 0.5, 0.0]]), torch.tensor([[0.2, 0.0, 0.4, 1.0]])
+    taken = torch.tensor([[True, False, True, True]])
+    skipping = signal_frame(entropy, margin, torch.tensor([4]), torch.tensor([True]), 2, taken)
+    assert skipping["step"].tolist() == [0, 2, 3]
+
+
 def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"\(4, 4\), \(4, 3\), \(4,\) and \(4,\)"):
         signal_frame(ENTROPY, MARGIN[:, :3], STEPS, SUCCESS, 2)
@@ -462,3 +469,14 @@ def test_a_wrong_setting_of_the_recipe_is_refused(recipe, capsys):
 if __name__ == "__main__":
     trained = train_atpo(Path(sys.argv[1]), Path(sys.argv[2]), micro_batches=1)
     assert trained.accelerator.num_processes == 2
+
+
+def test_the_recipe_draws_with_a_threshold_and_an_approximate_cache(recipe, tmp_path):
+    quick = ("--num_completions", "4", "--unmasking", "max_prob", "--confidence_threshold", "0.6", "--use_cpu", "true")
+    recipe(*quick, "--cache", "dual", "--denoising_steps", "32", "--output_dir", str(tmp_path))
+    summary = json.loads((tmp_path / "confusion_zones.json").read_text())
+    assert (summary["cache"], summary["confidence_threshold"]) == ("dual", 0.6)
+    table = pd.read_parquet(tmp_path / "confusion_zones.parquet")
+    steps = table.groupby("completion")["step"]
+    assert (steps.count() <= steps.max()).any()  # some steps of a block were skipped
+    assert (table["entropy"] > 0).all()

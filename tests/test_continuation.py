@@ -15,7 +15,7 @@ from tiny import END, MASK, TAIL, A, B, canvas_logits, coded_prompts, coded_row,
 from trl_diffusion.credit.step_aware_states import probe_state
 from trl_diffusion.models import family_of
 from trl_diffusion.sampling import CanvasState, SamplingConfig, Trajectory, row_generators, sample
-from trl_diffusion.sampling.config import UNMASKING
+from trl_diffusion.sampling.unmasking import RULES
 
 ROWS = 20_000
 KEPT, REJECTED = 1e-3, 1e-6  # p-values, as in test_sampling.py
@@ -253,7 +253,7 @@ def rows_of(state: CanvasState, rows: slice) -> CanvasState:
     return CanvasState(state.canvas[rows], state.length[rows])
 
 
-@pytest.mark.parametrize("unmasking", UNMASKING)
+@pytest.mark.parametrize("unmasking", RULES)
 def test_mixed_batches_equal_rows_done_alone(unmasking):
     model, rows = network(), 28
     config = SamplingConfig(12, 6, 4, 1.2, unmasking=unmasking, record_signals=True)
@@ -273,7 +273,7 @@ def test_mixed_batches_equal_rows_done_alone(unmasking):
     assert together.forwards < total
 
 
-@pytest.mark.parametrize("unmasking", UNMASKING)
+@pytest.mark.parametrize("unmasking", RULES)
 def test_a_row_on_fewer_masks_is_a_row_on_a_shorter_canvas(unmasking):
     model, rows = network(), 16
     prompts, mask = coded_prompts(rows)
@@ -332,7 +332,7 @@ def test_the_network_runs_only_as_far_as_the_longest_row():
     assert [tuple(call["input_ids"].shape) for call in calls] == [(2, 16), (2, 16), (1, 14)]
 
 
-@pytest.mark.parametrize("unmasking", UNMASKING)
+@pytest.mark.parametrize("unmasking", RULES)
 def test_a_block_that_is_cut_off_beside_a_row_with_more_to_write(unmasking):
     """The second row has four open positions in its block, the first three, behind which its canvas ends."""
     (prompts, mask), state = coded_prompts(2), written(("abaa????????", 7), ("????????????", 6))
@@ -355,7 +355,7 @@ def test_a_block_that_is_cut_off_beside_a_row_with_more_to_write(unmasking):
 # ------------------------------------------- where it starts
 
 
-@pytest.mark.parametrize("unmasking", UNMASKING)
+@pytest.mark.parametrize("unmasking", RULES)
 def test_all_masked_states_are_where_rollouts_start(unmasking):
     model, rows = network(), 16
     prompts, mask = coded_prompts(rows)
@@ -384,12 +384,6 @@ def test_states_that_do_not_fit_are_refused(state, shape):
     prompts, mask = coded_prompts(2)
     with pytest.raises(ValueError, match=rf"state of shape \(2, 12\) \(prompts, canvas length\).*{shape}"):
         sample(network(), prompts, mask, GRID, row_generators(0, rows=range(2)), state=state)
-
-
-def test_a_state_repeats_rows_one_after_the_other():
-    state = written(("ab??????????", 12), ("b???????????", 8)).repeat(2)
-    assert state.canvas[:, :2].tolist() == [[A, B], [A, B], [B, MASK], [B, MASK]]
-    assert state.length.tolist() == [12, 12, 8, 8]
 
 
 # ------------------------------------------- sharded weights

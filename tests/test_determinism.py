@@ -20,7 +20,7 @@ from trl_diffusion.credit.step_draws import draw_steps
 from trl_diffusion.credit.step_selection import SELECTORS, StepSignals
 from trl_diffusion.distribution import cumulative_shares, running_sum, sum_before
 from trl_diffusion.sampling import SamplingConfig
-from trl_diffusion.sampling.config import UNMASKING
+from trl_diffusion.sampling.unmasking import RULES
 
 # By torch.use_deterministic_algorithms: always, or with floats, or with weights, or with indices.
 ALWAYS = {"histc", "histogram", "put_", "put", "kthvalue", "nll_loss", "ctc_loss"}
@@ -69,7 +69,7 @@ def test_what_a_gpu_refuses_is_refused():
 
 
 ROLLOUTS = {
-    **{rule: SamplingConfig(8, 4, 4, 1.3, unmasking=rule, record_signals=True) for rule in UNMASKING},
+    **{rule: SamplingConfig(8, 4, 4, 1.3, unmasking=rule, record_signals=True) for rule in RULES},
     "truncated": SamplingConfig(8, 4, 4, 1.3, top_k=3, top_p=0.9),
     "top_p alone": SamplingConfig(8, 4, 4, 1.3, top_p=0.9, record_support=False),
     "threshold": SamplingConfig(8, 8, 4, 1.3, unmasking="max_prob", confidence_threshold=0.5),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_diffusion.evaluation import evaluate_accuracy
 from trl_diffusion.models import LLaDAModelLM, SDARForCausalLM
 from trl_diffusion.models.embedded import EMBEDDED_MODEL, EMBEDDED_SDAR_MODEL
+from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.tasks.word_problems import correctness_reward, load_word_problems
 
-SETTINGS = {"canvas_length": 32, "denoising_steps": 16, "block_length": 8, "batch_size": 128, "progress": False}
+GREEDY = SamplingConfig(32, 16, 8, temperature=0.0, unmasking="max_prob")
+SETTINGS = {"batch_size": 128, "progress": False}
 
 
 @pytest.fixture(scope="module")
@@ -75,18 +78,24 @@ def test_digits_are_split_one_by_one(tokenizer):
 def test_greedy_is_often_wrong_and_sampling_finds_the_right_answer(model, tokenizer):
     """What reinforcement learning needs: room above the greedy answer, and right answers among eight samples."""
     rows = load_word_problems("test", 128, seed=1)
-    greedy = evaluate_accuracy(model, tokenizer, rows, is_right, **SETTINGS)
+    greedy = evaluate_accuracy(model, tokenizer, rows, is_right, decoding=GREEDY, **SETTINGS)
     assert 0.15 < greedy.value < 0.5
     prompts = rows.select(range(32))
     sampled = evaluate_accuracy(
-        model, tokenizer, prompts, is_right, temperature=1.0, unmasking="random", completions_per_prompt=8, **SETTINGS
+        model,
+        tokenizer,
+        prompts,
+        is_right,
+        decoding=replace(GREEDY, temperature=1.0, unmasking="random"),
+        completions_per_prompt=8,
+        **SETTINGS,
     )
     assert 0.25 < sampled.value < 0.6
 
 
 def test_evaluation_is_deterministic(model, tokenizer):
     rows = load_word_problems("test", 16, seed=2)
-    sampling = {**SETTINGS, "temperature": 1.0, "completions_per_prompt": 2}
+    sampling = {**SETTINGS, "decoding": replace(GREEDY, temperature=1.0), "completions_per_prompt": 2}
     counts = {evaluate_accuracy(model, tokenizer, rows, is_right, seed=3, **sampling).correct for _ in range(2)}
     assert len(counts) == 1
 
@@ -99,5 +108,7 @@ def test_the_block_causal_model_has_the_same_tokens_and_room_above_its_greedy_an
     facts = ("mask_token_id", "num_tokens", "end_token_ids", "tail_token_id")
     assert [getattr(network.family, fact) for fact in facts] == [getattr(model.family, fact) for fact in facts]
     rows = load_word_problems("test", 64, seed=1)
-    greedy = evaluate_accuracy(network, tokenizer, rows, is_right, **SETTINGS | {"block_length": 4})
+    greedy = evaluate_accuracy(
+        network, tokenizer, rows, is_right, decoding=replace(GREEDY, block_length=4), **SETTINGS
+    )
     assert 0.25 < greedy.value < 0.75

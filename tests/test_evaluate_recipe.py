@@ -93,7 +93,7 @@ def test_two_processes_killed_and_started_again_give_the_same_files(alone, tmp_p
     assert not (tmp_path / CELL / "samples.jsonl").exists()
 
     output = finish(start(tmp_path, processes=2))
-    assert f"Going on: {done} of {PROBLEMS // BATCH} batches are on disk." in output
+    assert f"Continuing: {done} of {PROBLEMS // BATCH} batches are on disk." in output
     assert files(tmp_path) == files(alone[0])
 
 

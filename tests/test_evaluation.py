@@ -17,7 +17,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from tiny import END, MASK, TAIL, A, B, tiny_model, tiny_tokenizer
+from tiny import END, MASK, TAIL, A, B, forwards_of, tiny_model, tiny_tokenizer
 
 from trl_diffusion.evaluation import (
     Measurement,
@@ -31,13 +31,14 @@ from trl_diffusion.evaluation import (
     wilson_interval,
     write_results,
 )
-from trl_diffusion.evaluation.decoding import encode_prompt, fixed_batches, left_pad
+from trl_diffusion.evaluation.decoding import decode_batch, fixed_batches
 from trl_diffusion.evaluation.lm_eval.likelihood_bound import is_greedy, log_likelihood_bound
 from trl_diffusion.evaluation.results import console_table, describe_decoding, plot, summarise
 from trl_diffusion.evaluation.samples import SampleStore, read_lines
 from trl_diffusion.models.embedded import EMBEDDED_MODEL
 from trl_diffusion.sampling import SamplingConfig, row_generators, sample
 from trl_diffusion.tasks.word_problems import correctness_reward, load_word_problems
+from trl_diffusion.tokenization import encode_prompt, left_pad
 
 GREEDY = SamplingConfig(32, 8, 8, temperature=0.0, unmasking="max_prob")
 ROWS = 20
@@ -141,15 +142,64 @@ def test_it_counts_as_the_callback_in_training_does(embedded, problems, finished
         *embedded,
         problems.rows,
         lambda text, row: score(text, row)["accuracy"] == 1,
-        canvas_length=32,
-        denoising_steps=8,
-        block_length=8,
+        decoding=GREEDY,
         batch_size=6,
         progress=False,
     )
     estimate = finished[1].scores["accuracy"]
     assert 0 < accuracy.value < 1
-    assert (accuracy.value, accuracy.low, accuracy.high) == (estimate.value, estimate.low, estimate.high)
+    assert accuracy == estimate
+
+
+@pytest.mark.parametrize(
+    ("decoding", "completions"),
+    [
+        (GREEDY, 1),
+        (replace(GREEDY, temperature=1.0), 3),
+        (replace(GREEDY, temperature=1.0, unmasking="random", top_k=20), 3),
+    ],
+    ids=["greedy", "sampled", "top-k in a random order"],
+)
+def test_the_batch_size_changes_neither_the_accuracy_nor_a_completion(embedded, problems, decoding, completions):
+    rows = problems.rows.select(range(6))
+
+    def evaluated(batch_size: int, seed: int = 0):
+        texts: dict[str, list[str]] = {}
+
+        def correct(text: str, row: dict) -> bool:
+            texts.setdefault(str(row), []).append(text)
+            return score(text, row)["accuracy"] == 1
+
+        accuracy = evaluate_accuracy(
+            *embedded,
+            rows,
+            correct,
+            decoding=decoding,
+            batch_size=batch_size,
+            completions_per_prompt=completions,
+            seed=seed,
+            progress=False,
+        )
+        return accuracy, texts
+
+    accuracy, texts = evaluated(1)
+    assert accuracy.total == len(texts) == 6 and all(len(drawn) == completions for drawn in texts.values())
+    for batch_size in (2, 4, 5, 18):
+        assert evaluated(batch_size) == (accuracy, texts), batch_size
+    if completions > 1:
+        assert any(len(set(drawn)) > 1 for drawn in texts.values())
+        assert evaluated(5, seed=1)[1] != texts
+
+
+def test_parallel_unmasking_counts_the_forwards_that_were_run(embedded, problems):
+    """A block ends as soon as it is written, so fewer steps are taken than the number of the last one says."""
+    config = SamplingConfig(32, 32, 8, temperature=0.0, unmasking="max_prob", confidence_threshold=0.7)
+    prompts = problems.prompts[:4]
+    with forwards_of(embedded[0]) as calls:
+        (decoded,) = decode_batch(*embedded, prompts[:1], config, row_generators(0, rows=[0]))
+    assert decoded.forwards == len(calls) < 32
+    for one in decode_batch(*embedded, prompts, config, row_generators(0, rows=range(4))):
+        assert one.forwards < 32
 
 
 class Stopped(Exception):

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from trl_diffusion.evaluation import evaluate_accuracy
 from trl_diffusion.models.embedded import EMBEDDED_MODEL
+from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.trainers import AGRPOConfig, AGRPOTrainer, SFTConfig, SFTTrainer
 
 AGRPO = method_named("agrpo")
@@ -89,7 +90,7 @@ def test_an_evaluation_names_prompts_that_do_not_fit_before_it_decodes():
     rows = Dataset.from_dict({"prompt": ["a", "a " * 9]})
     with pytest.raises(ValueError, match=r"canvas of 8 does not fit.*has 9 tokens.*16 positions"):
         evaluate_accuracy(
-            model, tokenizer, rows, lambda *_: True, canvas_length=8, block_length=4, denoising_steps=4, batch_size=1
+            model, tokenizer, rows, lambda *_: True, decoding=SamplingConfig(8, 4, 4, temperature=0.0), batch_size=1
         )
 
 
@@ -99,9 +100,14 @@ def test_an_evaluation_does_not_take_the_checkpoint_s_sampling_settings():
 
     def texts(temperature: float) -> list[str]:
         seen: list[str] = []
-        settings = dict(canvas_length=8, block_length=4, denoising_steps=4, completions_per_prompt=8)
+        decoding = SamplingConfig(8, 4, 4, temperature, unmasking="max_prob")
         evaluate_accuracy(
-            model, tokenizer, rows, lambda text, _: bool(seen.append(text)), temperature=temperature, **settings
+            model,
+            tokenizer,
+            rows,
+            lambda text, _: bool(seen.append(text)),
+            decoding=decoding,
+            completions_per_prompt=8,
         )
         return seen
 

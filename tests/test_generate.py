@@ -125,6 +125,7 @@ def test_the_plan_of_a_canvas(length, block, steps, attention, expected):
         (dict(max_new_tokens=8, num_beams=4), r"does not have these settings: num_beams \(use num_return_sequences"),
         (dict(max_new_tokens=8, repetition_penalty=1.2), "does not have these settings: repetition_penalty"),
         (dict(max_new_tokens=8, maxnew_tokens=4, foo=1), "does not have these settings: maxnew_tokens; foo"),
+        (dict(unmaskin="random"), r"these settings: unmaskin\. .* has max_new_tokens, .*, unmasking, confidence_thre"),
         (
             dict(max_new_tokens=8, streamer=TextStreamer(tiny_tokenizer())),
             r"settings: streamer \(a text is returned when",

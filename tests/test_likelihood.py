@@ -11,7 +11,7 @@ from tiny import MASK, TAIL, A, canvas_logits, coded_prompts, coded_row, forward
 from trl_diffusion.likelihood import Views, score_views, trajectory_views
 from trl_diffusion.models import DreamModel
 from trl_diffusion.sampling import SamplingConfig, row_generators, sample
-from trl_diffusion.sampling.config import UNMASKING
+from trl_diffusion.sampling.unmasking import RULES
 
 ROWS, LENGTH, STEPS, BLOCK = 32, 9, 6, 3
 FAMILIES = ["llada", "dream"]
@@ -40,7 +40,7 @@ def views_of(trajectory, step: int) -> Views:
 # ------------------------------------------- views
 
 
-@pytest.mark.parametrize("unmasking", UNMASKING)
+@pytest.mark.parametrize("unmasking", RULES)
 def test_views_are_what_the_sampler_fed_to_the_network(unmasking):
     model = network()
     with forwards_of(model) as calls:
@@ -138,7 +138,7 @@ def replayed(model, trajectory, late: int = 0, **changes) -> tuple[torch.Tensor,
     return logps, entropies
 
 
-@pytest.mark.parametrize("unmasking", UNMASKING)
+@pytest.mark.parametrize("unmasking", RULES)
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_of_all_steps_reproduce_the_rollout(family, policy, unmasking):

@@ -13,13 +13,13 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from trl_diffusion.evaluation.decoding import encode_prompt
 from trl_diffusion.evaluation.lm_eval.__main__ import main
 from trl_diffusion.evaluation.lm_eval.likelihood_bound import log_likelihood_bound
 from trl_diffusion.evaluation.lm_eval.model import DiffusionHarnessLM
 from trl_diffusion.models.embedded import EMBEDDED_MODEL
 from trl_diffusion.sampling import SamplingConfig, row_generators
 from trl_diffusion.tasks.word_problems import load_word_problems
+from trl_diffusion.tokenization import encode_prompt
 
 QUESTION = [{"role": "user", "content": "Tom has 7 pens and gets 5 more. How many pens now?"}]
 
@@ -75,6 +75,11 @@ def test_decoding_follows_the_task_where_the_model_says_nothing(lm):
     assert lm._decoding(dict(greedy)) == SamplingConfig(32, 16, 8, 0.0, **rules)
     with pytest.raises(ValueError, match=r"does not have: \{'num_beams': 4\}"):
         free._decoding({**greedy, "num_beams": 4})
+
+
+def test_an_unknown_decoding_option_is_named_with_those_that_exist():
+    with pytest.raises(TypeError, match=r"no setting unmaskin, top_k\. .*are block_length, unmasking, confidence"):
+        DiffusionHarnessLM(EMBEDDED_MODEL, unmaskin="random", top_k=3)
 
 
 def test_what_cannot_be_answered_is_refused(lm):

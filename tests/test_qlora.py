@@ -25,6 +25,7 @@ from trl_diffusion.evaluation import evaluate_accuracy
 from trl_diffusion.models.embedded import EMBEDDED_MODEL
 from trl_diffusion.models.quantised_linear import ExactLinear4bit
 from trl_diffusion.models.scoring_head import ScoringHead
+from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.tasks.gsm8k import correctness_reward, format_reward
 from trl_diffusion.tasks.word_problems import load_word_problems
 from trl_diffusion.trainers import AGRPOConfig, AGRPOTrainer
@@ -286,9 +287,7 @@ def test_qlora_learns_on_the_embedded_model(tmp_path):
         evaluate_accuracy,
         tokenizer=tokenizer,
         correct=lambda text, row: correctness_reward([text], answer=[row["answer"]]) == [1.0],
-        canvas_length=32,
-        block_length=8,
-        denoising_steps=16,
+        decoding=SamplingConfig(32, 16, 8, temperature=0.0, unmasking="max_prob"),
         batch_size=96,
     )
     held_out = load_word_problems("test", 96, 0)

@@ -7,6 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
+from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
 from trl_diffusion.models.embedded import EMBEDDED_MODEL, embedded_arguments
+from trl_diffusion.sampling import SamplingConfig
+from trl_diffusion.sampling.arguments import OPTIONS
 from trl_diffusion.tasks import TASKS
 from trl_diffusion.trainers import METHODS, AGRPOConfig, ATPOConfig, DiffuGRPOConfig
 
@@ -245,12 +248,28 @@ def test_the_agrpo_config_parses_to_the_papers_settings():
     assert (config.temperature, config.top_k, config.top_p, config.step_draws) == (0.6, 150, 0.99, "entropy")
     assert (model.lora_r, model.lora_alpha, model.lora_dropout) == (64, 64, 0.0)
     assert model.lora_target_modules in ("all-linear", ["all-linear"])
-    assert script.decoding(config) == {
-        "canvas_length": 256,
-        "block_length": 32,
-        "denoising_steps": 128,
-        "batch_size": 64,
-    }
+    greedy = SamplingConfig(256, 128, 32, temperature=0.0, unmasking="max_prob", record_support=False)
+    assert script.decoding(config) == greedy and script.eval_batch_size == 64
+
+
+def test_every_decoding_option_of_training_has_one_for_held_out_problems():
+    script = recipe("common").RecipeArguments
+    assert {f"eval_{name}" for name in OPTIONS} <= {option.name for option in fields(script)}
+    config = AGRPOConfig(use_cpu=True, bf16=False, max_completion_length=24, block_length=8, denoising_steps=24)
+    chosen = script(
+        eval_temperature=0.7,
+        eval_top_k=5,
+        eval_top_p=0.9,
+        eval_confidence_threshold=0.9,
+        eval_cache="prefix",
+        eval_cache_refresh=2,
+    )
+    assert chosen.decoding(config) == SamplingConfig(
+        24, 24, 8, 0.7, 5, 0.9, "max_prob", False, False, 0.9, None, cache="prefix", cache_refresh=2
+    )
+    by_entropy = script(eval_unmasking="entropy", eval_entropy_bound=0.1, eval_canvas_length=30)
+    expected = SamplingConfig(32, 24, 8, 0.0, 0, 1.0, "entropy", False, False, None, 0.1)  # in whole blocks
+    assert by_entropy.decoding(config) == expected
 
 
 def test_the_diffu_grpo_and_sapo_configs_parse_to_the_papers_settings():

@@ -33,15 +33,16 @@ from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from trl_diffusion.distribution import draw, truncate
 from trl_diffusion.models import DreamModel, score_targets
-from trl_diffusion.sampling import SamplingConfig, row_generators, sample, sampler
-from trl_diffusion.sampling.config import UNMASKING
+from trl_diffusion.sampling import SamplingConfig, drawing, row_generators, sample
+from trl_diffusion.sampling.cost import head_positions
+from trl_diffusion.sampling.unmasking import RULES, Candidates, Choice, Rule
 from trl_diffusion.streams import uniforms
 
 WORD_IDS = range(4)
 ENDS = {TAIL, END}
 ROWS = 20_000
 KEPT, REJECTED = 1e-3, 1e-6  # p-values: of the true distribution above the first, of a false one below the second
-TRUE_POLICY = [rule for rule in UNMASKING if rule != "low_confidence"]
+TRUE_POLICY = [rule for rule in RULES if rule != "low_confidence"]
 
 
 # ------------------------------------------- brute force; shares no code with the sampler
@@ -199,7 +200,7 @@ def sampled(config: SamplingConfig) -> tuple[Counter, dict[tuple, float]]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (3, 0.8)])
 @pytest.mark.parametrize("steps", [2, 4])
-@pytest.mark.parametrize("unmasking", UNMASKING)
+@pytest.mark.parametrize("unmasking", RULES)
 def test_completions_and_orders_have_the_enumerated_distribution(unmasking, steps, top_k, top_p):
     config = small(unmasking, steps, top_k, top_p)
     observed, _ = sampled(config)
@@ -291,7 +292,7 @@ def distributions(model, trajectory, step: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"), [(0.6, 0, 1.0), (1.5, 3, 0.8), (1.5, 9, 0.9), (0.0, 3, 1.0)]
 )
-@pytest.mark.parametrize("unmasking", UNMASKING)
+@pytest.mark.parametrize("unmasking", RULES)
 def test_logps_entropies_and_support_of_every_token(family, temperature, top_k, top_p, unmasking):
     model = network(family)
     config = SamplingConfig(8, 4, 4, temperature, top_k, top_p, unmasking)
@@ -341,7 +342,7 @@ def test_the_most_certain_positions_at_temperature_one_are_committed(unmasking):
     assert tempered_rule_differs > 3
 
 
-@pytest.mark.parametrize("unmasking", UNMASKING)
+@pytest.mark.parametrize("unmasking", RULES)
 def test_step_signals_equal_brute_force_and_change_nothing(unmasking):
     model = network()
     plain = SamplingConfig(8, 4, 4, 1.3, unmasking=unmasking)
@@ -440,7 +441,7 @@ def test_draw_never_returns_an_impossible_index(total):
 
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(0.0, 0), (1.0, 0), (1.0, 8)])
-@pytest.mark.parametrize("unmasking", UNMASKING)
+@pytest.mark.parametrize("unmasking", RULES)
 def test_mask_and_unused_ids_are_never_sampled(temperature, top_k, unmasking):
     model = network(vocab_size=8, num_tokens=5)
     with torch.no_grad():  # whatever the hidden state, one of 5 and 6 is likely, and so is one of mask and 7
@@ -482,7 +483,7 @@ def test_streams_of_neighbouring_rows_are_independent():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("unmasking", UNMASKING)
+@pytest.mark.parametrize("unmasking", RULES)
 def test_a_row_depends_on_its_prompt_and_stream_alone(unmasking, family):
     model, rows = network(family), 12
     config = SamplingConfig(8, 4, 4, 1.3, top_k=3, top_p=0.95, unmasking=unmasking)
@@ -515,7 +516,7 @@ def global_states() -> tuple:
 def test_sampling_leaves_the_global_random_state_alone():
     model, prompts = network(), torch.tensor([[A, B]] * 4)
     before = global_states()
-    for unmasking in UNMASKING:
+    for unmasking in RULES:
         rollout(model, SamplingConfig(4, 4, 2, unmasking=unmasking))
     model.generate(
         prompts, max_new_tokens=4, block_length=2, temperature=1.0, generator=torch.Generator().manual_seed(0)
@@ -670,7 +671,7 @@ def test_completions_that_are_all_end_or_never_end():
 
 
 @pytest.mark.parametrize("signals", [False, True])
-@pytest.mark.parametrize("unmasking", UNMASKING)
+@pytest.mark.parametrize("unmasking", RULES)
 def test_lm_head_is_evaluated_only_where_tokens_may_be_committed(unmasking, signals):
     model = always(A, B)
     with forwards_of(model.lm_head) as calls:
@@ -820,7 +821,7 @@ def test_prompts_and_canvases_that_do_not_fit_are_refused():
     sample(model, prompts[2:], mask[2:], SamplingConfig(10, 5, 10), row_generators(0, rows=range(2)))  # padding is cut
 
 
-@pytest.mark.parametrize("unmasking", UNMASKING)
+@pytest.mark.parametrize("unmasking", RULES)
 def test_an_empty_batch_is_an_empty_trajectory(unmasking):
     config = SamplingConfig(8, 4, 4, top_k=2, unmasking=unmasking, record_signals=True)
     full = rollout(network(), config, rows=2)
@@ -912,9 +913,26 @@ def test_tokens_with_confidence_are_drawn_some_rows_at_a_time(settings, monkeypa
     whole = sample(model, prompts, mask, config, row_generators(0, rows=range(9)))
     assert max(most) == 9
     most.clear()
-    monkeypatch.setattr(sampler, "_CPU_CHUNK", 2 * 4 * model.config.vocab_size)
+    monkeypatch.setattr(drawing, "_CPU_PART", 2 * 4 * model.config.vocab_size)
     parts = sample(model, prompts, mask, config, row_generators(0, rows=range(9)))
     assert min(most) <= 2 and max(most) == 4  # of 4 masked positions, then of 2
     for name, value in vars(whole).items():
         if isinstance(value, torch.Tensor):
             assert torch.equal(getattr(parts, name), value), name
+
+
+def test_a_new_unmasking_rule_is_a_function_and_a_line_of_the_table(monkeypatch):
+    def right_to_left(candidates: Candidates) -> Choice:
+        place = torch.arange(candidates.is_masked.size(1)).expand_as(candidates.is_masked)
+        place = place.masked_fill(~candidates.is_masked, -1)
+        return Choice(place.topk(int(candidates.min_commits.max()), 1).indices, candidates.min_commits)
+
+    with pytest.raises(ValueError, match=r"unmasking must be one of random, .*; got 'right_to_left'"):
+        SamplingConfig(8, 8, 4, unmasking="right_to_left")
+    monkeypatch.setitem(RULES, "right_to_left", Rule(right_to_left, "from right to left", reads_logits=False))
+    config = SamplingConfig(8, 8, 4, unmasking="right_to_left")
+    assert head_positions(config) == 8
+    assert head_positions(replace(config, record_signals=True)) == 2 * (4 + 3 + 2 + 1)
+    for signals in (False, True):
+        trajectory = rollout(always(A), replace(config, record_signals=signals), rows=2)
+        assert trajectory.unmask_step.tolist() == [[3, 2, 1, 0, 7, 6, 5, 4]] * 2

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
 from trl_diffusion.models.embedded import EMBEDDED_MODEL
+from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.tasks import TASKS
 from trl_diffusion.tasks.sudoku import load_sudoku
 from trl_diffusion.tasks.word_problems import load_word_problems
@@ -112,17 +113,13 @@ def test_the_config_of_llada_8b_has_d1s_settings(recipe):
     )
     assert (model.lora_r, model.lora_alpha, model.lora_dropout) == (128, 256, 0.05)
     assert model.lora_target_modules == ["q_proj", "k_proj", "v_proj"]
-    assert script.decoding(config) == {
-        "canvas_length": 256,
-        "block_length": 32,
-        "denoising_steps": 128,
-        "batch_size": 64,
-    }
+    greedy = SamplingConfig(256, 128, 32, temperature=0.0, unmasking="max_prob", record_support=False)
+    assert script.decoding(config) == greedy and script.eval_batch_size == 64
 
 
 def test_decoding_follows_the_canvas(recipe):
     decoding = recipe.SFTArguments().decoding(SFTConfig(max_completion_length=24, use_cpu=True, bf16=False))
-    assert (decoding["canvas_length"], decoding["block_length"], decoding["denoising_steps"]) == (24, 24, 12)
+    assert (decoding.canvas_length, decoding.block_length, decoding.denoising_steps) == (24, 24, 12)
 
 
 # ---------------------------------------------------------------- runs

@@ -25,6 +25,7 @@ from trl_diffusion.models.embedded import EMBEDDED_MODEL
 from trl_diffusion.runtime import cost
 from trl_diffusion.runtime.report import startup_report
 from trl_diffusion.sampling import SamplingConfig
+from trl_diffusion.sampling.cost import head_positions
 from trl_diffusion.tasks import TASKS
 from trl_diffusion.tasks.word_problems import load_word_problems
 from trl_diffusion.trainers import DiffusionGRPOTrainer
@@ -178,7 +179,7 @@ def test_flop_of_one_pass():
 )
 def test_positions_of_the_head(unmasking, record_signals, positions):
     config = SamplingConfig(8, 4, 4, unmasking=unmasking, record_signals=record_signals)
-    assert config.head_positions() == positions
+    assert head_positions(config) == positions
 
 
 # ---------------------------------------------------------------- memory

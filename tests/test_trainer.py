@@ -31,10 +31,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from trl_diffusion.credit import StepAwareReward
-from trl_diffusion.evaluation import Accuracy, AccuracyCallback
-from trl_diffusion.evaluation.decoding import encode_prompt
+from trl_diffusion.evaluation import AccuracyCallback, Estimate
 from trl_diffusion.likelihood import score_views
 from trl_diffusion.models import family_of
+from trl_diffusion.tokenization import encode_prompt
 from trl_diffusion.trainers import AGRPOConfig, AGRPOTrainer, DiffusionGRPOConfig, DiffusionGRPOTrainer
 from trl_diffusion.trainers.sft import tokenize_dataset
 
@@ -251,7 +251,7 @@ def test_completions_are_shown_once(tmp_path, monkeypatch):
     )
     trainer = AGRPO.make(tmp_path, log_completions=True, logging_steps=1, max_steps=2)
     held_out = Dataset.from_dict({"prompt": PROMPTS[:2]})
-    accuracy = AccuracyCallback(trainer, held_out, lambda model, dataset: Accuracy(1, 2, 0.0, 1.0), every=1)
+    accuracy = AccuracyCallback(trainer, held_out, lambda model, dataset: Estimate.of(1, 2), every=1)
     trainer.add_callback(accuracy)
     trainer.train()
     assert [len(completions) for completions in shown] == [16, 16] and shown[0] != shown[1]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 
@@ -40,3 +42,20 @@ def encode_prompt(
     turns = prompt[:-1] if begun else prompt
     text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **template_kwargs)
     return tokenizer(f"{text}{beginning}", add_special_tokens=False)["input_ids"]
+
+
+def left_pad(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad token ids of different length on the left.
+
+    Args:
+        rows: B lists of ids; at least one.
+        pad_token_id: fills the padding.
+
+    Returns:
+        (ids long [B, P]; mask long [B, P], 0 on padding), with P the length of the longest row.
+    """
+    width = max(map(len, rows))
+    ids = [[pad_token_id] * (width - len(row)) + list(row) for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    # The type is given for the case that every row is empty.
+    return torch.tensor(ids, dtype=torch.long), torch.tensor(mask, dtype=torch.long)

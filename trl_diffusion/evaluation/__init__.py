@@ -1,15 +1,15 @@
-"""Decoding a model over tasks, and counting what is right."""
+"""Evaluation: decoding a model over tasks and counting right completions."""
 
 from typing import Any
 
-from trl_diffusion.evaluation.accuracy import Accuracy, evaluate_accuracy, wilson_interval
+from trl_diffusion.evaluation.accuracy import evaluate_accuracy
 from trl_diffusion.evaluation.loading import load_model, weights_checksum
 from trl_diffusion.evaluation.measurement import Measurement, Problems, measure
 from trl_diffusion.evaluation.processes import join_processes
-from trl_diffusion.evaluation.results import Estimate, Result, console_table, markdown_table, write_results
+from trl_diffusion.evaluation.results import Result, console_table, markdown_table, write_results
+from trl_diffusion.evaluation.statistics import Estimate, wilson_interval
 
 __all__ = [
-    "Accuracy",
     "AccuracyCallback",
     "ConfusionZoneCallback",
     "Estimate",
@@ -29,7 +29,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # The callbacks stand with the trainers, above this package, and keep this import path too.
+    # The callbacks moved to the trainers, which import this package; their import path from here is kept.
     if name in ("AccuracyCallback", "ConfusionZoneCallback"):
         from trl_diffusion.trainers import callbacks
 

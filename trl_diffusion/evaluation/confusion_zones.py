@@ -1,4 +1,4 @@
-"""Confusion zones: at which denoising steps the network hesitates, and whether that separates failures from successes.
+"""Confusion zones: the denoising steps at which the network hesitates, and how well they predict failure.
 
 ATPO (2511.15208) calls confusion zones the steps at which entropy is high or changes fast and the two likeliest tokens
 are close. Here the signals of single completions become curves over the denoising steps, split by success and failure,
@@ -23,22 +23,25 @@ def signal_frame(
     num_steps: torch.Tensor,
     success: torch.Tensor,
     steps_per_block: int,
+    taken: torch.Tensor | None = None,
 ) -> pd.DataFrame:
-    """The signals of every completion at every denoising step that it took.
+    """Collect the signals of every completion at every denoising step that it took.
 
     Args:
         step_entropy: float [B, S], see `Trajectory.step_entropy`.
         step_margin: float [B, S], mean p1 − p2.
-        num_steps: long [B], the steps each completion took.
+        num_steps: long [B], the step after the last one that each completion took.
         success: bool or float [B], NaN where success is unknown.
         steps_per_block: denoising steps per block.
+        taken: bool [B, S], the steps that each completion took. Parallel unmasking can finish a block before its last
+            step, so that steps are left out; all up to `num_steps` if not given.
 
     Returns:
         A row per completion and step: `completion`, `step`, `entropy`, `confidence_margin`, `roec` (NaN at the first
         step of a block, where it is not defined) and `success` (boolean, NA for unknown).
 
     Raises:
-        ValueError: if the shapes differ.
+        ValueError: if the shapes do not agree.
     """
     batch = (len(step_entropy),)
     if (
@@ -56,7 +59,10 @@ def signal_frame(
     roec = torch.full_like(entropy, torch.nan)
     roec[:, 1:] = (entropy[:, 1:] - entropy[:, :-1]).abs()
     roec[:, steps % steps_per_block == 0] = torch.nan
-    row, step = (steps < num_steps.unsqueeze(1)).nonzero(as_tuple=True)
+    shown = steps < num_steps.unsqueeze(1)
+    if taken is not None:
+        shown &= taken.cpu()
+    row, step = shown.nonzero(as_tuple=True)
     succeeded = pd.array([None if math.isnan(value) else bool(value) for value in success.tolist()], dtype="boolean")
     return pd.DataFrame(
         {
@@ -71,7 +77,7 @@ def signal_frame(
 
 
 def signal_curves(frame: pd.DataFrame) -> pd.DataFrame:
-    """Mean of each signal at each step over the completions still being written then, by outcome.
+    """Average each signal at each step over the completions that took it, by outcome.
 
     Args:
         frame: see `signal_frame`.
@@ -85,10 +91,10 @@ def signal_curves(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def failure_auc(frame: pd.DataFrame) -> pd.DataFrame:
-    """How well each signal predicts failure.
+    """Compute how well each signal predicts failure.
 
     A completion's value is the mean of the signal over its own steps. The AUC is the probability that a failed
-    completion has a larger value than a successful one, a tie counting one half: at 0.5 the signal predicts nothing.
+    completion has a larger value than a successful one, a tie counting one half: 0.5 is no better than chance.
     Completions whose success is unknown are left out.
 
     Args:
@@ -105,7 +111,7 @@ def failure_auc(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def failure_auc_by_step(frame: pd.DataFrame) -> pd.DataFrame:
-    """The AUC of each signal at single steps, over the completions still being written then.
+    """Compute the AUC of each signal at single steps, over the completions that took them.
 
     Args:
         frame: see `signal_frame`.
@@ -123,12 +129,12 @@ def failure_auc_by_step(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def outcomes(frame: pd.DataFrame) -> pd.Series:
-    """Success of each completion of a `signal_frame`: boolean, NA for unknown."""
+    """Return the success of each completion of a `signal_frame`: boolean, NA for unknown."""
     return frame.groupby("completion")["success"].first()
 
 
 def missing_outcome(frame: pd.DataFrame) -> str | None:
-    """Why there is no AUC, or `None` if both outcomes exist."""
+    """Say why there is no AUC; `None` if both outcomes exist."""
     known = outcomes(frame).dropna()
     if known.nunique() == 2:
         return None
@@ -140,13 +146,13 @@ def missing_outcome(frame: pd.DataFrame) -> str | None:
 def confusion_zone_figure(
     frame: pd.DataFrame, steps_per_block: int, selected: torch.Tensor | Sequence[int] | None = None, title: str = ""
 ) -> Figure:
-    """Three panels, one per signal: mean ± standard error over the steps, of successes and of failures.
+    """Draw three panels, one per signal: mean ± standard error over the steps, of successes and of failures.
 
     Args:
         frame: see `signal_frame`.
         steps_per_block: denoising steps per block; the first step of each is marked faintly.
         selected: denoising steps to mark, as a list or as the selections [A, K] of A sets of completions, -1 for
-            none; a step's line is the stronger, the more sets chose it.
+            none. The more sets chose a step, the stronger its line.
         title: put before the numbers of completions.
     """
     curves, auc = signal_curves(frame), failure_auc(frame)["auc"]
@@ -179,7 +185,7 @@ def confusion_zone_figure(
 
 
 def _auc(values: pd.Series, success: pd.Series) -> tuple[float, float]:
-    """AUC of predicting failure and its standard error (DeLong), from ranks, so that ties count one half."""
+    """Compute the AUC of predicting failure and its standard error (DeLong), from ranks: ties count one half."""
     known = values.notna() & success.notna()
     failed, right = values[known & (success == False)], values[known & (success == True)]  # noqa: E712 (NA)
     if failed.empty or right.empty:

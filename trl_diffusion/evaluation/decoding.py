@@ -15,18 +15,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_diffusion.family import family_of
 from trl_diffusion.sampling import SamplingConfig, sample
-from trl_diffusion.tokenization import encode_prompt as encode_prompt  # its import path
+from trl_diffusion.tokenization import left_pad
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """A completion and what it cost.
+    """A completion and its cost.
 
     Args:
         text: without special tokens, up to the first end id.
         tokens: up to and including the first end id.
-        forwards: network evaluations this row took part in.
-        ended: whether there is an end id; if not, the canvas was too short.
+        forwards: denoising steps that this row took part in, one network evaluation each.
+        ended: true if there is an end id; if not, the canvas was too short.
     """
 
     text: str
@@ -36,7 +36,7 @@ class Decoded:
 
 
 def fixed_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Batches of indices of similar length, so that little is padded; they depend on the lengths alone.
+    """Group indices of similar length into batches, so that little is padded; they depend on the lengths alone.
 
     Raises:
         ValueError: if `batch_size` is less than 1.
@@ -57,7 +57,7 @@ def decode_batch(
     """Complete prompts, all in one batch.
 
     Args:
-        model: a diffusion language model, also behind PEFT.
+        model: a diffusion language model, possibly inside PEFT.
         tokenizer: its tokenizer.
         prompts: token ids, not empty.
         config: how to decode.
@@ -74,7 +74,7 @@ def decode_batch(
         for text, tokens, forwards, ended in zip(
             decode_completions(completions, model, tokenizer),
             family_of(model).effective_length(completions).tolist(),
-            trajectory.steps_taken.tolist(),
+            trajectory.row_forwards.tolist(),
             family_of(model).is_end(completions).any(1).tolist(),
             strict=True,
         )
@@ -84,17 +84,9 @@ def decode_batch(
 def decode_completions(
     completion_ids: torch.Tensor, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
-    """Texts of canvases [B, L], each cut before its first end id."""
+    """Decode canvases [B, L] to texts, each cut before its first end id."""
     lengths = family_of(model).effective_length(completion_ids).tolist()
     return [
         str(tokenizer.decode(ids[:length], skip_special_tokens=True))
         for ids, length in zip(completion_ids, lengths, strict=True)
     ]
-
-
-def left_pad(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids [B, P] padded on the left, and their mask [B, P], 0 on padding."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[pad_token_id] * (width - len(row)) + list(row) for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask

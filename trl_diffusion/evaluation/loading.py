@@ -1,4 +1,4 @@
-"""A model or an adapter with its tokenizer, and proof of which weights they are."""
+"""Loading of a model or an adapter with its tokenizer, and a checksum of the weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def load_model(
         attn_implementation: as in transformers.
         device: where to put it.
         allow_other_base: load an adapter although its config names another base, for example one that has moved. Its
-            weights must fit all the same.
+            weights must have the shapes of the base's layers.
 
     Returns:
         The model in evaluation mode, and the base's tokenizer.
@@ -65,11 +65,11 @@ def load_model(
 
 
 def _base_of(adapter: str, name: str | None, allow_other_base: bool) -> str:
-    """The base to load for an adapter."""
+    """Return the base to load for an adapter."""
     trained_on = base_of(adapter)
     if name is None:
         if not trained_on:
-            raise ValueError(f"The adapter {adapter} does not say which base it was trained on; give the base too.")
+            raise ValueError(f"The adapter {adapter} does not name the base it was trained on; give the base too.")
         return trained_on
     if allow_other_base or _same_model(name, trained_on or ""):
         return name
@@ -85,7 +85,7 @@ def _same_model(name: str, other: str) -> bool:
 
 @torch.no_grad()
 def weights_checksum(model: PreTrainedModel) -> str:
-    """A checksum of all weights, adapters included: 16 hexadecimal digits.
+    """Return a checksum of all weights, adapters included: 16 hexadecimal digits.
 
     It adds the weights' bit patterns as integers, so it is exact and the same on every device.
     """

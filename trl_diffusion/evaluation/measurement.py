@@ -1,4 +1,4 @@
-"""Measuring a model on tasks under several ways of decoding, over processes, so that it can be stopped at any time."""
+"""Measuring a model on tasks under several decodings, over processes; a run that was stopped can be continued."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_diffusion import __version__
-from trl_diffusion.evaluation.decoding import Decoded, decode_batch, encode_prompt, fixed_batches
+from trl_diffusion.evaluation.decoding import Decoded, decode_batch, fixed_batches
 from trl_diffusion.evaluation.results import Result, summarise
 from trl_diffusion.evaluation.samples import Sample, SampleStore
 from trl_diffusion.sampling import SamplingConfig, row_generators
 from trl_diffusion.sampling.positions import check_fits
 from trl_diffusion.tasks.task import Score
+from trl_diffusion.tokenization import encode_prompt
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Problems:
     """The rows of a task, ready to be decoded.
 
     Args:
-        name: what they are called in tables and file names.
+        name: name for tables and file names.
         rows: column `prompt` and what `score` reads.
         score: names and scores in [0, 1] of a completion; the first is the headline.
         prompts: token ids of each row's prompt.
@@ -65,12 +66,12 @@ class Problems:
         return cls(name, rows, score, [encode_prompt(prompt, tokenizer) for prompt in rows["prompt"]], origin or {})
 
     def reference(self, row: int) -> dict[str, Any]:
-        """What a row says about its right answer."""
+        """Return the columns of a row that `score` reads."""
         return {key: value for key, value in self.rows[row].items() if key not in ("prompt", "completion")}
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 hexadecimal digits that change with any prompt or reference."""
+        """Hash of all prompts and references, 16 hexadecimal digits."""
         digest = hashlib.blake2b(digest_size=8)
         for row, prompt in enumerate(self.prompts):
             digest.update(json.dumps([prompt, self.reference(row)], default=str).encode())
@@ -79,12 +80,12 @@ class Problems:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One task under one way of decoding.
+    """One task under one decoding.
 
     Args:
-        problems: what to solve.
-        decoding: how.
-        model_facts: which model it is; kept with the results.
+        problems: the task's rows.
+        decoding: how completions are decoded.
+        model_facts: facts that identify the model; kept with the results.
         seed: seed of sampling. Every completion has its own random stream, keyed by seed and index.
         completions_per_prompt: more than one to measure sampling accuracy.
         batch_size: completions decoded together.
@@ -96,6 +97,14 @@ class Measurement:
     seed: int = 0
     completions_per_prompt: int = 1
     batch_size: int = 32
+
+    def check_fits(self, model: PreTrainedModel) -> None:
+        """Check that every prompt fits into the model's positions together with the canvas.
+
+        Raises:
+            ValueError: if one does not.
+        """
+        check_fits(model, max(map(len, self.problems.prompts)), self.decoding.canvas_length, self.problems.name)
 
     @property
     def name(self) -> str:
@@ -109,8 +118,9 @@ class Measurement:
 
     @property
     def decoding_facts(self) -> dict[str, Any]:
+        """The settings of decoding that change a completion."""
         facts = asdict(self.decoding)
-        del facts["record_signals"], facts["record_support"]  # record more, decode the same
+        del facts["record_signals"], facts["record_support"]  # they change what is recorded, not what is drawn
         return facts
 
     @property
@@ -174,14 +184,14 @@ def measure(
     """Run measurements, over all processes, and write every sample.
 
     Whole batches are dealt to the processes, and each is on disk before the next is decoded. So the number of
-    processes changes nothing, and a run that was stopped goes on from there, with any number of processes. The samples
-    of a measurement are in `<output_dir>/<its name>/samples.jsonl`.
+    processes changes nothing, and a run that was stopped continues from there, with any number of processes. The
+    samples of a measurement are in `<output_dir>/<its name>/samples.jsonl`.
 
     Args:
-        model: a diffusion language model, also behind PEFT; every process holds all of it.
+        model: a diffusion language model, possibly inside PEFT; every process holds all of it.
         tokenizer: its tokenizer.
-        measurements: what to measure; no two of the same name.
-        output_dir: where samples go, or are found.
+        measurements: tasks and decodings; no two of the same name.
+        output_dir: folder of the samples, those of an earlier run included.
         state: this process among the others.
         progress: show a progress bar.
 
@@ -194,10 +204,9 @@ def measure(
     """
     names = [measurement.name for measurement in measurements]
     if doubled := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"Every measurement needs a name of its own; given more than once: {', '.join(doubled)}.")
+        raise ValueError(f"Every measurement needs another name; given more than once: {', '.join(doubled)}.")
     for measurement in measurements:
-        problems = measurement.problems
-        check_fits(model, max(map(len, problems.prompts)), measurement.decoding.canvas_length, problems.name)
+        measurement.check_fits(model)
     stores = [SampleStore(Path(output_dir) / m.name, m.settings, m.batches) for m in measurements]
     if state.is_main_process:
         for store in stores:
@@ -208,7 +217,7 @@ def measure(
 
     total = sum(len(store.batches) for store in stores)
     if progress and state.is_main_process and len(pending) < total:
-        tqdm.write(f"Going on: {total - len(pending)} of {total} batches are on disk.")
+        tqdm.write(f"Continuing: {total - len(pending)} of {total} batches are on disk.")
 
     mine = pending[state.process_index :: state.num_processes]
     for which, number in _progress(mine, names, progress and state.is_local_main_process):

@@ -1,4 +1,4 @@
-"""The processes of `accelerate launch`, for code that only shares out work."""
+"""Joining the processes of `accelerate launch`, for code that only divides work among them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from accelerate import PartialState
 
 from trl_diffusion.runtime.launch import launched_processes
 
-# One process may wait this long for the others, whose last batches can be much slower than its own.
+# Time that one process waits for the others, whose last batches can be much slower than its own.
 PATIENCE = timedelta(hours=12)
 
 
@@ -25,7 +25,7 @@ def join_processes(use_cpu: bool = False) -> PartialState:
     Raises:
         RuntimeError: if the launcher started more processes than joined; each would do all of the work.
     """
-    # Told to use accelerators that are not there, accelerate starts processes that do not know of each other.
+    # If accelerate is asked for accelerators that do not exist, its processes do not join and each works alone.
     state = PartialState(cpu=use_cpu or not torch.accelerator.is_available(), timeout=PATIENCE)
     started = launched_processes()
     if state.num_processes != started:

@@ -1,4 +1,4 @@
-"""Scores with their intervals and the settings they were measured under: tables, JSON and plot."""
+"""Tables, JSON and plot of scores, with their intervals and the settings they were measured under."""
 
 from __future__ import annotations
 
@@ -12,39 +12,21 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from trl_diffusion.evaluation.accuracy import wilson_interval
 from trl_diffusion.evaluation.samples import Sample
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean score over prompts.
-
-    Args:
-        value: the mean, in [0, 1].
-        low: lower end of its 95 % Wilson interval.
-        high: upper end.
-    """
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{100 * self.value:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+from trl_diffusion.evaluation.statistics import Estimate, wilson_interval
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came out of one measurement.
+    """The scores and costs of one measurement.
 
     Args:
-        settings: what was measured, and how.
+        settings: everything that the samples depend on, see `Measurement.settings`.
         scores: by name, the headline first.
         completions: number of completions.
         forwards: mean number of network evaluations that a completion took.
         tokens: mean length of a completion, its end id included.
-        tokens_per_forward: all tokens by all network evaluations.
+        tokens_per_forward: all tokens divided by all network evaluations.
         ended: share of completions that ended on their canvas.
     """
 
@@ -62,19 +44,19 @@ class Result:
 
 
 def summarise(settings: dict[str, Any], samples: Sequence[Sample]) -> Result:
-    """Mean scores and costs of samples.
+    """Average the scores and costs of samples.
 
     Several completions of one prompt are not independent, so intervals count prompts.
 
     Args:
-        settings: what was measured, and how.
+        settings: everything that the samples depend on; kept in the result.
         samples: completions with `row`, `scores`, `forwards`, `tokens` and `ended`.
     """
     prompts, count = len({sample["row"] for sample in samples}), len(samples)
     scores = {}
     for name in samples[0]["scores"]:
         value = sum(sample["scores"][name] for sample in samples) / count
-        scores[name] = Estimate(value, *wilson_interval(value * prompts, prompts))
+        scores[name] = Estimate(value, *wilson_interval(value * prompts, prompts), prompts)
     forwards, tokens = (sum(sample[key] for sample in samples) for key in ("forwards", "tokens"))
     ended = sum(sample["ended"] for sample in samples)
     return Result(settings, scores, count, forwards / count, tokens / count, tokens / forwards, ended / count)
@@ -97,14 +79,14 @@ def _cells(results: Sequence[Result]) -> list[list[str]]:
 
 
 def describe_decoding(decoding: dict[str, Any]) -> str:
-    """How completions were decoded, in a line; for example `canvas 256, 128 steps, block 32, max_prob, greedy`.
+    """Describe decoding in a line; for example `canvas 256, 128 steps, block 32, max_prob, greedy`.
 
     Args:
         decoding: the fields of a `SamplingConfig`.
     """
     canvas, steps, block = (decoding[key] for key in ("canvas_length", "denoising_steps", "block_length"))
     parts = [f"canvas {canvas}", f"{steps} steps", f"block {block}", decoding["unmasking"]]
-    # results on disk may be older than these fields
+    # Results on disk may be older than the fields below.
     if decoding.get("confidence_threshold") is not None:
         parts.append(f"threshold {decoding['confidence_threshold']:g}")
     if decoding.get("entropy_bound") is not None:
@@ -116,7 +98,7 @@ def describe_decoding(decoding: dict[str, Any]) -> str:
 
 
 def _draw(decoding: dict[str, Any]) -> str:
-    """How tokens are drawn."""
+    """Describe how tokens are drawn."""
     if decoding["temperature"] == 0:
         return "greedy"
     cut = f", top-k {decoding['top_k']}, top-p {decoding['top_p']:g}" if decoding["top_k"] else ""
@@ -124,7 +106,7 @@ def _draw(decoding: dict[str, Any]) -> str:
 
 
 def console_table(results: Sequence[Result]) -> Table:
-    """The results as a `rich` table, one row per score."""
+    """Return the results as a `rich` table, one row per score."""
     table = Table()
     for name in COLUMNS:
         table.add_column(name, no_wrap=name in ("% [95 % interval]", "forwards", "ended"))
@@ -134,7 +116,7 @@ def console_table(results: Sequence[Result]) -> Table:
 
 
 def markdown_table(results: Sequence[Result]) -> str:
-    """The results as a Markdown table, one row per score."""
+    """Return the results as a Markdown table, one row per score."""
     rows = [list(COLUMNS), ["---"] * len(COLUMNS), *_cells(results)]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
@@ -143,7 +125,7 @@ def write_results(results: Sequence[Result], output_dir: str | Path) -> None:
     """Write `summary.json`, `summary.md` and `accuracy.png`.
 
     Args:
-        results: what came out.
+        results: from `measure`.
         output_dir: folder to write to.
     """
     folder = Path(output_dir)
@@ -154,7 +136,7 @@ def write_results(results: Sequence[Result], output_dir: str | Path) -> None:
 
 
 def _preamble(results: Sequence[Result]) -> str:
-    """What holds for the whole table; every task's data once."""
+    """Return lines with the facts that hold for the whole table, and the origin of every task's data."""
     first = results[0].settings
     lines = [f"- {key}: {value}" for key, value in first["model"].items() if value is not None]
     lines += [f"- {key}: {first[key]}" for key in ("seed", "batch_size")]
@@ -167,9 +149,9 @@ def _preamble(results: Sequence[Result]) -> str:
 
 
 def plot(results: Sequence[Result]) -> Figure:
-    """Headline score against the mean number of forwards of a completion: a panel per task, a line per canvas.
+    """Plot the headline score against the mean forwards of a completion: a panel per task, a line per canvas.
 
-    The numbers beside the points are the denoising steps.
+    Each point is labelled with its denoising steps.
     """
     tasks = list(dict.fromkeys(result.settings["task"] for result in results))
     figure = Figure(figsize=(4.2 * len(tasks), 3.6), layout="constrained")

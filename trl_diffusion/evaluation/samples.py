@@ -1,8 +1,8 @@
-"""Samples on disk, written batch by batch, so that an evaluation that was stopped goes on where it was.
+"""Samples on disk, written batch by batch, so that an evaluation that was stopped can be continued.
 
-- `<folder>/settings.json`: what is measured and how;
+- `<folder>/settings.json`: everything that the samples depend on;
 - `<folder>/part-<n>.jsonl`: while decoding, the batches of process n;
-- `<folder>/samples.jsonl`: in the end, every sample once and in order, whoever decoded it.
+- `<folder>/samples.jsonl`: in the end, every sample once and in order, whichever process decoded it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class SampleStore:
 
     Args:
         folder: where they are.
-        settings: everything that the samples depend on; written beside them, and compared when they are found again.
+        settings: everything that the samples depend on; written next to them, and compared when a run continues.
         batches: the indices of the samples, in the batches that are decoded together.
     """
 
@@ -31,7 +31,7 @@ class SampleStore:
         self.complete = folder / "samples.jsonl"
 
     def prepare(self) -> None:
-        """Take over what an earlier run left; for one process, before any other touches the folder.
+        """Collect the whole batches of an earlier run; for one process, before any other touches the folder.
 
         Raises:
             ValueError: if the folder holds samples of other settings, or a file of it is damaged.
@@ -50,7 +50,7 @@ class SampleStore:
             part.unlink()
 
     def pending(self) -> list[int]:
-        """Numbers of the batches that are not on disk yet; after `prepare`."""
+        """Return the numbers of the batches that are not on disk yet; after `prepare`."""
         if self.complete.exists():
             return []
         found = {sample["index"] for part in self._parts() for sample in read_lines(part, torn_end=True)}
@@ -58,7 +58,7 @@ class SampleStore:
 
     def append(self, process: int, samples: list[Sample]) -> None:
         """Add a whole batch that process number `process` has decoded."""
-        # Unbuffered, so that a batch is one write: whoever kills a launcher may leave workers that still append.
+        # Unbuffered, so that a batch is one write: when a launcher is killed, its workers may still be appending.
         with (self.folder / f"part-{process}.jsonl").open("ab", buffering=0) as file:
             file.write(_lines(samples).encode())
             os.fsync(file.fileno())
@@ -72,10 +72,10 @@ class SampleStore:
             part.unlink()
 
     def read(self) -> list[Sample]:
-        """All samples, in order; after `finish`.
+        """Return all samples, in order; after `finish`.
 
         Raises:
-            ValueError: if they are not those that were asked for.
+            ValueError: if a sample is missing, doubled or out of order.
         """
         samples = read_lines(self.complete)
         if [sample.get("index") for sample in samples] != sorted(index for batch in self.batches for index in batch):
@@ -93,8 +93,8 @@ class SampleStore:
         if not path.exists():
             if self.complete.exists() or self._parts():
                 raise ValueError(
-                    f"{self.folder} holds samples without settings.json, so nobody knows how they were made. Delete "
-                    "the folder or choose another output_dir."
+                    f"{self.folder} holds samples without settings.json, so it is not known how they were made. "
+                    "Delete the folder or choose another output_dir."
                 )
             _replace(path, json.dumps(self.settings, indent=2, ensure_ascii=False) + "\n")
             return
@@ -107,11 +107,11 @@ class SampleStore:
 
 
 def read_lines(path: Path, torn_end: bool = False) -> list[Sample]:
-    """The objects of a JSON-lines file.
+    """Read the objects of a JSON-lines file.
 
     Args:
         path: the file.
-        torn_end: leave out a last line that does not end, as a killed process leaves it.
+        torn_end: leave out a last line without its end, as a killed process leaves it.
 
     Raises:
         ValueError: if a line is not a JSON object.
@@ -141,7 +141,7 @@ def _lines(samples: Iterable[Sample]) -> str:
 
 
 def _replace(path: Path, text: str) -> None:
-    """Write a file so that it is there as a whole or not at all."""
+    """Write a file atomically: it exists as a whole or not at all."""
     new = path.with_name(path.name + ".new")
     with new.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -151,7 +151,7 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any], prefix: str = "") -> Iterable[str]:
-    """What two nested settings differ in, for a message."""
+    """Describe each difference of two nested settings, for a message."""
     for key in sorted(there.keys() | here.keys()):
         old, new = there.get(key), here.get(key)
         if isinstance(old, dict) and isinstance(new, dict):

@@ -18,7 +18,7 @@ from trl_diffusion.models.block_attention import block_causal_bias, position_ids
 from trl_diffusion.models.layers import CACHE_KEYWORD
 from trl_diffusion.models.scoring_head import ScoringHead
 from trl_diffusion.models.whole_weights import WholeWeights
-from trl_diffusion.sampling import DiffusionGenerateOutput, SamplingConfig, Trajectory, generation
+from trl_diffusion.sampling import DiffusionGenerateOutput, Trajectory, generation
 from trl_diffusion.sampling.prompts import checked_prompts
 from trl_diffusion.sampling.window_cache import WindowCache
 
@@ -287,43 +287,26 @@ class DiffusionLM(HasFamily, WholeWeights):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         *,
-        max_new_tokens: int | None = None,
-        max_length: int | None = None,
-        denoising_steps: int | None = None,
-        block_length: int | None = None,
-        do_sample: bool | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        num_return_sequences: int | None = None,
-        pad_token_id: int | None = None,
-        eos_token_id: int | list[int] | None = None,
-        unmasking: str = "max_prob",
-        confidence_threshold: float | None = None,
-        entropy_bound: float | None = None,
-        cache: str = "auto",
-        cache_refresh: int = 0,
         generator: torch.Generator | None = None,
         generation_config: GenerationConfig | None = None,
         return_trajectory: bool = False,
-        return_dict_in_generate: bool | None = None,
-        **kwargs: Any,
+        **settings: Any,
     ) -> torch.Tensor | Trajectory | DiffusionGenerateOutput:
         """Sample completions by diffusion on a canvas of `max_new_tokens` positions.
 
-        Arguments that transformers' `generate` has too mean the same here. One that is not given is read from
-        `generation_config`, then from the model's own generation config, which comes from the checkpoint. The last
-        default is greedy decoding on a canvas of 256 positions.
+        A setting that transformers' `generate` has under the same name means the same here. If it is not given, it is
+        read from `generation_config`, then from the model's own, which comes from the checkpoint. The last resort is
+        greedy decoding on a canvas of 256 positions. The other settings are the options of
+        `trl_diffusion.sampling.SamplingArguments`.
 
         Args:
             input_ids: integers [B, P], left-padded prompts.
             attention_mask: [B, P], 0 on padding; all ones if not given.
+            generator: source of all randomness; PyTorch's global generator if not given.
+            generation_config: defaults for the settings that it has fields for.
+            return_trajectory: return the `Trajectory` instead of token ids.
             max_new_tokens: canvas length L, any number from 1.
             max_length: P + L, in place of it.
-            denoising_steps: S. If not given, every step commits two tokens.
-            block_length: positions per block; the last block is shorter where it does not divide L. If not given,
-                32, or with block-causal attention the block size of that; with `denoising_steps`, the largest up to
-                32 for which L and S are multiples of blocks.
             do_sample: `False` is greedy, `True` without a temperature means temperature 1.
             temperature: 0 is greedy, any other samples.
             top_k: keep the k most likely tokens; 0 keeps all, and is the default also when sampling.
@@ -333,16 +316,16 @@ class DiffusionLM(HasFamily, WholeWeights):
             pad_token_id: fills the canvas after a finished text; the family's tail id if not given.
             eos_token_id: further ids that end a text. The family's own always do, because the network writes only
                 padding after them.
-            unmasking: how positions are chosen, see `trl_diffusion.sampling.SamplingConfig`, also for the next four.
+            return_dict_in_generate: return a `DiffusionGenerateOutput` with ids and trajectory.
+            denoising_steps: S. If not given, every step commits two tokens.
+            block_length: positions per block; the last block is shorter if L is no multiple of it. If not given, 32,
+                or with block-causal attention the block size of that; with `denoising_steps`, the largest up to 32
+                for which L and S are multiples of blocks.
+            unmasking: how positions are chosen, `max_prob` if not given.
             confidence_threshold: commit every position whose largest probability reaches this.
             entropy_bound: commit positions up to this much entropy, in nats.
             cache: keys and values to reuse between steps.
-            cache_refresh: steps between two full passes with an approximate cache.
-            generator: source of all randomness; PyTorch's global generator if not given.
-            generation_config: defaults for the arguments that it has fields for.
-            return_trajectory: return the `Trajectory` instead of token ids.
-            return_dict_in_generate: return a `DiffusionGenerateOutput` with both.
-            **kwargs: refused if they ask for anything.
+            cache_refresh: steps between two full forwards with an approximate cache.
 
         Returns:
             Long [B · n, P + L], prompts followed by their completions (the pad id after the id that ends a text), or
@@ -355,45 +338,16 @@ class DiffusionLM(HasFamily, WholeWeights):
         if input_ids is None:
             raise ValueError("generate() needs at least one token of a prompt as `input_ids`; got none.")
         input_ids, attention_mask, _ = checked_prompts(input_ids, attention_mask)
-        arguments = {
-            "max_new_tokens": max_new_tokens,
-            "max_length": max_length,
-            "do_sample": do_sample,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "num_return_sequences": num_return_sequences,
-            "pad_token_id": pad_token_id,
-            "eos_token_id": eos_token_id,
-            "return_dict_in_generate": return_dict_in_generate,
-            **kwargs,
-        }
-        settings = generation.read_settings(
-            arguments,
+        read = generation.read_settings(
+            settings,
             generation_config,
             self.generation_config,  # type: ignore[attr-defined]  # transformers sets it
             self.family,
             input_ids.size(1),
         )
-        canvas_length, steps, block = generation.canvas_plan(
-            settings.length, block_length, denoising_steps, self.attention_block
-        )
-        config = SamplingConfig(
-            canvas_length=canvas_length,
-            denoising_steps=steps,
-            block_length=block,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            record_support=return_trajectory or (settings.return_dict and settings.top_k > 0),
-            unmasking=unmasking,
-            confidence_threshold=confidence_threshold,
-            entropy_bound=entropy_bound,
-            cache=cache,
-            cache_refresh=cache_refresh,
-        )
-        output = generation.complete(self, input_ids, attention_mask, settings, config, generator)
-        if settings.return_dict:
+        config = read.sampling_config(self.attention_block, return_trajectory)
+        output = generation.complete(self, input_ids, attention_mask, read, config, generator)
+        if read.return_dict:
             return output
         kept = output.trajectory if return_trajectory else output.sequences
         assert kept is not None

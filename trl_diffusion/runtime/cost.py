@@ -23,6 +23,7 @@ from trl_diffusion.likelihood import Likelihood
 from trl_diffusion.losses import Loss
 from trl_diffusion.runtime.run import CompletionCost, RolloutRun, TrainingRun
 from trl_diffusion.sampling import SamplingConfig
+from trl_diffusion.sampling.cost import completion_units, head_positions
 
 _PROMPTS_READ = 256  # rows of the data set whose prompts are measured
 
@@ -56,7 +57,7 @@ def rollout_units(config: SamplingConfig, family: DiffusionFamily, prompt_length
     """Passes of one completion's rollout, each by the share of the columns that it computes."""
     if family.attention_block is None and not config.approximate:
         return config.denoising_steps
-    return config.forward_units(prompt_length, family.attention_block, group)
+    return completion_units(config, prompt_length, family.attention_block, group)
 
 
 def completion_cost(
@@ -206,7 +207,7 @@ def update_flop(run: RolloutRun) -> UpdateCost:
     sampling = run.args.sampling_config()
     tokens = run.prompt_length + sampling.canvas_length
     completions = completions_per_update(run.args)
-    heads = sampling.head_positions()
+    heads = head_positions(sampling)
     probed = shape.forward_flop(tokens, heads / sampling.denoising_steps)
     scored = shape.forward_flop(tokens, cost.targets)
     learned = scored + shape.backward_flop(tokens, cost.targets)

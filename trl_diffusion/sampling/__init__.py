@@ -1,5 +1,6 @@
 """Sampling by diffusion: prompts in, completions and their `Trajectory` out."""
 
+from trl_diffusion.sampling.arguments import SamplingArguments
 from trl_diffusion.sampling.canvas import CanvasState
 from trl_diffusion.sampling.config import SamplingConfig
 from trl_diffusion.sampling.generation import DiffusionGenerateOutput
@@ -10,6 +11,7 @@ from trl_diffusion.streams import row_generators
 __all__ = [
     "CanvasState",
     "DiffusionGenerateOutput",
+    "SamplingArguments",
     "SamplingConfig",
     "Trajectory",
     "row_generators",

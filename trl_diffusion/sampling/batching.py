@@ -1,11 +1,11 @@
-"""Which prompts are padded together."""
+"""Grouping of prompts that are padded to one length."""
 
 from __future__ import annotations
 
 from itertools import groupby
 
-# What a pass costs beside its tokens, in tokens: below a few hundred, it waits for the weights.
-_PASS_TOKENS = 256
+# Fixed cost of a forward in token equivalents: below a few hundred tokens it is bound by reading the weights.
+_FORWARD_TOKENS = 256
 
 
 def prompt_buckets(lengths: list[int], canvas_length: int, prompt_share: float = 1.0) -> list[list[int]]:
@@ -14,23 +14,24 @@ def prompt_buckets(lengths: list[int], canvas_length: int, prompt_share: float =
     Args:
         lengths: tokens of each row's prompt.
         canvas_length: L, which every row adds.
-        prompt_share: share of the passes that compute the prompts; the others gain nothing from shorter ones.
+        prompt_share: share of the forwards that compute the prompts; the others gain nothing from shorter prompts.
 
     Returns:
         Lists of row indices in ascending order, those of the longest prompts first. They minimise the tokens of one
-        pass over prompts and canvases of every bucket, where each pass counts as 256 tokens more.
+        forward over prompts and canvases of every bucket, where each forward counts as 256 tokens more.
     """
-    pass_tokens = _PASS_TOKENS / prompt_share
+    forward_tokens = _FORWARD_TOKENS / prompt_share
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     same = [list(rows) for _, rows in groupby(order, key=lambda row: lengths[row])]
-    # best[i]: cost of the first i lengths, and where the last of their buckets begins
+    # Dynamic programme over the distinct lengths, in descending order; an optimal bucket never skips a length.
+    # best[i]: cost of the first i lengths, and the index at which the last of their buckets begins.
     best: list[tuple[float, int]] = [(0, 0)]
     for end in range(1, len(same) + 1):
         costs, rows = [], 0
         for start in range(end - 1, -1, -1):
             rows += len(same[start])
             width = lengths[same[start][0]] + canvas_length
-            costs.append((best[start][0] + rows * width + pass_tokens, start))
+            costs.append((best[start][0] + rows * width + forward_tokens, start))
         best.append(min(costs))
     buckets, end = [], len(same)
     while end:

@@ -1,4 +1,4 @@
-"""Partly denoised canvases: where sampling can start instead of from all masks."""
+"""Partly denoised canvases, from which sampling can start instead of from all masks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class CanvasState:
 
     Args:
         canvas: long [B, L], the mask token where nothing is written yet.
-        length: long [B], positions of the canvas that exist; the network does not see those behind.
+        length: long [B], positions of the canvas that exist; the network does not see those after them.
     """
 
     canvas: torch.Tensor
@@ -23,17 +23,29 @@ class CanvasState:
 
     @classmethod
     def empty(cls, batch: int, canvas_length: int, mask_token_id: int, device: torch.device) -> CanvasState:
-        """All masked, where a rollout starts."""
+        """Return canvases that are all masked, where a rollout starts."""
         canvas = torch.full((batch, canvas_length), mask_token_id, device=device)
         return cls(canvas, torch.full((batch,), canvas_length, device=device))
 
-    def next_block(self, family: DiffusionFamily, block_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where sampling goes on: the first block with a masked position, and whether the text is still unfinished.
+    def check_shape(self, batch: int, canvas_length: int) -> None:
+        """Check that there is a canvas of `canvas_length` positions for each of `batch` prompts.
 
-        A text is finished if a block before holds an end token, or if nothing is masked.
+        Raises:
+            ValueError: if not.
+        """
+        if self.canvas.shape != (batch, canvas_length) or self.length.shape != (batch,):
+            raise ValueError(
+                f"sample() needs a state of shape {(batch, canvas_length)} (prompts, canvas length) with as many "
+                f"lengths as prompts; got {tuple(self.canvas.shape)} with lengths {tuple(self.length.shape)}."
+            )
+
+    def next_block(self, family: DiffusionFamily, block_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find the first block with a masked position, where sampling continues.
+
+        A text is finished if an earlier block holds an end token, or if nothing is masked.
 
         Returns:
-            (long [B], bool [B]).
+            (the block, long [B]; true if the text is unfinished, bool [B]).
         """
         positions = torch.arange(self.canvas.size(1), device=self.canvas.device)
         masked = (self.canvas == family.mask_token_id) & (positions < self.length.unsqueeze(1))
@@ -41,7 +53,3 @@ class CanvasState:
         before = positions < (block * block_length).unsqueeze(1)
         ended = (family.is_end(self.canvas) & before).any(1)
         return block, masked.any(1) & ~ended
-
-    def repeat(self, times: int) -> CanvasState:
-        """Every row `times` times, one after the other."""
-        return CanvasState(self.canvas.repeat_interleave(times, 0), self.length.repeat_interleave(times, 0))

@@ -1,4 +1,4 @@
-"""How completions are drawn."""
+"""Settings of the sampler, checked once."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import math
 from dataclasses import dataclass
 
 from trl_diffusion.family import DiffusionFamily
+from trl_diffusion.sampling.unmasking import RULES
 
-UNMASKING = ("random", "max_prob", "entropy", "margin", "low_confidence")
 CACHES = ("auto", "none", "prefix", "dual", "block")
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How completions are drawn.
+    """Settings that say how completions are drawn.
 
     Args:
         canvas_length: L, positions to write.
-        denoising_steps: S, split evenly over the blocks; each step commits the same share of its block (the first
-            steps one more where it does not divide).
+        denoising_steps: S, split evenly over the blocks. Every step of a block commits the same number of tokens; if
+            the block length is not a multiple of its steps, the first steps commit one more.
         block_length: positions per block; blocks are written from left to right.
         temperature: divides the logits; 0 takes the most likely token.
         top_k: number of tokens to draw from; 0 for all.
@@ -35,20 +35,21 @@ class SamplingConfig:
         record_support: record the ids that each token could be drawn from. Turn it off only where completions are all
             that is kept: without them a trajectory drawn with `top_k` or `top_p` cannot be scored again.
         confidence_threshold: commit every position whose largest probability (temperature 1, full vocabulary) reaches
-            this, and at least the share of the step; needs `unmasking="max_prob"`. A block then ends as soon as it is
-            written, and `denoising_steps` is the most that is taken; with as many steps as positions, the share is
-            one token (2505.22618).
+            this, and at least as many as the schedule demands; needs `unmasking="max_prob"`. A block then ends as
+            soon as it is written, and `denoising_steps` is the most that is taken; with as many steps as positions,
+            the schedule demands one token a step (2505.22618).
         entropy_bound: commit the positions of lowest entropy as long as the entropies of all but the largest add up
-            to at most this, in nats, and at least the share of the step; needs `unmasking="entropy"` (2505.24857).
-        cache: keys and values to reuse between steps. `auto`: what is exact, `block` for block-causal attention and
-            `none` for full attention. `prefix` and `dual` (2505.22618) are approximate, for full attention: all
-            columns are computed at the first step of a block, then those from the block on (`prefix`) or those of the
-            block alone (`dual`).
-        cache_refresh: with `prefix` and `dual`, compute all columns again every so many steps of a block; 0 for the
-            first step only.
+            to at most this, in nats, and at least as many as the schedule demands; needs `unmasking="entropy"`
+            (2505.24857).
+        cache: keys and values to reuse between steps. `auto` chooses the exact one: `block` for block-causal attention
+            and `none` for full attention. `prefix` and `dual` (2505.22618) are approximate caches for full attention.
+            The first step of a block computes all columns; later steps compute the columns from the start of the block
+            to the end of the canvas (`prefix`) or those of the block alone (`dual`).
+        cache_refresh: with `prefix` and `dual`, compute all columns again every `cache_refresh` steps of a block; 0
+            computes them at the first step only.
 
     Raises:
-        ValueError: if the settings do not fit together.
+        ValueError: if a setting is out of its range, or one rules out another.
     """
 
     canvas_length: int = 256
@@ -93,16 +94,16 @@ class SamplingConfig:
                 f"top_p={self.top_p} needs top_k > 0, so that the recorded support stays small; the AGRPO paper uses "
                 "top_k=150 with top_p=0.99. Where completions are all that is kept, set record_support=False."
             )
-        if self.unmasking not in UNMASKING:
-            raise ValueError(f"unmasking must be one of {', '.join(UNMASKING)}; got {self.unmasking!r}.")
+        if self.unmasking not in RULES:
+            raise ValueError(f"unmasking must be one of {', '.join(RULES)}; got {self.unmasking!r}.")
         self._check_parallel()
         self._check_cache()
 
     def _check_parallel(self) -> None:
-        rules = {"confidence_threshold": "max_prob", "entropy_bound": "entropy"}
-        given = [name for name in rules if getattr(self, name) is not None]
-        if len(given) == 2:
-            raise ValueError("confidence_threshold and entropy_bound are two rules for the same thing: set one.")
+        rules = {rule.parallel: name for name, rule in RULES.items() if rule.parallel is not None}
+        given = [name for name in rules if vars(self)[name] is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are two rules for the same thing: set one.")
         for name in given:
             if self.unmasking != rules[name]:
                 raise ValueError(
@@ -130,10 +131,10 @@ class SamplingConfig:
             )
 
     def check_family(self, family: DiffusionFamily) -> None:
-        """Whether completions of a family can be drawn so.
+        """Check that completions of a family can be drawn with these settings.
 
         Raises:
-            ValueError: if the cache or the block length does not go with its attention.
+            ValueError: if the family's attention does not allow the cache or the block length.
         """
         block = family.attention_block
         if block is None and self.cache == "block":
@@ -153,73 +154,47 @@ class SamplingConfig:
             )
 
     def cache_for(self, family: DiffusionFamily) -> str:
-        """What is reused with a family: `none`, `prefix`, `dual` or `block`."""
+        """Return the cache that a family's rollouts use: `none`, `prefix`, `dual` or `block`."""
         if self.cache != "auto":
             return self.cache
         return "none" if family.attention_block is None else "block"
 
     @property
     def approximate(self) -> bool:
-        """Whether tokens are drawn with keys and values that are not those of the canvas before the step."""
+        """True if some keys and values are older than the canvas that the tokens are drawn from."""
         return self.cache in ("prefix", "dual")
 
     @property
     def truncates(self) -> bool:
-        """Whether tokens are drawn from a part of the vocabulary."""
+        """True if tokens are drawn from a part of the vocabulary."""
         return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1)
 
     @property
+    def parallel_bound(self) -> float | None:
+        """The setting by which the network decides how many tokens a step commits; `None` if the schedule does."""
+        return self.entropy_bound if self.confidence_threshold is None else self.confidence_threshold
+
+    @property
     def parallel(self) -> bool:
-        """Whether the network says how many tokens a step commits."""
-        return self.confidence_threshold is not None or self.entropy_bound is not None
+        """True if the network decides how many tokens a step commits."""
+        return self.parallel_bound is not None
+
+    @property
+    def reads_every_mask(self) -> bool:
+        """True if a step needs the logits of every masked position of the block, not of those alone it commits."""
+        return self.record_signals or RULES[self.unmasking].reads_logits
 
     @property
     def num_blocks(self) -> int:
+        """Blocks of the canvas."""
         return self.canvas_length // self.block_length
 
     @property
     def steps_per_block(self) -> int:
+        """Denoising steps of each block."""
         return self.denoising_steps // self.num_blocks
 
     def commits(self) -> list[int]:
-        """Tokens committed at each step of a block, at least; sums to the block length."""
+        """Return the least number of tokens that each step of a block commits; they sum to the block length."""
         share, extra = divmod(self.block_length, self.steps_per_block)
         return [share + (step < extra) for step in range(self.steps_per_block)]
-
-    def forward_units(self, prompt_length: float, attention_block: int | None, group: int = 1) -> float:
-        """Passes for one completion that fills its canvas in all steps, each by the share of columns that it computes.
-
-        Args:
-            prompt_length: P.
-            attention_block: as in `DiffusionFamily`.
-            group: completions that are drawn together from the same prompt.
-        """
-        columns, block, steps = prompt_length + self.canvas_length, self.block_length, self.steps_per_block
-        ends = [prompt_length + block * (i + 1) for i in range(self.num_blocks)]
-        if attention_block is not None and self.cache == "none":
-            return steps * sum(ends) / columns
-        if attention_block is not None:  # the prompt, every block at each of its steps, and once more when finished
-            return (prompt_length / group + (steps + 1) * self.canvas_length - block) / columns
-        if not self.approximate:
-            return self.denoising_steps
-        full = self._full_passes()
-        windows = [block if self.cache == "dual" else columns - end + block for end in ends]
-        return full * self.num_blocks + (steps - full) * sum(windows) / columns
-
-    def prompt_share(self, family: DiffusionFamily) -> float:
-        """Share of a rollout's passes that compute the prompt's columns."""
-        cache = self.cache_for(family)
-        if cache == "block":
-            return 1 / (self.denoising_steps + 1)
-        return 1.0 if cache == "none" else self._full_passes() / self.steps_per_block
-
-    def _full_passes(self) -> int:
-        """Steps of a block that compute all columns, with an approximate cache."""
-        return -(-self.steps_per_block // self.cache_refresh) if self.cache_refresh else 1
-
-    def head_positions(self) -> int:
-        """Positions at which the LM head runs for one completion that fills its canvas."""
-        if self.unmasking == "random" and not self.record_signals:
-            return self.canvas_length
-        commits = self.commits()
-        return self.num_blocks * sum(sum(commits[step:]) for step in range(len(commits)))

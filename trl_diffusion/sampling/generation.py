@@ -1,9 +1,9 @@
-"""`generate()` in the words of transformers: its arguments and generation configs as settings of the sampler."""
+"""Arguments and generation configs of `generate()`, in transformers' words, as settings of the sampler."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 from transformers.utils import ModelOutput, logging
 
 from trl_diffusion.family import DiffusionFamily, family_of
+from trl_diffusion.sampling.arguments import OPTIONS, GreedyArguments
 from trl_diffusion.sampling.canvas import CanvasState
 from trl_diffusion.sampling.config import SamplingConfig
 from trl_diffusion.sampling.sampler import sample
@@ -21,7 +22,7 @@ logger = logging.get_logger(__name__)
 
 DEFAULT_LENGTH, DEFAULT_BLOCK = 256, 32
 
-# Fields of transformers' `GenerationConfig` that mean something here.
+# Fields of transformers' `GenerationConfig` that `generate()` reads.
 READ = (
     "max_new_tokens",
     "max_length",
@@ -34,9 +35,11 @@ READ = (
     "eos_token_id",
     "return_dict_in_generate",
 )
+# Options of the sampler for which transformers has no name.
+OWN = tuple(name for name in OPTIONS if name not in READ)
 # Fields that ask for nothing at these values, and at `None` and `False`.
 NEUTRAL: dict[str, Any] = {
-    "use_cache": True,  # what is exact is reused anyway, see `cache`
+    "use_cache": True,  # the exact cache is used anyway, see `cache`
     "num_beams": 1,
     "num_beam_groups": 1,
     "min_length": 0,
@@ -50,9 +53,9 @@ NEUTRAL: dict[str, Any] = {
     "diversity_penalty": 0.0,
     "guidance_scale": 1.0,
 }
-# Facts about a checkpoint, no settings.
+# Fields that are facts about a checkpoint and no settings.
 FACTS = ("bos_token_id", "decoder_start_token_id", "transformers_version")
-# What to do instead.
+# Advice for settings that are refused.
 ADVICE = {
     "inputs": "prompts are `input_ids`",
     "past_key_values": "see `cache`",
@@ -81,7 +84,7 @@ class DiffusionGenerateOutput(ModelOutput):
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """Arguments of `generate()`, read.
+    """The settings of one call of `generate()`, after arguments and generation configs are merged.
 
     Args:
         length: canvas positions L.
@@ -92,6 +95,7 @@ class GenerationSettings:
         pad_token_id: fills what follows a finished text.
         end_token_ids: ids that end a text in addition to those of the family.
         return_dict: return a `DiffusionGenerateOutput`.
+        own: options of the sampler that were given, those of `OWN`.
     """
 
     length: int
@@ -102,6 +106,31 @@ class GenerationSettings:
     pad_token_id: int
     end_token_ids: tuple[int, ...]
     return_dict: bool
+    own: dict[str, Any] = field(default_factory=dict)
+
+    def sampling_config(self, attention_block: int | None, return_trajectory: bool) -> SamplingConfig:
+        """Return the settings of the sampler.
+
+        Args:
+            attention_block: as in `DiffusionFamily`.
+            return_trajectory: the trajectory is asked for, so that the support of its tokens is recorded.
+
+        Raises:
+            ValueError: if a setting is out of its range, or one rules out another.
+        """
+        canvas_length, steps, block = canvas_plan(
+            self.length, self.own.get("block_length"), self.own.get("denoising_steps"), attention_block
+        )
+        # A dictionary with `top_p` alone comes without a trajectory instead of being refused, see `complete`.
+        return GreedyArguments(**self.own).sampling_on(
+            canvas_length,
+            denoising_steps=steps,
+            block_length=block,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            record_support=return_trajectory or (self.return_dict and self.top_k > 0),
+        )
 
 
 def read_settings(
@@ -111,10 +140,13 @@ def read_settings(
     family: DiffusionFamily,
     prompt_length: int,
 ) -> GenerationSettings:
-    """Arguments first, then the generation config that was given, then the checkpoint's, then defaults.
+    """Merge arguments, generation configs and defaults.
+
+    An argument comes first, then the generation config that was given, then the checkpoint's, then the default.
 
     Args:
-        arguments: keyword arguments of `generate()` named as fields of `GenerationConfig`; `None` where not given.
+        arguments: keyword arguments of `generate()`: fields of `GenerationConfig` and options of the sampler. `None`
+            counts as not given.
         given: its argument `generation_config`.
         own: the model's `generation_config`.
         family: the model's facts.
@@ -127,12 +159,13 @@ def read_settings(
     if given is not None and not isinstance(given, GenerationConfig):
         raise TypeError(f"generation_config must be a GenerationConfig, got {type(given).__name__}.")
     arguments = {name: value for name, value in arguments.items() if value is not None}
+    own_options = {name: arguments.pop(name) for name in OWN if name in arguments}
     of_file = _fields(own)
     of_config = {} if given is None else _fields(given)
     _refuse(arguments)
-    # a config that is a changed copy of the checkpoint's brings the rest of it along
+    # A config that is a changed copy of the checkpoint's has the rest of its fields too, so only what differs counts.
     _refuse({name: value for name, value in of_config.items() if of_file.get(name) != value})
-    _say_what_is_not_read(of_file)
+    _warn_of_unread(of_file)
     defaults = of_file | of_config
     merged = defaults | arguments
     if merged.get("num_return_sequences", 1) < 1:
@@ -146,20 +179,24 @@ def read_settings(
         pad_token_id=merged.get("pad_token_id", family.tail_token_id),
         end_token_ids=_end_ids(merged.get("eos_token_id", ()), family),
         return_dict=merged.get("return_dict_in_generate", False),
+        own=own_options,
     )
 
 
 def canvas_plan(
     length: int, block_length: int | None, denoising_steps: int | None, attention_block: int | None
 ) -> tuple[int, int, int]:
-    """(canvas length in whole blocks, denoising steps, block length) for a canvas of any length.
+    """Plan blocks and steps for a canvas of any length.
 
-    Blocks have 32 positions, or as many as the attention's, if not given; a shorter canvas is one block. The last
-    block is shorter where they do not divide the length. Every step commits two tokens if the steps are not given;
-    where they are and the block length is not, blocks are the largest up to 32 that divide both evenly.
+    If the block length is not given, blocks have 32 positions, or as many as the attention's; a shorter canvas is one
+    block. If the steps are not given, every step commits two tokens. If the steps are given and the block length is
+    not, blocks are the largest up to 32 that divide canvas and steps evenly.
+
+    Returns:
+        (canvas length in whole blocks, denoising steps, block length).
 
     Raises:
-        ValueError: if no block length goes with the denoising steps.
+        ValueError: if no block length divides canvas and steps evenly.
     """
     block = attention_block if block_length is None else block_length
     if block is None:
@@ -189,7 +226,19 @@ def complete(
     config: SamplingConfig,
     generator: torch.Generator | None,
 ) -> DiffusionGenerateOutput:
-    """Draw the completions of prompts [B, P] as settings and config say."""
+    """Draw the completions of prompts [B, P], and put the pad id after the end of each text.
+
+    Args:
+        model: a native diffusion language model.
+        input_ids: long [B, P], left-padded.
+        attention_mask: long [B, P], 0 on padding.
+        settings: from `read_settings`.
+        config: the settings of the sampler; its canvas is the length in whole blocks.
+        generator: source of the seed of the rows' streams; PyTorch's global generator if `None`.
+
+    Raises:
+        ValueError: if several completions of a prompt are asked for and all would be equal.
+    """
     if settings.copies > 1 and config.temperature == 0 and config.unmasking != "random":
         raise ValueError(
             f"num_return_sequences={settings.copies} greedy completions of one prompt would all be equal. Sample with "
@@ -197,9 +246,12 @@ def complete(
         )
     input_ids = input_ids.repeat_interleave(settings.copies, 0)
     family, state = family_of(model), None
+    # The sampler writes whole blocks; a canvas that is no multiple of them ends inside the last block, whose other
+    # positions are cut from what the network sees.
     if settings.length < config.canvas_length:
         state = CanvasState.empty(len(input_ids), config.canvas_length, family.mask_token_id, input_ids.device)
         state.length.fill_(settings.length)
+    # One draw from the caller's generator keys a private stream per row, so that rows do not depend on each other.
     seed = int(torch.randint(2**62, (), generator=generator, device=generator.device if generator else "cpu"))
     trajectory = sample(
         model,
@@ -221,12 +273,12 @@ def complete(
 
 
 def _fields(config: GenerationConfig) -> dict[str, Any]:
-    """What a config sets."""
+    """Return the fields that a config sets."""
     return {name: value for name, value in config.to_diff_dict().items() if value is not None and name[0] != "_"}
 
 
 def _not_read(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that ask for something which diffusion sampling does not have."""
+    """Return the settings that ask for something which diffusion sampling does not have."""
     return {
         name: value
         for name, value in settings.items()
@@ -239,11 +291,11 @@ def _refuse(settings: Mapping[str, Any]) -> None:
         names = "; ".join(f"{name} ({ADVICE[name]})" if name in ADVICE else name for name in refused)
         raise ValueError(
             f"generate() of a diffusion language model does not have these settings: {names}. Leave them out. It "
-            f"has {', '.join(READ)}, and those of trl_diffusion.sampling.SamplingConfig."
+            f"has {', '.join((*READ, *OWN))}."
         )
 
 
-def _say_what_is_not_read(of_file: Mapping[str, Any]) -> None:
+def _warn_of_unread(of_file: Mapping[str, Any]) -> None:
     if unread := _not_read(of_file):
         logger.warning_once(  # type: ignore[attr-defined]  # transformers adds it to loggers
             f"The checkpoint's generation config has settings that diffusion sampling does not have, and that "
@@ -252,12 +304,12 @@ def _say_what_is_not_read(of_file: Mapping[str, Any]) -> None:
 
 
 def _length(layers: Sequence[Mapping[str, Any]], prompt_length: int) -> int:
-    """The canvas length that the first of the layers gives."""
+    """Return the canvas length that the first of the layers gives."""
     arguments = layers[0]
     if "max_new_tokens" in arguments and "max_length" in arguments:
         raise ValueError(
-            f"max_new_tokens={arguments['max_new_tokens']} and max_length={arguments['max_length']} both say how long "
-            "the canvas is: give one of them."
+            f"max_new_tokens={arguments['max_new_tokens']} and max_length={arguments['max_length']} both set the "
+            "length of the canvas: give one of them."
         )
     for layer in layers:
         if "max_new_tokens" in layer:
@@ -275,7 +327,10 @@ def _length(layers: Sequence[Mapping[str, Any]], prompt_length: int) -> int:
 
 
 def _temperature(arguments: Mapping[str, Any], defaults: Mapping[str, Any]) -> float:
-    """0 for greedy. `do_sample` alone means temperature 1, as in transformers; a temperature alone means sampling."""
+    """Return the temperature, 0 for greedy.
+
+    `do_sample` alone means temperature 1, as in transformers; a temperature alone means sampling.
+    """
     do_sample, temperature = arguments.get("do_sample"), arguments.get("temperature")
     if do_sample is not None and temperature is not None and do_sample != (temperature > 0):
         raise ValueError(

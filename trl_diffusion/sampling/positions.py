@@ -1,4 +1,4 @@
-"""The positions of a model: prompt and canvas must fit into them together."""
+"""Check that prompt and canvas fit into the positions of a model together."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 def check_fits(model: Any, longest: int, canvas_length: int, what: str) -> None:
     """Refuse prompts that do not fit into the model's positions together with the canvas.
 
-    Nothing else would say so: rotary embeddings go on beyond the positions that the network was trained on, and what
-    it computes there is noise.
+    Nothing else would raise: rotary embeddings are defined beyond the positions that the network was trained on, but
+    what it computes there is noise.
 
     Args:
         model: a native diffusion language model, possibly inside PEFT.
         longest: tokens of the longest prompt.
         canvas_length: positions to write.
-        what: what the prompts are of, for the message.
+        what: the origin of the prompts, for the message.
 
     Raises:
         ValueError: if prompt and canvas have more positions than the model.

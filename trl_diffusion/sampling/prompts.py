@@ -1,4 +1,4 @@
-"""The prompts of a batch, checked: what the sampler would otherwise cut or misread."""
+"""Checks of a batch of prompts that the sampler would otherwise cut or misread."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 def checked_prompts(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Prompts of any integer type and their mask of any type, as the sampler needs them.
+    """Check prompts of any integer type with a mask of any type, and return them as the sampler needs them.
 
     Args:
         input_ids: [B, P], left-padded; B may be 0.

@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from accelerate.utils import extract_model_from_parallel
 from transformers import PreTrainedModel
 
-from trl_diffusion.distribution import draw, score_targets, sum_before, truncate
 from trl_diffusion.family import DiffusionFamily, family_of
 from trl_diffusion.sampling.batching import prompt_buckets
+from trl_diffusion.sampling.caches import CACHE_CLASSES
 from trl_diffusion.sampling.canvas import CanvasState
 from trl_diffusion.sampling.config import SamplingConfig
-from trl_diffusion.sampling.passes import PASSES
+from trl_diffusion.sampling.cost import prompt_share
+from trl_diffusion.sampling.drawing import ScoredTokens, draw_everywhere, draw_scored, score, take
 from trl_diffusion.sampling.positions import check_fits
 from trl_diffusion.sampling.prompts import checked_prompts
 from trl_diffusion.sampling.trajectory import Trajectory
+from trl_diffusion.sampling.unmasking import RULES, Candidates, Choice, step_signals
 from trl_diffusion.streams import uniforms
-
-# What sums of entropies are multiples of.
-_NATS = 2.0**-40
-
-# Probabilities that low-confidence unmasking holds at once beside the logits (4 bytes each).
-_CPU_CHUNK, _CHUNK = 2**22, 2**27
 
 
 @torch.no_grad()
@@ -44,308 +38,267 @@ def sample(
 ) -> Trajectory:
     """Draw one completion per prompt, block by block, and record its trajectory.
 
-    A row leaves the batch behind the block in which its text ended; the rest of its canvas is filled with the tail
-    id. The network is in evaluation mode while sampling, and put back after.
+    A row leaves the batch after the block in which its text ended; the rest of its canvas is filled with the tail id.
+    The network is in evaluation mode while sampling, and put back afterwards.
 
     Args:
-        model: a native diffusion language model, possibly inside PEFT. A compiled one runs as it was before, because
-            the shapes of its passes keep changing.
+        model: a native diffusion language model, possibly inside PEFT. A compiled model runs uncompiled, because the
+            shapes of its forwards keep changing.
         input_ids: integers [B, P], left-padded prompts; B may be 0.
         attention_mask: [B, P], 0 on padding; all ones if `None`.
         config: how to draw.
         generators: B random streams, see `row_generators`.
-        any_process: where weights stay sharded over processes (ZeRO-3, FSDP2), tells whether any process still has
-            rows to write, so that all run the same number of forwards.
-        state: partly denoised canvases to continue, at the same blocks and tokens per step; all masked if `None`. Of
-            what was written before, the trajectory records nothing but the tokens. A row whose text has ended costs
-            no forward.
-        end_token_ids: ids that end a text in addition to those of the family.
+        any_process: all-reduced "any", for weights that stay sharded over processes (ZeRO-3, FSDP2): true if any
+            process still has rows to write. It makes all processes run the same number of forwards.
+        state: partly denoised canvases to continue, with the same blocks and tokens per step; all masked if `None`.
+            The trajectory records nothing of what was written before, except the tokens. A row whose text has ended
+            costs no forward.
+        end_token_ids: ids that end a text, in addition to those of the family.
 
     Returns:
         The trajectory, on the device of `input_ids`.
 
     Raises:
         ValueError: if there is not one generator per prompt, a prompt is empty or its mask has a hole, prompt and
-            canvas have more positions than the model, the state is of another shape, or the cache or block length
-            does not go with the model's attention.
+            canvas have more positions than the model, the state has another shape, or the model's attention does not
+            allow the cache or the block length.
         FloatingPointError: if the network's logits are not finite.
     """
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     family = family_of(model)
+    # One list of end ids serves the whole rollout: where texts end decides which rows leave the batch.
     family = replace(family, end_token_ids=(*family.end_token_ids, *end_token_ids))
     input_ids, attention_mask, lengths = checked_prompts(input_ids, attention_mask)
     batch, prompt_length = input_ids.shape
     if len(generators) != batch:
         raise ValueError(f"sample() needs one generator per prompt: {batch} prompts, {len(generators)} generators.")
-    if state is not None and (state.canvas.shape != (batch, config.canvas_length) or state.length.shape != (batch,)):
-        raise ValueError(
-            f"sample() needs a state of shape {(batch, config.canvas_length)} (prompts, canvas length) with as many "
-            f"lengths as prompts; got {tuple(state.canvas.shape)} with lengths {tuple(state.length.shape)}."
-        )
+    if state is None:
+        state = CanvasState.empty(batch, config.canvas_length, family.mask_token_id, input_ids.device)
+    state.check_shape(batch, config.canvas_length)
     config.check_family(family)
     if batch:
-        canvas_length = config.canvas_length if state is None else int(state.length.max())
-        check_fits(model, max(lengths), canvas_length, "this batch")
-    # where processes share the weights, all must run as many passes
-    buckets = (
-        prompt_buckets(lengths, config.canvas_length, config.prompt_share(family))
-        if any_process is None and batch
-        else [list(range(batch))]
-    )
-    was_training = model.training
-    model.eval()
-    try:
-        parts = []
-        with _uncompiled(model):
-            for bucket in buckets:
-                rows = torch.tensor(bucket, dtype=torch.long, device=input_ids.device)
-                shown = slice(prompt_length - max((lengths[row] for row in bucket), default=0), None)
-                rollout = _Rollout(
-                    model,
-                    family,
-                    config,
-                    input_ids[rows, shown],
-                    attention_mask[rows, shown],
-                    [generators[row] for row in bucket],
-                    None if state is None else CanvasState(state.canvas[rows], state.length[rows]),
-                    any_process,
-                )
-                rollout.write()
-                parts.append(rollout.trajectory())
-    finally:
-        model.train(was_training)
+        check_fits(model, max(lengths), int(state.length.max()), "this batch")
+    # Where processes share the weights, all must run the same number of forwards, so their rows stay together.
+    buckets = [list(range(batch))]
+    if any_process is None and batch:
+        buckets = prompt_buckets(lengths, config.canvas_length, prompt_share(config, family))
+    parts = []
+    with _evaluating(model), _uncompiled(model):
+        for bucket in buckets:
+            rows = torch.tensor(bucket, dtype=torch.long, device=input_ids.device)
+            # The columns that are padding in every row of the bucket are cut.
+            shown = slice(prompt_length - max((lengths[row] for row in bucket), default=0), None)
+            rollout = _Rollout(
+                model,
+                family,
+                config,
+                input_ids[rows, shown],
+                attention_mask[rows, shown],
+                [generators[row] for row in bucket],
+                CanvasState(state.canvas[rows], state.length[rows]),
+                any_process,
+            )
+            rollout.write()
+            parts.append(rollout.trajectory())
     return Trajectory.gather(parts, torch.tensor([row for bucket in buckets for row in bucket]).to(input_ids.device))
 
 
+@contextmanager
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and back afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def _uncompiled(model: torch.nn.Module) -> AbstractContextManager:
-    """Where nothing runs compiled that was compiled in place, as DeepSpeed does it. The switch is the whole process's,
-    also of its other threads, so it is left alone where there is nothing to switch off."""
+    """Run modules eagerly that were compiled in place, as DeepSpeed compiles them.
+
+    `set_stance` is process-wide, for other threads too, so it is used only if something is compiled.
+    """
     compiled = any(module._compiled_call_impl is not None for module in model.modules())
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
-class _Drawn(NamedTuple):
-    """Tokens drawn at [R, n] positions, with what is recorded of them; support [R, n, top_k]."""
-
-    tokens: torch.Tensor
-    logps: torch.Tensor
-    entropies: torch.Tensor
-    support: torch.Tensor | None
-
-    def pick(self, rows: torch.Tensor, slots: torch.Tensor) -> _Drawn:
-        """What was drawn at [N] (row, slot) pairs."""
-        support = None if self.support is None else self.support[rows, slots]
-        return _Drawn(self.tokens[rows, slots], self.logps[rows, slots], self.entropies[rows, slots], support)
-
-
 class _Rollout:
-    """The growing canvas of one batch; rows may be at different blocks."""
+    """The growing canvases of one batch; rows may be at different blocks.
+
+    `write` fills them, `trajectory` returns what was recorded on the way. A step works on R of the B rows, which
+    `rows` (long [R]) names; the masked positions of their active blocks are given as `offsets` within the block,
+    long [R, m], of which those count where `is_masked` (bool [R, m]) is true.
+    """
 
     def __init__(
         self,
         model,
         family: DiffusionFamily,
         config: SamplingConfig,
-        input_ids,
-        attention_mask,
-        generators,
-        state,
-        any_process,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        generators: Sequence[np.random.Generator],
+        state: CanvasState,
+        any_process: Callable[[bool], bool] | None,
     ):
-        device, batch = input_ids.device, input_ids.size(0)
-        shape = (batch, config.canvas_length)
         self.family, self.config, self.any_process = family, config, any_process
-        if state is None:
-            state = CanvasState.empty(batch, config.canvas_length, family.mask_token_id, device)
+        self.rule = RULES[config.unmasking]
         self.canvas, self.length = state.canvas.clone(), state.length
         self.block, unfinished = state.next_block(family, config.block_length)
         self.alive = unfinished.nonzero().squeeze(1)
-        self.passes = PASSES[config.cache_for(family)](
+        self.forwards = CACHE_CLASSES[config.cache_for(family)](
             model, family, config, input_ids, attention_mask, self.canvas, self.length
         )
+        self._allocate_records(*self.canvas.shape)
+        # All noise of a rollout is drawn here, with a shape that depends on the config alone: what a row is drawn
+        # depends neither on the other rows nor on the order of the forwards. The last of the steps + 1 rows of noise
+        # orders the positions, the others draw the tokens.
+        steps = config.steps_per_block if self.rule.redraws else 1
+        noise = uniforms(generators, config.num_blocks, steps + 1, config.block_length).to(self.canvas.device)
+        self.token_noise, self.order_noise = noise[:, :, :-1], noise[:, :, -1]
+
+    def _allocate_records(self, batch: int, length: int) -> None:
+        config, device = self.config, self.canvas.device
         self.row_forwards = torch.zeros(batch, dtype=torch.long, device=device)
-        self.unmask_step = torch.full(shape, -1, dtype=torch.int32, device=device)
-        self.logps = torch.zeros(shape, device=device)
-        self.entropies = torch.zeros(shape, device=device)
+        self.unmask_step = torch.full((batch, length), -1, dtype=torch.int32, device=device)
+        self.logps = torch.zeros(batch, length, device=device)
+        self.entropies = torch.zeros(batch, length, device=device)
         self.support: torch.Tensor | None = None
         if config.record_support and config.truncates:
-            self.support = torch.full((*shape, config.top_k), -1, dtype=torch.int32, device=device)
+            self.support = torch.full((batch, length, config.top_k), -1, dtype=torch.int32, device=device)
         self.step_entropy: torch.Tensor | None = None
         self.step_margin: torch.Tensor | None = None
         if config.record_signals:
             self.step_entropy = torch.zeros(batch, config.denoising_steps, device=device)
             self.step_margin = torch.zeros(batch, config.denoising_steps, device=device)
-        # Only `low_confidence` draws the same position at several steps, and only `random` needs an order.
-        steps = config.steps_per_block if config.unmasking == "low_confidence" else 1
-        noise = uniforms(generators, config.num_blocks, steps + 1, config.block_length).to(device)
-        self.token_noise, self.order_noise = noise[:, :, :-1], noise[:, :, -1]
 
-    def _anywhere(self, here: bool) -> bool:
-        """Whether something holds here or on a process that shares the weights."""
+    def _any_rank(self, here: bool) -> bool:
+        """All-reduced "any" over the ranks that share the weights; `here` alone if none do."""
         return here if self.any_process is None else self.any_process(here)
 
     def write(self) -> None:
-        """Write until every text has ended or its canvas is full."""
-        while self._anywhere(self.alive.numel() > 0):
+        """Write until every text has ended or its canvas is full, on every rank that shares the weights."""
+        while self._any_rank(self.alive.numel() > 0):
             self._write_block()
 
     def _write_block(self) -> None:
-        """Commit what is left of the current block of live rows, then let rows leave whose text has ended.
+        """Commit what is left of the active block, then let the rows leave whose text has ended.
 
-        Where processes share the weights, this one runs a pass at every step, whether or not one of its rows needs it.
+        Where ranks share the weights, each runs one forward per step, whether or not one of its rows needs it.
         """
-        group = self.passes.together(self.alive, self.block)
-        first = self.block[group] * self.config.block_length
-        self.passes.begin_block(group, first, self._anywhere)
+        rows = self.forwards.batch_of(self.alive, self.block)
+        self.forwards.begin_block(rows, self.block[rows] * self.config.block_length, self._any_rank)
         commits = self.config.commits()
         for step in range(len(commits)):
-            masked, open_ = self._masked(group)
-            if self.config.parallel and not self._anywhere(masked.size(1) > 0):
+            offsets, is_masked = self._masked(rows)
+            # With parallel unmasking a block can be written before its last step, but only if it is on every rank.
+            if self.config.parallel and not self._any_rank(offsets.size(1) > 0):
                 break
-            least = self._least(open_.sum(1), sum(commits[step + 1 :]))
-            if least.any():
-                working = self.passes.working(open_, least)
-                self._write_step(group[working], step, masked[working], open_[working], least[working])
+            min_commits = self._min_commits(is_masked.sum(1), sum(commits[step + 1 :]))
+            if min_commits.any():
+                active = self.forwards.active(is_masked, min_commits)
+                self._write_step(rows[active], step, offsets[active], is_masked[active], min_commits[active])
             elif self.any_process is not None:
-                self.passes.keep_step()
-        ended = self.family.is_end(self.canvas[group.unsqueeze(1), self._positions(group)]).any(1)
-        self.block[group] += 1
-        leave = ended | (self.block[group] * self.config.block_length >= self.length[group])
-        self.alive = self.alive[~torch.isin(self.alive, group[leave])]
+                self.forwards.sync_forward()
+        ended = self.family.is_end(self.canvas[rows.unsqueeze(1), self._block_positions(rows)]).any(1)
+        self.block[rows] += 1
+        leave = ended | (self.block[rows] * self.config.block_length >= self.length[rows])
+        self.alive = self.alive[~torch.isin(self.alive, rows[leave])]
 
-    def _least(self, num_open: torch.Tensor, later: int) -> torch.Tensor:
-        """Tokens [R] to commit at a step, at least, so that `later` ones suffice.
+    def _min_commits(self, num_masked: torch.Tensor, later: int) -> torch.Tensor:
+        """Minimum number of tokens each row must commit now, long [R].
 
-        A row that starts inside a block, or on a shorter canvas, joins when its turn comes; where the network may
-        commit more than this, rows never wait.
+        Args:
+            num_masked: long [R], masked positions of the row's block.
+            later: tokens that the remaining steps of the block commit.
+
+        A row that starts inside a block, or on a shorter canvas, has fewer masks than the schedule expects: it skips
+        steps until what is left is its share. With parallel unmasking every row commits at least one token at once.
         """
-        least = (num_open - later).clamp(min=0)
-        return torch.maximum(least, num_open.clamp(max=1)) if self.config.parallel else least
+        least = (num_masked - later).clamp(min=0)
+        return torch.maximum(least, num_masked.clamp(max=1)) if self.config.parallel else least
 
-    def _positions(self, rows) -> torch.Tensor:
-        """Canvas positions [R, block] of the current blocks."""
+    def _block_positions(self, rows: torch.Tensor) -> torch.Tensor:
+        """Canvas positions [R, block] of the active blocks."""
         offsets = torch.arange(self.config.block_length, device=rows.device)
         return self.block[rows].unsqueeze(1) * self.config.block_length + offsets
 
-    def _masked(self, rows) -> tuple[torch.Tensor, torch.Tensor]:
-        """Offsets [R, m] of the masked positions of the current blocks, and bool [R, m] where there is one."""
-        positions = self._positions(rows)
+    def _masked(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find the masked positions of the active blocks: (offsets long [R, m], is_masked bool [R, m])."""
+        positions = self._block_positions(rows)
         masked = self.canvas[rows.unsqueeze(1), positions] == self.family.mask_token_id
         masked &= positions < self.length[rows].unsqueeze(1)
+        # A stable sort puts the masked positions first and keeps them from left to right; the columns after the most
+        # that any row has are cut.
         order = masked.int().argsort(dim=1, descending=True, stable=True)
         most = int(masked.sum(1).max()) if rows.numel() else 0
         return order[:, :most], masked.gather(1, order)[:, :most]
 
-    def _write_step(self, rows, step: int, masked: torch.Tensor, open_: torch.Tensor, least: torch.Tensor) -> None:
-        """Commit at least `least` [R] of the open positions among `masked` (offsets in the block, [R, m])."""
+    def _write_step(
+        self,
+        rows: torch.Tensor,
+        step: int,
+        offsets: torch.Tensor,
+        is_masked: torch.Tensor,
+        min_commits: torch.Tensor,
+    ) -> None:
+        """Choose positions, draw their tokens and commit them: at least `min_commits` [R] of each row."""
         self.row_forwards[rows] += 1
-        slots, counts, drawn, signals = self._denoise(rows, step, masked, open_, least)
-        kept, slot = (torch.arange(slots.size(1), device=rows.device) < counts.unsqueeze(1)).nonzero(as_tuple=True)
-        offsets = masked.gather(1, slots)[kept, slot]
-        own, block = rows[kept], self.block[rows]
-        self._commit(
-            (own, block[kept] * self.config.block_length + offsets),
-            (block * self.config.steps_per_block + step)[kept],
-            drawn.pick(kept, slot),
+        logits = self._logits(rows, offsets) if self.config.reads_every_mask else None
+        choice = self.rule.choose(
+            Candidates(
+                is_masked,
+                min_commits,
+                order_noise=self.order_noise[rows, self.block[rows]].gather(1, offsets),
+                logits=logits,
+                bound=self.config.parallel_bound,
+                draw=lambda logits: draw_everywhere(logits, self._noise(rows, step, offsets), self.config),
+            )
         )
+        chosen = offsets.gather(1, choice.slots)
+        # Without logits of all candidates the LM head runs at the chosen positions only.
+        at_chosen = self._logits(rows, chosen) if logits is None else take(logits, choice.slots)
+        self._commit(rows, step, chosen, choice.counts, self._tokens_at(rows, chosen, at_chosen, choice))
         if self.step_entropy is not None and self.step_margin is not None:
-            at = (rows, block * self.config.steps_per_block + step)
-            self.step_entropy[at], self.step_margin[at] = signals
+            assert logits is not None
+            at = (rows, self.block[rows] * self.config.steps_per_block + step)
+            self.step_entropy[at], self.step_margin[at] = step_signals(logits, is_masked)
 
-    def _denoise(self, rows, step: int, masked: torch.Tensor, open_: torch.Tensor, least: torch.Tensor):
-        """Choose from the positions `masked` [R, m] (offsets in the block) and draw tokens there.
+    def _tokens_at(
+        self, rows: torch.Tensor, chosen: torch.Tensor, logits: torch.Tensor, choice: Choice
+    ) -> ScoredTokens:
+        """Return tokens for the chosen positions: those that the rule drew to choose them, or new ones."""
+        if choice.draws is None:
+            # The noise of step 0 at whatever step: a position is drawn once, when it is committed. So the token of a
+            # position does not depend on the order of the others, given the same canvas.
+            return draw_scored(logits, self._noise(rows, 0, chosen), self.config)
+        support = None if choice.draws.support is None else take(choice.draws.support, choice.slots)
+        return score(logits, take(choice.draws.tokens, choice.slots), support, self.config)
 
-        Returns (the chosen, best first, as indices into `masked` [R, n]; how many of them count [R]; what was drawn
-        there; signals [R] or None).
-        """
-        config, block = self.config, self.block[rows]
-        count = int(least.max())
-        if config.unmasking == "random":
-            order = self.order_noise[rows, block].gather(1, masked).masked_fill(~open_, torch.inf)
-            slots = order.argsort(1)[:, :count]
-            if not config.record_signals:  # the LM head is needed only where tokens are committed
-                chosen = masked.gather(1, slots)
-                drawn = self._draw(self._logits(rows, chosen), self._noise(rows, 0, chosen))
-                return slots, least, drawn, None
-
-        logits = self._logits(rows, masked)
-        signals = _signals(logits, open_) if config.record_signals else None
-        if config.unmasking == "low_confidence":
-            tokens, support, confidence = self._tokens_with_confidence(logits, self._noise(rows, step, masked))
-            slots = confidence.masked_fill(~open_, -1.0).topk(count, dim=1).indices
-            support = None if support is None else _take(support, slots)
-            return slots, least, self._scored(_take(logits, slots), _take(tokens, slots), support), signals
-        if config.unmasking != "random":
-            certainty = _certainty(logits, config.unmasking).masked_fill(~open_, -torch.inf)
-            if config.parallel:
-                certainty, slots = certainty.sort(dim=1, descending=True)
-                least = least.maximum(self._certain(certainty))
-                slots = slots[:, : int(least.max())]
-            else:
-                slots = certainty.topk(count, dim=1).indices
-        noise = self._noise(rows, 0, masked.gather(1, slots))
-        return slots, least, self._draw(_take(logits, slots), noise), signals
-
-    def _certain(self, certainty: torch.Tensor) -> torch.Tensor:
-        """How many positions pass the rule of parallel unmasking, [R] from certainties [R, m], largest first."""
-        if self.config.confidence_threshold is not None:
-            return (certainty >= math.log(self.config.confidence_threshold)).sum(1)
-        assert self.config.entropy_bound is not None
-        # entropies in ascending order: the sum of all but the largest is the sum of those before
-        open_ = certainty > -torch.inf
-        before = sum_before((-certainty).masked_fill(~open_, 0.0), _NATS)
-        return ((before <= self.config.entropy_bound) & open_).sum(1)
-
-    def _noise(self, rows, step: int, offsets: torch.Tensor) -> torch.Tensor:
+    def _noise(self, rows: torch.Tensor, step: int, offsets: torch.Tensor) -> torch.Tensor:
+        """Uniform noise for the tokens at offsets [R, n]; step 0 unless the rule draws anew at every step."""
         return self.token_noise[rows, self.block[rows], step].gather(1, offsets)
 
-    def _logits(self, rows, offsets: torch.Tensor) -> torch.Tensor:
-        return self.passes.logits(rows, self.block[rows] * self.config.block_length, offsets)
+    def _logits(self, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        return self.forwards.logits(rows, self.block[rows] * self.config.block_length, offsets)
 
-    def _tokens(self, logits: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Draw a token from each distribution: logits [R, n, V], noise [R, n]; with the ids that it could be."""
-        config = self.config
-        if config.temperature == 0:
-            return logits.argmax(-1), None
-        if not config.truncates:
-            return draw((logits if config.temperature == 1 else logits / config.temperature).softmax(-1), noise), None
-        log_probs, ids = truncate(logits, config.temperature, config.top_k or logits.size(-1), config.top_p)
-        tokens = ids.gather(-1, draw(log_probs.exp(), noise).unsqueeze(-1)).squeeze(-1).long()
-        return tokens, torch.nn.functional.pad(ids, (0, max(config.top_k - ids.size(-1), 0)), value=-1)
-
-    def _tokens_with_confidence(self, logits: torch.Tensor, noise: torch.Tensor):
-        """What `_tokens` draws, and the probabilities [R, n] of these tokens at temperature 1; some rows at a time."""
-        tokens, supports, confidence = [], [], []
-        chunk = _CPU_CHUNK if logits.device.type == "cpu" else _CHUNK
-        rows = max(chunk // max(logits[:1].numel(), 1), 1)
-        for part, part_noise in zip(logits.split(rows), noise.split(rows), strict=True):
-            probabilities = part.softmax(-1)
-            if self.config.temperature == 1 and not self.config.truncates:
-                drawn, support = draw(probabilities, part_noise), None
-            else:
-                drawn, support = self._tokens(part, part_noise)
-            tokens.append(drawn)
-            confidence.append(probabilities.gather(-1, drawn.unsqueeze(-1)).squeeze(-1))
-            if support is not None:
-                supports.append(support)
-        return torch.cat(tokens), torch.cat(supports) if supports else None, torch.cat(confidence)
-
-    def _scored(self, logits: torch.Tensor, tokens: torch.Tensor, support: torch.Tensor | None) -> _Drawn:
-        """Tokens [R, n] with their log-probabilities and entropies; at temperature 0, those of temperature 1."""
-        return _Drawn(tokens, *score_targets(logits, tokens, self.config.temperature or 1.0, support), support)
-
-    def _draw(self, logits: torch.Tensor, noise: torch.Tensor) -> _Drawn:
-        return self._scored(logits, *self._tokens(logits, noise))
-
-    def _commit(self, where: tuple[torch.Tensor, torch.Tensor], steps: torch.Tensor, drawn: _Drawn) -> None:
+    def _commit(
+        self, rows: torch.Tensor, step: int, chosen: torch.Tensor, counts: torch.Tensor, drawn: ScoredTokens
+    ) -> None:
+        """Write the first `counts` [R] of the tokens drawn at offsets `chosen` [R, n], and record them."""
+        row, slot = (torch.arange(chosen.size(1), device=rows.device) < counts.unsqueeze(1)).nonzero(as_tuple=True)
+        block, drawn = self.block[rows[row]], drawn.pick(row, slot)
+        where = (rows[row], block * self.config.block_length + chosen[row, slot])
         self.canvas[where] = drawn.tokens
-        self.unmask_step[where] = steps.int()
+        self.unmask_step[where] = (block * self.config.steps_per_block + step).int()
         self.logps[where] = drawn.logps
         self.entropies[where] = drawn.entropies
         if self.support is not None and drawn.support is not None:
             self.support[where] = drawn.support
 
     def trajectory(self) -> Trajectory:
+        """Return what was written, with the tail id where nothing was."""
         return Trajectory(
             completion_ids=self.canvas.masked_fill(
                 self.canvas == self.family.mask_token_id, self.family.tail_token_id
@@ -358,45 +311,8 @@ class _Rollout:
             step_entropy=self.step_entropy,
             step_margin=self.step_margin,
             row_forwards=self.row_forwards,
-            row_units=self.passes.row_units,
-            forwards=self.passes.forwards,
-            sync_forwards=self.passes.sync_forwards,
-            prompt_columns=torch.full_like(self.row_forwards, self.passes.input_ids.size(1)),
+            row_units=self.forwards.row_units,
+            forwards=self.forwards.forwards,
+            sync_forwards=self.forwards.sync_forwards,
+            prompt_columns=torch.full_like(self.row_forwards, self.forwards.input_ids.size(1)),
         )
-
-
-def _take(values: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """values[r, slots[r, j]] for values [R, m, …] and slots [R, n]."""
-    return values[torch.arange(values.size(0), device=values.device).unsqueeze(1), slots]
-
-
-def _signals(logits: torch.Tensor, open_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean entropy and mean p1 − p2 over the positions that are open, [R] each from logits [R, m, V]."""
-    probabilities = logits.softmax(-1)
-    top = probabilities.topk(2, dim=-1).values
-    # Few passes over the vocabulary: the normaliser follows from the largest logit, and 0 · −inf (ids that are never
-    # sampled) is taken out of the product.
-    normaliser = logits.amax(-1) - top[..., 0].log()
-    entropy = normaliser - (probabilities * logits).nan_to_num(nan=0.0).sum(-1)
-    count = open_.sum(1)
-    margin = (top[..., 0] - top[..., 1]).masked_fill(~open_, 0.0).sum(1) / count
-    return entropy.masked_fill(~open_, 0.0).sum(1) / count, margin
-
-
-def _certainty(logits: torch.Tensor, unmasking: str) -> torch.Tensor:
-    """How certain the network is at each position, [R, m] from logits [R, m, V]; larger commits first."""
-    if unmasking == "max_prob":
-        return logits.amax(-1) - logits.logsumexp(-1)
-    if unmasking == "entropy":
-        return -_entropy(logits)
-    return _margin(logits)
-
-
-def _entropy(logits: torch.Tensor) -> torch.Tensor:
-    log_probs = logits.log_softmax(-1)
-    return -(log_probs.exp() * log_probs.masked_fill(log_probs == -torch.inf, 0.0)).sum(-1)
-
-
-def _margin(logits: torch.Tensor) -> torch.Tensor:
-    top = logits.softmax(-1).topk(2, dim=-1).values
-    return top[..., 0] - top[..., 1]

@@ -1,4 +1,4 @@
-"""What a rollout leaves behind: the completions and how they came to be."""
+"""The record of a rollout: the completions, and the steps in which they were written."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Trajectory:
     """Completions of B prompts on a canvas of L positions, drawn in S denoising steps.
 
     Args:
-        completion_ids: long [B, L], the whole canvas. Behind the block that ended a text it holds the tail id.
+        completion_ids: long [B, L], the whole canvas. After the block that ended a text it holds the tail id.
         unmask_step: int [B, L], u_i, the step in 0..S-1 that committed position i; -1 where the canvas was filled
             without sampling.
         logps: float32 [B, L], log-probability of each committed token under the behaviour policy: at the sampling
@@ -25,14 +25,14 @@ class Trajectory:
             and where `record_support` was off.
         temperature: the sampling temperature. A greedy trajectory (0) is scored again at temperature 1.
         step_entropy: float32 [B, S], mean entropy in nats over the positions the sampler could commit at a step, at
-            temperature 1 on the full vocabulary; 0 behind a row's end; `None` unless asked for.
+            temperature 1 on the full vocabulary; 0 where no step was taken; `None` unless asked for.
         step_margin: float32 [B, S], mean of p1 - p2 (the two largest probabilities) over the same positions.
-        row_forwards: long [B], denoising steps: network evaluations that each completion took part in.
-        row_units: float32 [B], the same, each counted by the share of the columns of prompt and canvas that it
-            computed; a pass over the prompt alone is among them.
+        row_forwards: long [B], denoising steps, of one network evaluation each, that each completion took part in.
+        row_units: float32 [B], the network evaluations of each completion, each counted by the share of the columns of
+            prompt and canvas that it computed. A forward over the prompt alone is among them.
         forwards: network evaluations run for this batch, the same for every process where weights stay sharded.
-        sync_forwards: those among them that only kept step with the other processes.
-        prompt_columns: long [B], columns of the prompts, padding included, in the passes that wrote each row; `None`
+        sync_forwards: those among them that no row of this process needed; they keep the processes in step.
+        prompt_columns: long [B], columns of the prompts, padding included, in the forwards that wrote each row; `None`
             if they are not known.
         given: bool [B, L], text that was put on the canvas beforehand: shown in every view, never a target; `None` for
             none.
@@ -55,17 +55,17 @@ class Trajectory:
 
     @classmethod
     def gather(cls, parts: Sequence[Trajectory], rows: torch.Tensor) -> Trajectory:
-        """One trajectory of completions that were drawn apart.
+        """Merge the trajectories of completions that were drawn apart.
 
         Args:
             parts: at least one.
-            rows: long [B], which row each completion of the parts, one part after the other, is in the result.
+            rows: long [B], the row of the result for each completion of the parts, one part after the other.
         """
         if len(parts) == 1:
             return parts[0]
         merged: dict[str, Any] = {}
         for name, value in vars(parts[0]).items():
-            values = [getattr(part, name) for part in parts]
+            values = [vars(part)[name] for part in parts]
             if isinstance(value, torch.Tensor):
                 merged[name] = torch.cat(values)[rows.argsort()]
             else:
@@ -73,14 +73,17 @@ class Trajectory:
         return cls(**merged)
 
     def cut(self, length: int) -> Trajectory:
-        """The trajectory of the first positions of the canvas."""
+        """Return the trajectory of the first `length` positions of the canvas."""
         names = ("completion_ids", "unmask_step", "logps", "entropies", "support", "given")
-        values = {name: getattr(self, name) for name in names}
+        values = {name: vars(self)[name] for name in names}
         return replace(self, **{name: value[:, :length] for name, value in values.items() if value is not None})
 
     @property
     def steps_taken(self) -> torch.Tensor:
-        """Long [B], the denoising steps each completion took until its text ended."""
+        """Long [B], the step after the last one that each completion took, 0 if it took none.
+
+        With parallel unmasking some steps before it were not taken; `row_forwards` counts those that were.
+        """
         return self.unmask_step.max(1).values.long() + 1
 
 

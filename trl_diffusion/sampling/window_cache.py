@@ -8,13 +8,13 @@ import torch
 class WindowCache:
     """Keys and values of `capacity` columns, in every layer.
 
-    A forward pass is given the tokens of a window of columns. It writes their keys and values and attends to all
-    columns up to `visible`, whatever pass wrote them. This serves every way of caching: a window up to the last column
-    that can be seen (prefix cache), one that ends with the active block (dual cache), or, with block-causal attention,
-    one block of which nothing behind is visible.
+    A forward is given the tokens of a window of columns. It writes their keys and values and attends to all columns up
+    to `visible`, whichever forward wrote them. This serves every cache: a window up to the last column that can be
+    seen (prefix cache), one that ends with the active block (dual cache), or, with block-causal attention, one block
+    with nothing visible after it.
 
-    For passes without gradient; the first window begins at column 0. It has of transformers' `Cache` what its models
-    call.
+    For forwards without gradient; the first window begins at column 0. The class implements the part of transformers'
+    `Cache` that the models call.
 
     Args:
         capacity: columns of prompt and canvas.
@@ -27,12 +27,12 @@ class WindowCache:
         self.values: dict[int, torch.Tensor] = {}
 
     def window(self, start: int, visible: int) -> WindowCache:
-        """Let the next pass write from column `start` on and attend to columns 0..visible-1; returns the cache."""
+        """Let the next forward write from column `start` on and attend to columns 0..visible-1; returns the cache."""
         self.start, self.visible = start, visible
         return self
 
     def keep(self, rows: torch.Tensor) -> None:
-        """Take these rows of the batch (long [R], repeats allowed), in this order."""
+        """Keep these rows of the batch (long [R], repeats allowed), in this order, and drop the others."""
         for store in (self.keys, self.values):
             for layer, tensor in store.items():
                 store[layer] = tensor[rows]
@@ -40,12 +40,12 @@ class WindowCache:
     # ---------------------------------------------------------------- what transformers' models call
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, layer: int, *args, **kwargs):
-        """Write the window of one layer, [R, heads, columns, head size]; returns all that is visible."""
+        """Write the window of one layer, [R, heads, columns, head size]; return the visible keys and values."""
         return self._write(self.keys, layer, keys), self._write(self.values, layer, values)
 
     def _write(self, store: dict[int, torch.Tensor], layer: int, window: torch.Tensor) -> torch.Tensor:
         end = self.start + window.size(2)
-        if window.size(2) == self.capacity:
+        if window.size(2) == self.capacity:  # a full window needs no copy
             store[layer] = window
         else:
             if layer not in store:
@@ -62,6 +62,6 @@ class WindowCache:
     def get_mask_sizes(self, query_length: int, layer: int | None = None) -> tuple[int, int]:
         return self.visible, 0
 
-    # kinds of its layers: none is special
+    # transformers asks for the kind of each layer; none is special here.
     is_sliding: tuple[bool, ...] = ()
     is_linear: tuple[bool, ...] = ()

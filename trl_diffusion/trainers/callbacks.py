@@ -12,8 +12,8 @@ from transformers import Trainer, TrainerCallback
 from trl.models import unwrap_model_for_generation
 
 from trl_diffusion.credit.success import check_success, successes
-from trl_diffusion.evaluation.accuracy import Accuracy, wilson_interval
 from trl_diffusion.evaluation.confusion_zones import confusion_zone_figure, failure_auc, signal_frame
+from trl_diffusion.evaluation.statistics import Estimate
 from trl_diffusion.runtime.zero3 import finish_trace
 from trl_diffusion.sampling.rollout import FinishedBatch
 from trl_diffusion.trainers.base.trainer import DiffusionGRPOTrainer
@@ -21,30 +21,30 @@ from trl_diffusion.trainers.trajectory_grpo import TrajectoryGRPOTrainer
 
 
 class AccuracyCallback(TrainerCallback):
-    """Measures accuracy when training begins and ends, and every few updates between.
+    """Measures accuracy when training begins and ends, and every `every` updates in between.
 
-    Logs it as `eval_accuracy`, `eval_correct` and `eval_total`. A resumed run takes what was measured before from its
-    log, and does not measure at its beginning again.
+    It is logged as `eval_accuracy`, `eval_correct` and `eval_total`. A resumed run reads the earlier measurements from
+    its log, and does not measure at its beginning again.
 
-    Processes share the rows, except under FSDP, where all must run the same forwards and so decode the same rows.
+    Processes share the rows, except under FSDP: there all must run the same forwards, so all decode the same rows.
 
     Args:
         trainer: the trainer it is added to.
         dataset: the held-out rows.
-        measure: `(model, dataset=rows) -> Accuracy`, for example `evaluate_accuracy` with its other arguments bound.
+        measure: `(model, dataset=rows) -> Estimate`, for example `evaluate_accuracy` with its other arguments bound.
         every: updates between measurements; 0 for none in between.
 
     Attributes:
         history: (update, accuracy) of the run, in the order measured.
     """
 
-    def __init__(self, trainer: Trainer, dataset: Dataset, measure: Callable[..., Accuracy], every: int = 0):
+    def __init__(self, trainer: Trainer, dataset: Dataset, measure: Callable[..., Estimate], every: int = 0):
         self.trainer, self.dataset, self.measure, self.every = trainer, dataset, measure, every
-        self.history: list[tuple[int, Accuracy]] = []
+        self.history: list[tuple[int, Estimate]] = []
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.history = [
-            (entry["step"], _accuracy(entry["eval_correct"], entry["eval_total"]))
+            (entry["step"], Estimate.of(entry["eval_correct"], entry["eval_total"]))
             for entry in state.log_history
             if "eval_total" in entry
         ]
@@ -71,22 +71,18 @@ class AccuracyCallback(TrainerCallback):
                 accuracy = self.measure(model, dataset=self.dataset)
             else:
                 mine = range(accelerator.process_index, len(self.dataset), accelerator.num_processes)
-                counts = torch.zeros(2, dtype=torch.long, device=accelerator.device)
+                counts = torch.zeros(2, device=accelerator.device)
                 if mine:
                     own = self.measure(model, dataset=self.dataset.select(mine))
                     counts += torch.tensor([own.correct, own.total], device=counts.device)
                 correct, total = accelerator.reduce(counts, reduction="sum").tolist()
-                accuracy = _accuracy(correct, total)
+                accuracy = Estimate.of(correct, int(total))
         self.history.append((step, accuracy))
         # TRL files what is logged under "train" or "eval" by the mode of the model.
         training = trainer.model.training
         trainer.model.eval()
         trainer.log({"eval_accuracy": accuracy.value, "eval_correct": accuracy.correct, "eval_total": accuracy.total})
         trainer.model.train(training)
-
-
-def _accuracy(correct: int, total: int) -> Accuracy:
-    return Accuracy(correct, total, *wilson_interval(correct, total))
 
 
 class ConfusionZoneCallback(TrainerCallback):

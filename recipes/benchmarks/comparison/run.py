@@ -22,6 +22,7 @@ from comparison.arms import ARMS, BLOCK_LENGTH, CANVAS_LENGTH, COMMON, DENOISING
 from trl_diffusion.credit import StepAwareReward
 from trl_diffusion.evaluation import evaluate_accuracy
 from trl_diffusion.models.embedded import EMBEDDED_MODEL
+from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.tasks import TASKS, Task
 from trl_diffusion.trainers import METHODS, DiffusionGRPOTrainer
 
@@ -106,9 +107,9 @@ def measure(model, task: Task, eval_size: int) -> dict[str, Any]:
     held_out = generated(task, "test", eval_size, 0)
 
     def accuracy(steps: int, temperature: float = 0.0) -> float:
-        decoding = dict(canvas_length=CANVAS_LENGTH, block_length=BLOCK_LENGTH, denoising_steps=steps, batch_size=128)
+        decoding = SamplingConfig(CANVAS_LENGTH, steps, BLOCK_LENGTH, temperature, unmasking="max_prob")
         measured = evaluate_accuracy(
-            model, tokenizer, held_out, task.is_correct, temperature=temperature, progress=False, **decoding
+            model, tokenizer, held_out, task.is_correct, decoding=decoding, batch_size=128, progress=False
         )
         return measured.value
 

@@ -1,4 +1,4 @@
-"""The likelihood of a given continuation, as far as a diffusion language model has one."""
+"""Monte-Carlo lower bound on log p(continuation | context)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from trl_diffusion.evaluation.decoding import left_pad
 from trl_diffusion.family import family_of
 from trl_diffusion.likelihood import Views, score_views
+from trl_diffusion.tokenization import left_pad
 
 
 @torch.no_grad()
@@ -22,15 +22,15 @@ def log_likelihood_bound(
     views: int = 32,
     batch_size: int = 32,
 ) -> list[float]:
-    """Monte-Carlo estimates of a lower bound on the log-likelihood of continuations.
+    """Estimate a lower bound on the log-likelihood of continuations.
 
-    With l uniform in 1..L and a random set of l of the L positions hidden,
-    log p(x) ≥ E[L/l · Σ_hidden log p(x_i | what is shown)], as LLaDA (2502.09992) measures likelihoods. A continuation
-    of one token has one such view, and its value is exact. The l of the views are spread evenly over 1..L, which keeps
-    every single one uniform.
+    With l uniform in 1..L and a random set of l of the L positions masked,
+    log p(x) ≥ E[L/l · Σ_masked log p(x_i | unmasked positions)], as LLaDA (2502.09992) measures likelihoods. A
+    continuation of one token has one such view, and its value is exact. The l of the views are spread evenly over
+    1..L, which keeps every single one uniform.
 
     Args:
-        model: a diffusion language model, also behind PEFT, in evaluation mode.
+        model: a diffusion language model, possibly inside PEFT, in evaluation mode.
         contexts: token ids, not empty.
         continuations: token ids; at least one each.
         generators: one random stream per continuation.
@@ -46,19 +46,19 @@ def log_likelihood_bound(
     _require_full_attention(model)
     totals = [0.0] * len(contexts)
     drawn = [
-        (index, hidden, len(hidden) / int(hidden.sum()) / count)
+        (index, masked, len(masked) / int(masked.sum()) / count)
         for index, (continuation, generator) in enumerate(zip(continuations, generators, strict=True))
         for count in [views if len(continuation) > 1 else 1]
-        for hidden in _hidden_sets(len(continuation), count, generator)
+        for masked in _masked_sets(len(continuation), count, generator)
     ]
-    # Equal continuations in a batch, then contexts of similar length.
+    # Continuations of one length share a batch, so they need no padding; among them, contexts of similar length do.
     drawn.sort(key=lambda view: (len(view[1]), len(contexts[view[0]]), view[0]))
     for batch in _batches(drawn, batch_size):
         indices = [index for index, _, _ in batch]
         ids = torch.tensor([continuations[index] for index in indices], device=model.device)
-        hidden = torch.from_numpy(np.stack([positions for _, positions, _ in batch])).to(model.device)
+        masked = torch.from_numpy(np.stack([positions for _, positions, _ in batch])).to(model.device)
         prompt_ids, prompt_mask = left_pad([contexts[index] for index in indices], family_of(model).tail_token_id)
-        noised = Views(canvas=ids.masked_fill(hidden, family_of(model).mask_token_id), targets=hidden)
+        noised = Views(canvas=ids.masked_fill(masked, family_of(model).mask_token_id), targets=masked)
         scores = score_views(model, prompt_ids.to(model.device), prompt_mask.to(model.device), ids, noised)
         for (index, _, weight), value in zip(batch, scores.logps.sum(1).tolist(), strict=True):
             totals[index] += weight * value
@@ -75,15 +75,15 @@ def _require_full_attention(model: PreTrainedModel) -> None:
         )
 
 
-def _hidden_sets(length: int, count: int, generator: np.random.Generator) -> list[np.ndarray]:
-    """`count` random sets of positions, bool [length] each."""
+def _masked_sets(length: int, count: int, generator: np.random.Generator) -> list[np.ndarray]:
+    """Draw `count` random sets of positions, bool [length] each."""
     levels = (generator.random() + np.arange(count) / count) % 1
     sizes = (levels * length).astype(int) + 1
     return [generator.permutation(length) < size for size in sizes]
 
 
 def _batches(drawn: list[tuple], batch_size: int) -> list[list[tuple]]:
-    """Neighbours with continuations of one length, at most `batch_size`."""
+    """Group neighbours with continuations of one length, at most `batch_size` each."""
     batches: list[list[tuple]] = []
     for view in drawn:
         if not batches or len(batches[-1]) == batch_size or len(batches[-1][0][1]) != len(view[1]):
@@ -94,10 +94,10 @@ def _batches(drawn: list[tuple], batch_size: int) -> list[list[tuple]]:
 
 @torch.no_grad()
 def is_greedy(model: PreTrainedModel, context: Sequence[int], continuation: Sequence[int]) -> bool:
-    """Whether greedy decoding, one token at a time where the network is most certain, writes a continuation.
+    """Check whether greedy decoding writes a continuation, one token at a time where the network is most certain.
 
     Args:
-        model: as above.
+        model: a diffusion language model, possibly inside PEFT, in evaluation mode.
         context: token ids, not empty.
         continuation: token ids.
 

@@ -1,4 +1,4 @@
-"""Our models inside EleutherAI's lm-evaluation-harness: the model `trl_diffusion`.
+"""The model `trl_diffusion` for EleutherAI's lm-evaluation-harness.
 
 The harness has no entry point for models of other packages: it finds those that are registered before it looks.
 `python -m trl_diffusion.evaluation.lm_eval` is its command with this one registered.
@@ -25,9 +25,13 @@ from trl_diffusion.evaluation.loading import load_model, weights_checksum
 from trl_diffusion.evaluation.processes import join_processes
 from trl_diffusion.family import family_of
 from trl_diffusion.sampling import SamplingConfig, row_generators
+from trl_diffusion.sampling.arguments import OPTIONS, GreedyArguments, refuse_unknown
 from trl_diffusion.sampling.positions import check_fits
 
 logger = logging.getLogger(__name__)
+
+# Options of the sampler that are the model's; the others have arguments of their own or are the task's.
+RULE_OPTIONS = tuple(name for name in OPTIONS if name not in ("denoising_steps", "temperature", "top_k", "top_p"))
 
 
 @register_model("trl_diffusion")
@@ -47,21 +51,18 @@ class DiffusionHarnessLM(TemplateLM):
         allow_other_base: accept an adapter whose config names another base.
         canvas_length: positions to write; the task's `max_gen_toks`, in whole blocks, if not given.
         denoising_steps: network evaluations per canvas; half the canvas if not given.
-        block_length: positions per block.
-        unmasking: see `trl_diffusion.sampling.SamplingConfig`, also for the next four. Temperature, top-k and top-p
-            are the task's (`--gen_kwargs`).
-        confidence_threshold: commit every position whose largest probability reaches this.
-        entropy_bound: commit positions up to this much entropy, in nats.
-        cache: keys and values to reuse between steps.
-        cache_refresh: steps between two full passes with an approximate cache.
-        mc_num: noised copies of each continuation in `loglikelihood`.
-        seed: seed of sampling and of the noised copies.
+        mc_num: noised views of each continuation in `loglikelihood`.
+        seed: seed of sampling and of the noised views.
         batch_size: completions decoded together.
         max_batch_size: only for the harness's automatic batch size, which is refused.
         device: `cpu` to stay there. Several processes, or one without a GPU, take what accelerate gives them.
+        **decoding: the other options of `trl_diffusion.sampling.SamplingArguments`: `block_length`, `unmasking`
+            (`max_prob` if not given), `confidence_threshold`, `entropy_bound`, `cache` and `cache_refresh`.
+            Temperature, top-k and top-p are the task's (`--gen_kwargs`).
 
     Raises:
         ValueError: for `batch_size=auto`.
+        TypeError: for an option that does not exist.
     """
 
     def __init__(
@@ -74,19 +75,15 @@ class DiffusionHarnessLM(TemplateLM):
         allow_other_base: bool = False,
         canvas_length: int | None = None,
         denoising_steps: int | None = None,
-        block_length: int = 32,
-        unmasking: str = "max_prob",
-        confidence_threshold: float | None = None,
-        entropy_bound: float | None = None,
-        cache: str = "auto",
-        cache_refresh: int = 0,
         mc_num: int = 128,
         seed: int = 0,
         batch_size: int | str = 1,
         max_batch_size: int | None = None,
         device: str | None = None,
+        **decoding: Any,
     ):
         super().__init__()
+        refuse_unknown(decoding, RULE_OPTIONS, type(self).__name__)
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ValueError(
                 f"batch_size must be a whole number, got {batch_size!r}: a batch size found by trial would change "
@@ -94,14 +91,7 @@ class DiffusionHarnessLM(TemplateLM):
             )
         self.batch_size, self.seed, self.mc_num = int(batch_size), seed, mc_num
         self.canvas_length, self.denoising_steps = canvas_length, denoising_steps
-        self.block_length = block_length
-        self.rules: dict[str, Any] = {
-            "unmasking": unmasking,
-            "confidence_threshold": confidence_threshold,
-            "entropy_bound": entropy_bound,
-            "cache": cache,
-            "cache_refresh": cache_refresh,
-        }
+        self.options = GreedyArguments(**decoding)
         self.state = join_processes(use_cpu=device == "cpu")
         self._rank, self._world_size = self.state.process_index, self.state.num_processes
         self._device = self.state.device
@@ -120,7 +110,7 @@ class DiffusionHarnessLM(TemplateLM):
             allow_other_base=allow_other_base,
         )
 
-    # What the harness asks about
+    # Facts that the harness reads
 
     @property
     def eot_token_id(self) -> int:
@@ -135,14 +125,14 @@ class DiffusionHarnessLM(TemplateLM):
         return self.tokenizer.name_or_path.replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness writes beside its results."""
-        decoding = {key: getattr(self, key) for key in ("canvas_length", "denoising_steps", "block_length")}
+        """Return the facts and settings that the harness writes together with its results."""
         return {
             **self.facts,
             "weights": weights_checksum(self.model),
             "model_dtype": str(self.model.dtype),
-            **decoding,
-            **self.rules,
+            "canvas_length": self.canvas_length,
+            "denoising_steps": self.denoising_steps,
+            **{name: vars(self.options)[name] for name in RULE_OPTIONS},
             "mc_num": self.mc_num,
             "sampling_seed": self.seed,
         }
@@ -164,7 +154,7 @@ class DiffusionHarnessLM(TemplateLM):
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Token ids of a context and its continuation; spaces between them belong to the continuation."""
+        """Encode a context and its continuation; spaces between them belong to the continuation."""
         text = context + continuation
         context = context.rstrip(" ")
         whole, context_ids = self.tok_encode(text), self.tok_encode(context)
@@ -195,7 +185,7 @@ class DiffusionHarnessLM(TemplateLM):
     # Requests
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Completions, each cut at its first stop string."""
+        """Complete each request, and cut the text at its first stop string."""
         groups: dict[str, list[int]] = defaultdict(list)
         for position, request in enumerate(requests):
             # Only rows of one task, decoded in one way, share batches.
@@ -229,7 +219,7 @@ class DiffusionHarnessLM(TemplateLM):
         return texts
 
     def _decoding(self, options: dict[str, Any]) -> SamplingConfig:
-        """The task's generation options and the model's, as a `SamplingConfig`."""
+        """Merge the task's generation options and the model's into a `SamplingConfig`."""
         budget, sampled = options.pop("max_gen_toks"), options.pop("do_sample")
         temperature = float(options.pop("temperature", 1.0)) if sampled else 0.0
         top_k, top_p = int(options.pop("top_k", 0)), float(options.pop("top_p", 1.0))
@@ -239,20 +229,19 @@ class DiffusionHarnessLM(TemplateLM):
                 f"The task sets generation options that diffusion decoding does not have: {options}. Remove them from "
                 "the task's generation_kwargs."
             )
-        canvas = self.canvas_length or -(-budget // self.block_length) * self.block_length
-        return SamplingConfig(
-            canvas_length=canvas,
+        block = self.options.block_length
+        canvas = self.canvas_length or -(-budget // block) * block
+        return self.options.sampling_on(
+            canvas,
             denoising_steps=self.denoising_steps or canvas // 2,
-            block_length=self.block_length,
             temperature=temperature,
             top_k=top_k if sampled else 0,
             top_p=top_p if sampled else 1.0,
-            record_support=False,
-            **self.rules,
+            record_support=False,  # texts are all that is kept
         )
 
     def _indices(self, requests: list[Instance]) -> list[int]:
-        """Row · repeats + number of the repeat, which keys each completion's random stream."""
+        """Return row · repeats + number of the repeat, which keys each completion's random stream."""
         seen: dict[int, int] = defaultdict(int)
         indices = []
         for request in requests:
@@ -298,7 +287,7 @@ class DiffusionHarnessLM(TemplateLM):
         return answers
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Refused.
+        """Refuse the request: there is no perplexity of whole documents.
 
         Raises:
             NotImplementedError: always.
@@ -311,11 +300,11 @@ class DiffusionHarnessLM(TemplateLM):
 
 
 def _key(token_ids: Sequence[int]) -> tuple[int, int]:
-    """Two 32-bit integers from token ids."""
+    """Hash token ids to two 32-bit integers."""
     digest = hashlib.blake2b(repr(list(token_ids)).encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:], "big")
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:
-    """The text before the first stop string."""
+    """Return the text before the first stop string."""
     return text[: min((at for at in map(text.find, stops) if at >= 0), default=len(text))]

@@ -7,7 +7,7 @@ from typing import Any
 import datasets
 import evaluate
 
-from trl_diffusion.evaluation.accuracy import wilson_interval
+from trl_diffusion.evaluation.statistics import wilson_interval
 from trl_diffusion.tasks import TASKS, Task
 
 INPUTS = """

@@ -9,27 +9,21 @@ from trl import GRPOConfig
 from trl_diffusion.runtime.checkpoints import ResumeConfig
 from trl_diffusion.runtime.guards import GuardConfig
 from trl_diffusion.runtime.launch import fit_to_cpu, launched_processes
-from trl_diffusion.sampling import SamplingConfig
+from trl_diffusion.sampling import SamplingArguments, SamplingConfig
 
 
 @dataclass
-class DiffusionGRPOConfig(GuardConfig, ResumeConfig, GRPOConfig):
-    """What every method's config has: TRL's `GRPOConfig`, how the canvas is written, and the guards' policies.
+class DiffusionGRPOConfig(SamplingArguments, GuardConfig, ResumeConfig, GRPOConfig):
+    """Config that every method's extends: TRL's `GRPOConfig`, the sampler's options, and the guards' policies.
 
-    TRL's `max_completion_length` is the canvas length L, `temperature`, `top_k` and `top_p` are those of the sampler.
+    TRL's `max_completion_length` is the canvas length L. How completions are drawn is said by the options of
+    `trl_diffusion.sampling.SamplingArguments`, `temperature`, `top_k` and `top_p` among them. `cache="auto"` is exact;
+    with `prefix` and `dual` completions come from a slightly different policy than the network's.
 
     Args:
-        denoising_steps: S, steps in which the canvas is written.
-        block_length: positions per block; blocks are written from left to right.
-        unmasking: how positions are chosen, see `trl_diffusion.sampling.SamplingConfig`.
         record_signals: record entropy and confidence margin of every denoising step of the training rollouts. It
-            costs no forward pass, but with `unmasking="random"` the LM head runs at every masked position of the
+            costs no forward, but with `unmasking="random"` the LM head then runs at every masked position of the
             active block.
-        confidence_threshold: commit every position whose largest probability reaches this, see `SamplingConfig`.
-        entropy_bound: commit positions up to this much entropy in nats, see `SamplingConfig`.
-        cache: keys and values that the rollout reuses, see `SamplingConfig`. What `auto` reuses is exact; under
-            `prefix` and `dual` completions are those of another policy, close to the network's.
-        cache_refresh: steps between two full passes with `prefix` and `dual`; 0 for one at the start of a block.
         per_device_train_batch_size: completions of a micro-batch on each process. If not given, whole groups of
             `num_generations`: as many as 8 completions hold, at least one.
         per_device_eval_batch_size: the same for evaluations, with `num_generations_eval` if that is given.
@@ -40,40 +34,8 @@ class DiffusionGRPOConfig(GuardConfig, ResumeConfig, GRPOConfig):
         ValueError: if settings do not fit together, or one cannot work with diffusion sampling.
     """
 
-    denoising_steps: int = field(
-        default=128,
-        metadata={"help": "Denoising steps in which the canvas of `max_completion_length` positions is written."},
-    )
-    block_length: int = field(
-        default=32, metadata={"help": "Positions per block; blocks are written from left to right."}
-    )
-    unmasking: str = field(
-        default="random",
-        metadata={
-            "help": "How positions to commit are chosen: random, max_prob, entropy, margin, or LLaDA's (biased) "
-            "low_confidence."
-        },
-    )
     record_signals: bool = field(
         default=False, metadata={"help": "Record entropy and confidence margin of every denoising step."}
-    )
-    confidence_threshold: float | None = field(
-        default=None,
-        metadata={"help": "Commit every position whose largest probability reaches this; with unmasking=max_prob."},
-    )
-    entropy_bound: float | None = field(
-        default=None,
-        metadata={"help": "Commit positions up to this much entropy, in nats; with unmasking=entropy."},
-    )
-    cache: str = field(
-        default="auto",
-        metadata={
-            "help": "Keys and values that the rollout reuses: auto (what is exact), none, prefix or dual "
-            "(approximate), or block (exact, for block-causal attention)."
-        },
-    )
-    cache_refresh: int = field(
-        default=0, metadata={"help": "Steps between two full passes with cache=prefix or dual; 0 for one per block."}
     )
     num_mc_samples: int = field(
         default=8, metadata={"help": "Monte-Carlo views (noised canvases) per completion and update."}
@@ -121,21 +83,8 @@ class DiffusionGRPOConfig(GuardConfig, ResumeConfig, GRPOConfig):
         self._refuse_what_cannot_work()
 
     def sampling_config(self) -> SamplingConfig:
-        """How completions are drawn."""
-        return SamplingConfig(
-            canvas_length=self.max_completion_length,
-            denoising_steps=self.denoising_steps,
-            block_length=self.block_length,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            unmasking=self.unmasking,
-            record_signals=self.record_signals,
-            confidence_threshold=self.confidence_threshold,
-            entropy_bound=self.entropy_bound,
-            cache=self.cache,
-            cache_refresh=self.cache_refresh,
-        )
+        """Return how completions are drawn; with the fields as they are now, since they may be changed later."""
+        return self.sampling_on(self.max_completion_length, record_signals=self.record_signals)
 
     def _refuse_what_cannot_work(self) -> None:
         autoregressive = "it generates one token after the other; completions here are drawn by diffusion"

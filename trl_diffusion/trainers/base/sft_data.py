@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trl_diffusion.family import DiffusionFamily
 from trl_diffusion.runtime.arguments import check_dataset, check_rows, named_eval_datasets
-from trl_diffusion.tokenization import encode_prompt
+from trl_diffusion.tokenization import encode_prompt, left_pad
 
 
 def check_sft_data(train_dataset: Any, eval_dataset: Any, args: Any) -> None:
@@ -142,19 +142,15 @@ def make_collator(tail_token_id: int, max_completion_length: int) -> Callable[[l
     """
 
     def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-        width = max(len(row["prompt_ids"]) for row in rows)
-        padding = [width - len(row["prompt_ids"]) for row in rows]
+        # Which id fills the padding does not matter: attention never reads it.
+        prompt_ids, prompt_mask = left_pad([row["prompt_ids"] for row in rows], tail_token_id)
         canvases = [
             row["completion_ids"] + [tail_token_id] * (max_completion_length - len(row["completion_ids"]))
             for row in rows
         ]
         return {
-            # Which id fills the padding does not matter: attention never reads it.
-            "prompt_ids": torch.tensor(
-                [[tail_token_id] * pad + row["prompt_ids"] for pad, row in zip(padding, rows, strict=True)],
-                dtype=torch.long,  # also where every prompt is empty
-            ),
-            "prompt_mask": torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding], dtype=torch.long),
+            "prompt_ids": prompt_ids,
+            "prompt_mask": prompt_mask,
             "completion_ids": torch.tensor(canvases),
             "row": torch.tensor([row["row"] for row in rows]),
         }
