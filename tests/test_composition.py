@@ -74,7 +74,7 @@ def compose(folder, likelihood: str, loss: str, **settings: Any) -> DiffusionGRP
     return BASE.make(folder, choices=choices, **settings)
 
 
-@pytest.mark.parametrize("pair", product(LIKELIHOODS, LOSSES), ids=" × ".join)
+@pytest.mark.parametrize("pair", list(product(LIKELIHOODS, LOSSES)), ids=" × ".join)
 def test_every_likelihood_goes_with_every_loss_or_is_refused_with_the_reason(pair, tmp_path, monkeypatch):
     if pair in REFUSED:
         with pytest.raises(ValueError, match=REFUSED[pair]):
