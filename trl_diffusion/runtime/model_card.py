@@ -99,11 +99,30 @@ def _table(rows: dict[str, str]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
-class PortableCards:
-    """Mixin before a trainer that removes local paths from the cards which PEFT writes next to adapters.
+class ModelCards:
+    """Mixin before a trainer for the cards of its models: TRL's, completed, and PEFT's, without local paths.
 
     PEFT writes a card into every checkpoint and wherever `save_model` puts an adapter, and names the base by its path.
     """
+
+    _dataset_name: str | None = None
+
+    def card_generation(self) -> dict[str, int]:
+        """Arguments of `generate` for the example in the model card."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how its models are sampled.")
+
+    def card_notes(self) -> str:
+        """What the model card says at its end."""
+        return ""
+
+    def create_model_card(self: Any, model_name=None, dataset_name=None, tags=None):
+        """TRL's card, completed; the name of the data set is kept for the cards of later checkpoints."""
+        self._dataset_name = dataset_name or self._dataset_name
+        super().create_model_card(**card_arguments(self, model_name, self._dataset_name), tags=tags)  # type: ignore[misc]
+        if self.is_world_process_zero():
+            complete_card(self, self._dataset_name, self.card_generation())
+            with open(os.path.join(str(self.args.output_dir), "README.md"), "a") as card:
+                card.write(self.card_notes())
 
     def _save(self: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)  # type: ignore[misc]

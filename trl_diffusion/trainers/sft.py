@@ -31,7 +31,7 @@ from trl_diffusion.runtime.arguments import check_arguments, check_load_argument
 from trl_diffusion.runtime.checkpoints import Checkpoints, ResumeConfig
 from trl_diffusion.runtime.guards import UpdateGuardConfig
 from trl_diffusion.runtime.launch import check_backend, check_device_map, fit_to_cpu
-from trl_diffusion.runtime.model_card import PortableCards, card_arguments, complete_card
+from trl_diffusion.runtime.model_card import ModelCards
 from trl_diffusion.runtime.sft_report import SFTRun, sft_report
 from trl_diffusion.runtime.update_guard import GuardedUpdates
 from trl_diffusion.sampling import row_generators
@@ -100,7 +100,7 @@ class SFTConfig(UpdateGuardConfig, ResumeConfig, _BaseConfig):
                 raise ValueError(f"SFTConfig does not support `{name}`: {reason}. Leave it at its default.")
 
 
-class SFTTrainer(PortableCards, Checkpoints, GuardedUpdates, _BaseTrainer):  # type: ignore[misc]
+class SFTTrainer(ModelCards, Checkpoints, GuardedUpdates, _BaseTrainer):  # type: ignore[misc]
     """Masked supervised fine-tuning.
 
     Args:
@@ -214,10 +214,9 @@ class SFTTrainer(PortableCards, Checkpoints, GuardedUpdates, _BaseTrainer):  # t
         for mode, metrics in state["metrics"].items():
             self._metrics[mode].update(metrics)
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):  # type: ignore[override]  # as TRL's
-        super().create_model_card(**card_arguments(self, model_name, dataset_name), tags=tags)
-        if self.is_world_process_zero():
-            complete_card(self, dataset_name, {"max_new_tokens": self.args.max_completion_length})
+    def card_generation(self) -> dict[str, int]:
+        """Arguments of `generate` for the example in the model card."""
+        return {"max_new_tokens": self.args.max_completion_length}
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["prompt_ids", "completion_ids", "row"]  # type: ignore[assignment]

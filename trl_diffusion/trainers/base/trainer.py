@@ -14,7 +14,6 @@ All the rest (rewards, clipping, KL, metrics, evaluation, logging) is TRL's.
 from __future__ import annotations
 
 import copy
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -58,7 +57,7 @@ from trl_diffusion.runtime.credit_assignment import CreditAssignment
 from trl_diffusion.runtime.launch import check_backend, check_device_map
 from trl_diffusion.runtime.loss_inputs import collect_loss_inputs
 from trl_diffusion.runtime.meter import Meter
-from trl_diffusion.runtime.model_card import PortableCards, card_arguments, complete_card
+from trl_diffusion.runtime.model_card import ModelCards
 from trl_diffusion.runtime.reference import ReferenceSource, reference_policy
 from trl_diffusion.runtime.report import startup_report
 from trl_diffusion.runtime.reward_guard import RewardGuard
@@ -80,7 +79,7 @@ from trl_diffusion.trainers.base.view_loop import ViewLoop
 
 
 # `ViewLoop` stands on the far side of TRL's trainer, so that TRL's `training_step` calls it; see there.
-class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GRPOTrainer, ViewLoop):  # type: ignore[misc]
+class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOTrainer, ViewLoop):  # type: ignore[misc]
     """GRPO for diffusion language models, composed of a credit, a likelihood and a loss.
 
     A method overrides `credit`, `likelihood` and `loss`; or they are handed over, and then go before the method's own.
@@ -128,16 +127,8 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
         loss: Loss | None = None,
         **kwargs: Any,
     ):
-        if args is None:
-            name = model if isinstance(model, str) else get_config_model_id(model.config)
-            args = self.config_class(f"{name.split('/')[-1]}-{self._name}")
-        if not isinstance(args, DiffusionGRPOConfig):
-            raise TypeError(f"args must be a {self.config_class.__name__}, got {type(args).__name__}.")
-        check_backend(args)
-        check_arguments(processing_class, kwargs)
-        check_load_arguments(args.model_init_kwargs)
+        args = self._checked_arguments(model, args, processing_class, kwargs)
         check_rollout_data(args, train_dataset, eval_dataset, reward_funcs)
-        args = copy.copy(args)  # which is changed below
         if isinstance(model, str) and is_adapter(model):
             model = load_to_train(model, args, kwargs.pop("quantization_config", None))
             args.model_init_kwargs = None  # used; TRL warns where they come with a model
@@ -145,17 +136,7 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
         check_adapter(model, kwargs.get("peft_config"))
         kwargs["peft_config"] = native_peft_config(kwargs.get("peft_config"), model, args.model_init_kwargs)
         adapter_precision = AdapterPrecision(model)
-
-        self.args = args  # transformers sets it again; the choices read it
-        check_composition(args, likelihood, loss)
-        self._composed = any(choice is not None for choice in (credit, likelihood, loss))
-        self.choices = Choices.of(
-            self.credit() if credit is None else credit,
-            self.likelihood() if likelihood is None else likelihood,
-            self.loss() if loss is None else loss,
-            args,
-        )
-        args.record_signals = args.record_signals or self.choices.likelihood.needs_signals
+        self._choose(args, credit, likelihood, loss)
 
         needed = self.choices.loss.needs_reference(args) or self.choices.credit.needs_reference
         source = ReferenceSource.of(model, args, kwargs["peft_config"], needed)
@@ -184,18 +165,51 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
         check_trainable(self.model)
         adapter_precision.restore(self.model, args.deepspeed_plugin)
         self.family = family_of(self.model)
+        self._check_loaded_model({"train_dataset": train_dataset} | named_eval_datasets(eval_dataset))
+        self._set_up_rollouts()
+
+    def _checked_arguments(self, model, args, processing_class, kwargs: dict[str, Any]) -> DiffusionGRPOConfig:
+        """Refuse arguments that cannot work, before anything is loaded; return a copy of the config, to be changed."""
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = self.config_class(f"{name.split('/')[-1]}-{self._name}")
+        if not isinstance(args, DiffusionGRPOConfig):
+            raise TypeError(f"args must be a {self.config_class.__name__}, got {type(args).__name__}.")
+        check_backend(args)
+        check_arguments(processing_class, kwargs)
+        check_load_arguments(args.model_init_kwargs)
+        return copy.copy(args)
+
+    def _choose(
+        self,
+        args: DiffusionGRPOConfig,
+        credit: CreditChoice | None,
+        likelihood: Likelihood | None,
+        loss: Loss | None,
+    ) -> None:
+        """Take the choices that were handed over, and for the others the method's own."""
+        self.args = args  # transformers sets it again; the choices read it
+        check_composition(args, likelihood, loss)
+        self._composed = any(choice is not None for choice in (credit, likelihood, loss))
+        self.choices = Choices.of(
+            self.credit() if credit is None else credit,
+            self.likelihood() if likelihood is None else likelihood,
+            self.loss() if loss is None else loss,
+            args,
+        )
+        args.record_signals = args.record_signals or self.choices.likelihood.needs_signals
+
+    def _check_loaded_model(self, datasets: dict[str, Any]) -> None:
+        """Refuse a model that cannot be sampled or scored with these settings, and prompts that are too long for it."""
+        args = self.args
         check_device_map(self.model)
         self.choices.likelihood.check_family(self.family, self._name)
         args.sampling_config().check_family(self.family)
         warn_of_eight_bit(self.model)
         check_prompts_fit(
-            self.model,
-            args.max_completion_length,
-            {"train_dataset": train_dataset} | named_eval_datasets(eval_dataset),
-            lambda prompts: self._tokenize_prompts(prompts)[0],
+            self.model, args.max_completion_length, datasets, lambda prompts: self._tokenize_prompts(prompts)[0]
         )
         self.check_update_policy()
-        self._set_up_rollouts()
 
     def _set_up_rollouts(self) -> None:
         """Make what draws, judges and scores completions, and what is remembered between updates."""
@@ -227,7 +241,6 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
         self._finished: FinishedBatch | None = None
         self._scored: Scores | None = None  # handed to TRL's loss, see `_as_trl_reads`
         self._window_rows: Rows | None = None  # of the views of one update, see `ViewLoop`
-        self._dataset_name: str | None = None
         self._unshown_completions = False
 
     # ---------------------------------------------------------------- choices
@@ -566,24 +579,19 @@ class DiffusionGRPOTrainer(PortableCards, RolloutCheckpoints, GuardedUpdates, GR
             self.log_completions = wanted
         self._unshown_completions = False
 
-    def create_model_card(self, model_name=None, dataset_name=None, tags=None):  # type: ignore[override]  # as TRL's
-        self._dataset_name = dataset_name or self._dataset_name  # TRL does not repeat it with every checkpoint
-        super().create_model_card(**card_arguments(self, model_name, self._dataset_name), tags=tags)
-        if not self.is_world_process_zero():
-            return
-        args = self.args
-        complete_card(
-            self,
-            self._dataset_name,
-            {
-                "max_new_tokens": args.max_completion_length,
-                "block_length": args.block_length,
-                "denoising_steps": args.denoising_steps,
-            },
-        )
-        if self._probe is not None:
-            with open(os.path.join(str(self.args.output_dir), "README.md"), "a") as card:
-                card.write(f"\nThe reward is step-aware (SAPO). Cite it as:\n\n```bibtex\n{CITATION}\n```\n")
+    def card_generation(self) -> dict[str, int]:
+        """Arguments of `generate` for the example in the model card."""
+        return {
+            "max_new_tokens": self.args.max_completion_length,
+            "block_length": self.args.block_length,
+            "denoising_steps": self.args.denoising_steps,
+        }
+
+    def card_notes(self) -> str:
+        """What the model card says at its end."""
+        if self._probe is None:
+            return ""
+        return f"\nThe reward is step-aware (SAPO). Cite it as:\n\n```bibtex\n{CITATION}\n```\n"
 
     def evaluate(self, *args, **kwargs):
         check_eval_batch(self.args)
