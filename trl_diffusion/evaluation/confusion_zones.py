@@ -1,4 +1,4 @@
-"""Confusion zones: at which denoising steps the network hesitates, and whether that separates failures from successes.
+"""Confusion zones: at which denoising steps the network hesitates, and whether that tells failures from successes.
 
 ATPO (2511.15208) calls confusion zones the steps at which entropy is high or changes fast and the two likeliest tokens
 are close. Here the signals of single completions become curves over the denoising steps, split by success and failure,
@@ -38,7 +38,7 @@ def signal_frame(
         step of a block, where it is not defined) and `success` (boolean, NA for unknown).
 
     Raises:
-        ValueError: if the shapes differ.
+        ValueError: if the shapes do not fit together.
     """
     batch = (len(step_entropy),)
     if (
@@ -88,8 +88,8 @@ def failure_auc(frame: pd.DataFrame) -> pd.DataFrame:
     """How well each signal predicts failure.
 
     A completion's value is the mean of the signal over its own steps. The AUC is the probability that a failed
-    completion has a larger value than a successful one, a tie counting one half: at 0.5 the signal predicts nothing.
-    Completions whose success is unknown are left out.
+    completion has a larger value than a successful one, a tie counting one half: 0.5 tells nothing. Completions whose
+    success is unknown are left out.
 
     Args:
         frame: see `signal_frame`.
