@@ -134,6 +134,7 @@ AUTO = "import trl_diffusion\nfrom transformers import "
         (f"{AUTO}AutoModelForCausalLM as Auto; print(Auto.from_pretrained({SDAR!r}))", "SDARForCausalLM("),
         (f"{AUTO}AutoConfig as Auto; print(Auto.from_pretrained({CHECKPOINT!r}))", "LLaDAConfig {"),
         (f"{AUTO}AutoConfig as Auto; print(Auto.for_model('Dream', hidden_size=8))", '"hidden_size": 8'),
+        ("import trl_diffusion; print(trl_diffusion.models.LLaDAConfig)", "trl_diffusion.models.llada"),
     ],
 )
 def test_after_it_the_auto_classes_load_our_checkpoints(code, expected):

@@ -87,12 +87,12 @@ def test_rows_that_cannot_be_used_are_refused(recipe, rows_file, tmp_path):
         recipe.load(recipe.SFTArguments(dataset_path="none.jsonl"))
 
 
-def test_an_answer_is_right_if_the_tasks_first_score_is_full(recipe):
+def test_an_answer_is_right_if_the_tasks_first_score_is_full():
     row = load_sudoku("train", 1)[0]
     last = row["puzzle"].rindex("0")
     wrong = row["solution"][:last] + "1234"[int(row["solution"][last]) % 4] + row["solution"][last + 1 :]
-    assert recipe.is_correct("sudoku", row["solution"], row)
-    assert not recipe.is_correct("sudoku", wrong, row)
+    assert TASKS["sudoku"].is_correct(row["solution"], row)
+    assert not TASKS["sudoku"].is_correct(wrong, row)
     assert 0 < TASKS["sudoku"].score(wrong, row)["cells_correct"] < 1  # another score
 
 

@@ -200,7 +200,7 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
         args.record_signals = args.record_signals or self.choices.likelihood.needs_signals
 
     def _check_loaded_model(self, datasets: dict[str, Any]) -> None:
-        """Refuse a model that cannot be sampled or scored with these settings, and prompts that are too long for it."""
+        """Refuse a model that cannot be sampled or scored with these settings, and prompts too long for it."""
         args = self.args
         check_device_map(self.model)
         self.choices.likelihood.check_family(self.family, self._name)

@@ -4,4 +4,4 @@ from trl_diffusion.evaluation.metrics import task_metric
 
 
 class AnyTask(task_metric.TaskMetric):
-    pass
+    """The task is `config_name`."""
