@@ -13,7 +13,16 @@ from enumeration import enumerate_paths
 from methods import Method
 from test_exact_gradient import trajectory_of
 from tiny import END, TAIL, tiny_model, without_ends
-from trainer_helpers import largest_log_ratio, loss_of_update, losses_seen, parameters_of, plan_of, rollout_of
+from trainer_helpers import (
+    largest_log_ratio,
+    loss_of_update,
+    losses_seen,
+    num_views,
+    parameters_of,
+    plan_of,
+    rollout_of,
+    view_of,
+)
 
 from trl_diffusion.credit import DrawnSteps, SelectedSteps, leave_one_out
 from trl_diffusion.credit.step_selection import select_roec_cm
@@ -28,6 +37,7 @@ from trl_diffusion.likelihood import (
     TrajectoryViews,
 )
 from trl_diffusion.losses import Contrast, Loss, SandwichedBound, SequenceRatio, TokenRatio, WeightedLikelihood
+from trl_diffusion.runtime.earlier_buffers import upgrade
 from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.trainers import DiffusionGRPOConfig, DiffusionGRPOTrainer
 from trl_diffusion.trainers.coupled_grpo import CoupledMasks, CoupledViews
@@ -263,3 +273,72 @@ def test_advantages_may_differ_between_the_views_of_a_completion(tmp_path):
     own = [trainer._view_loss(trainer.model, rows, 0, view) for view in range(2)]
     torch.testing.assert_close(torch.stack(own), torch.stack(plain) * torch.tensor([1.0, -3.0]))
     assert abs(plain[1]) > 1e-4
+
+
+def test_weighted_likelihood_on_drawn_steps_is_reinforce(model, tmp_path):
+    """Every step once, as its expected weight has it: the gradient of Σ p A log p over the paths, that of E[r]."""
+    paths = enumerate_paths(model, PROMPT, LENGTH, BLOCK, BLOCK)
+    paths = [path for path in paths if not {TAIL, END} & set(path.tokens)]
+    choices = {
+        "likelihood": TrajectoryViews(DrawnSteps(LENGTH), EVERY_STEP),
+        "loss": WeightedLikelihood("sum"),
+    }
+    settings: dict[str, Any] = dict(max_completion_length=LENGTH, block_length=BLOCK, denoising_steps=LENGTH)
+    trainer = BASE.make(tmp_path, model=model, choices=choices, temperature=1.0, **settings)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer.model.train()
+    rows = composed_rows(trainer, paths)
+    rewards = torch.tensor([reward_of(path.tokens) for path in paths]).double()
+    probability = torch.stack([path.probability for path in paths])
+    exact = gradient(model, (probability * rewards).sum())
+    rows["advantages"] = probability.detach() * rewards * len(paths)
+    found = -gradient(model, loss_of_update(trainer, rows))
+    torch.testing.assert_close(found, exact.to(found.dtype), atol=1e-6, rtol=1e-5)
+    # negative control: views without their weights
+    rows["view_weights"] = torch.ones_like(rows["view_weights"])
+    wrong = -gradient(model, loss_of_update(trainer, rows))
+    assert (wrong - exact).norm() > 0.5 * exact.norm()
+
+
+# ------------------------------------------- text that was on the canvas beforehand
+
+
+@pytest.mark.parametrize("name", ["drawn steps, sum", "replay", "full mask", "random masks", "subset pairs"])
+def test_given_text_is_shown_in_every_view_and_never_a_target(name, tmp_path):
+    trainer = compose(tmp_path, name, "token ratio")
+    rows = rollout_of(trainer, "a b", "b a a")
+    trajectory, _ = trainer.last_rollout
+    given = torch.zeros_like(rows["completion_ids"], dtype=torch.bool)
+    given[:, 1:3] = True
+    steps = trajectory.unmask_step.masked_fill(given, -1)
+    trajectory = replace(trajectory, unmask_step=steps, given=given)
+    rows |= plan_of(trainer, trajectory, rows)
+    targets = 0
+    for view in range(num_views(trainer)):
+        shown = view_of(trainer, rows, 0, view)
+        assert torch.equal(shown.canvas[given], rows["completion_ids"][given])
+        assert not shown.targets[given].any()
+        targets += shown.targets.sum()
+    assert targets > 0
+
+
+# ------------------------------------------- rollout batches of earlier checkpoints
+
+
+def test_rollout_batches_of_earlier_checkpoints_are_read():
+    rows = {"advantages": torch.ones(2), "hidden": torch.ones(2, 1, 1, 4), "hidden_share": torch.ones(2, 1, 1)}
+    weights, baseline = torch.tensor([0.75, 0.25]), torch.tensor([0.5, 0.5])
+
+    def read(**more):
+        (found,) = upgrade([rows | more], 2, refreshes=False)
+        assert "hidden" not in found and found["masked"].shape == (2, 1, 1, 4) and "mask_rate" in found
+        return found["advantages"].tolist()
+
+    assert read() == [1, 1]
+    assert read(length_weight=torch.tensor([0.5, 1.5])) == [0.5, 1.5]  # SPG
+    assert read(weights=2 * weights) == [1.5, 0.5]  # wd1
+    assert read(weights=weights, weight_baseline=baseline, rollout_elbo=baseline) == [0.5, -0.5]  # DMPO
+    assert upgrade(None, 2, refreshes=False) is None
+    assert upgrade([{"masked": weights}], 2, refreshes=True) == [{"masked": weights}]  # of this version
+    with pytest.raises(ValueError, match="in the middle of a rollout batch whose weights change"):
+        upgrade([rows], 2, refreshes=True)

@@ -16,6 +16,7 @@ from trl_diffusion.evaluation.confusion_zones import confusion_zone_figure, fail
 from trl_diffusion.evaluation.statistics import Estimate
 from trl_diffusion.runtime.zero3 import finish_trace
 from trl_diffusion.sampling.rollout import FinishedBatch
+from trl_diffusion.sampling.trajectory import taken_steps
 from trl_diffusion.trainers.base.trainer import DiffusionGRPOTrainer
 from trl_diffusion.trainers.trajectory_grpo import TrajectoryGRPOTrainer
 
@@ -142,13 +143,14 @@ class ConfusionZoneCallback(TrainerCallback):
         assert trainer.last_rollout is not None
         trajectory, finished = trainer.last_rollout
         assert trajectory.step_entropy is not None and trajectory.step_margin is not None
-        entropy, margin, steps = trainer.accelerator.gather(
-            (trajectory.step_entropy, trajectory.step_margin, trajectory.steps_taken)
+        taken = taken_steps(trajectory.unmask_step, trainer.args.denoising_steps)
+        entropy, margin, steps, taken = trainer.accelerator.gather(
+            (trajectory.step_entropy, trajectory.step_margin, trajectory.steps_taken, taken)
         )
         steps_per_block = trainer.args.sampling_config().steps_per_block
-        frame = signal_frame(entropy, margin, steps, self._successes(finished), steps_per_block)
-        for signal, value in failure_auc(frame)["auc"].dropna().items():
-            trainer._metrics["train"][f"confusion_zones/auc_{signal}"].append(value)
+        frame = signal_frame(entropy, margin, steps, self._successes(finished), steps_per_block, taken)
+        areas = failure_auc(frame)["auc"].dropna()
+        trainer.meter.add("train", {f"confusion_zones/auc_{signal}": area for signal, area in areas.items()})
         if trainer.accelerator.is_main_process:
             selected = trainer.last_selection if isinstance(trainer, TrajectoryGRPOTrainer) else None
             assert trainer.args.output_dir is not None
