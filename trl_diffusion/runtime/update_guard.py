@@ -10,6 +10,8 @@ import torch
 from accelerate.utils import DistributedType
 from transformers import Trainer
 
+from trl_diffusion.runtime.meter import Meter
+
 logger = logging.getLogger(__name__)
 
 
@@ -21,7 +23,7 @@ class GuardedUpdates(Trainer):
 
     args: Any
     model: Any  # transformers types it as optional
-    _metrics: Any
+    meter: Meter
     _losses_finite: torch.Tensor | None = None
 
     def check_update_policy(self) -> None:
@@ -69,7 +71,7 @@ class GuardedUpdates(Trainer):
         not_finite = self._what_is_not_finite(grad_norm)
         skips = self.args.nonfinite_update == "skip"
         if skips:
-            self._metrics["train"]["guards/skipped_updates"].append(float(not_finite is not None))
+            self.meter.add("train", {"guards/skipped_updates": float(not_finite is not None)})
         if not_finite is None:
             return
         problem = f"Update {self.state.global_step + 1}: not finite: {not_finite}"

@@ -31,6 +31,7 @@ from trl_diffusion.runtime.arguments import check_arguments, check_load_argument
 from trl_diffusion.runtime.checkpoints import Checkpoints, ResumeConfig
 from trl_diffusion.runtime.guards import UpdateGuardConfig
 from trl_diffusion.runtime.launch import check_backend, check_device_map, fit_to_cpu
+from trl_diffusion.runtime.meter import Meter
 from trl_diffusion.runtime.model_card import ModelCards
 from trl_diffusion.runtime.sft_report import SFTRun, sft_report
 from trl_diffusion.runtime.update_guard import GuardedUpdates
@@ -183,6 +184,7 @@ class SFTTrainer(ModelCards, Checkpoints, GuardedUpdates, _BaseTrainer):  # type
         check_device_map(self.model)
         self.check_update_policy()
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
+        self.meter = Meter(self.accelerator, self._metrics)
 
     def train(self, *args, **kwargs):
         """Train as TRL does; with the progress bar (`disable_tqdm=False`) print the start-up report first."""
