@@ -262,7 +262,7 @@ def is_killed(mutant: Mutant, copy: Path) -> bool:
         raise ValueError(f"{mutant.name}: {mutant.file} has the passage {source.count(mutant.right)} times, not once.")
     files, _, selection = mutant.tests.partition(" -k ")
     selected = ["-k", selection] if selection else []
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-x", "-m", "not slow", *selected, files]
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-x", "-m", "not thorough", *selected, files]
     path.write_text(source.replace(mutant.right, mutant.wrong))
     try:
         found = subprocess.run(command, cwd=copy, env=os.environ | {"PYTHONPATH": str(copy)}, capture_output=True)
