@@ -84,11 +84,11 @@ MUTANTS = [
         "tests/test_properties.py -k test_2",
     ),
     Mutant(
-        "likelihood: tokens after the end are targets of trajectory views",
+        "likelihood: truncated completions learn on their own steps",
         "likelihood/trajectory_views.py",
         'views.targets &= rows["completion_mask"].bool()',
         "pass",
-        "tests/test_properties.py -k test_2",
+        "tests/test_trainer.py -k truncated",
     ),
     Mutant(
         "likelihood: the estimate from drawn steps is a sum over draws",

@@ -247,7 +247,7 @@ def test_a_cache_that_the_attention_does_not_know_is_an_error(model_class):
     states = torch.zeros(1, 2, model.config.hidden_size)
     angles = model.model.rotary_emb(states, torch.arange(2)[None])
     for layer in model.model.layers:
-        with pytest.raises(TypeError, match=f"got a cache as 'renamed', and knows it as '{CACHE_KEYWORD}'"):
+        with pytest.raises(TypeError, match=f"got a cache as 'renamed' and expects it as '{CACHE_KEYWORD}'"):
             layer(states, position_embeddings=angles, renamed=WindowCache(2))
 
 

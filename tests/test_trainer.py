@@ -265,6 +265,8 @@ def test_truncated_completions_can_be_left_out(tmp_path):
     truncated = ~trainer.family.is_end(rows["completion_ids"]).any(1)
     assert truncated.any() and not truncated.all()
     assert (rows["completion_mask"].any(1) == ~truncated).all()
+    targets = torch.stack([view_of(trainer, rows, 0, view).targets for view in range(3)], 1)
+    assert not targets[truncated].any() and targets[~truncated].any()
 
 
 def test_conversational_prompts_and_default_arguments(tmp_path, monkeypatch):

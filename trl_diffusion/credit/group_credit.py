@@ -15,7 +15,7 @@ import torch
 
 @dataclass(frozen=True)
 class GroupValues:
-    """What the weights of a prompt's completions may depend on; float [N, G] each.
+    """The values that a prompt's weights may depend on; float [N, G] each.
 
     Args:
         advantages: after a process reward (SAPO) was added; NaN for a completion without a reward.
@@ -35,7 +35,7 @@ class GroupValues:
 
 @dataclass(frozen=True)
 class GroupWeights:
-    """What the loss multiplies completions by.
+    """Weights by which the loss multiplies completions.
 
     Args:
         values: [N, G]; completions without a reward get 0 whatever stands here.
@@ -64,14 +64,14 @@ class Credit:
     only_scored: bool = False
 
     def centre(self, advantages: torch.Tensor) -> torch.Tensor:
-        """The method's own advantages [N, G] from TRL's (rewards less the group's mean, perhaps scaled).
+        """Return the method's own advantages [N, G], from TRL's (rewards less the group's mean, perhaps scaled).
 
         What centres or scales the rewards of a group belongs here: a process reward joins afterwards.
         """
         return advantages
 
     def weigh(self, group: GroupValues) -> GroupWeights:
-        """What the loss multiplies the completions by, from the advantages with the process reward."""
+        """Return the weights of the completions in the loss, from the advantages with the process reward."""
         return GroupWeights(group.advantages)
 
 

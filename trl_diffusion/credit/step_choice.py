@@ -1,4 +1,4 @@
-"""Which denoising steps of a rollout's completions learn: drawn for each completion, or selected for all alike."""
+"""Choices of the denoising steps that learn: drawn for each completion, or selected for all alike."""
 
 from __future__ import annotations
 
@@ -71,15 +71,15 @@ class StepChoice:
     needs_signals: bool = False
 
     def choose(self, rollout: Rollout, eligible: EligibleSteps) -> list[StepWeights]:
-        """Steps and weights [B, count] for every inner update of the rollout."""
+        """Return steps and weights [B, count] for every inner update of the rollout."""
         raise NotImplementedError
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must remember."""
+        """Return the state that a checkpoint must hold."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` gave."""
+        """Restore what `state` returned."""
 
 
 @dataclass

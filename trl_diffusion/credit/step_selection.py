@@ -50,7 +50,7 @@ class StepSignals:
 
     @property
     def block_starts(self) -> torch.Tensor:
-        """Which steps are the first of their block, bool [S]."""
+        """Bool [S], the first step of every block."""
         return torch.arange(self.entropy.size(1), device=self.entropy.device) % self.steps_per_block == 0
 
     def blend(self, earlier: StepSignals | None) -> StepSignals:

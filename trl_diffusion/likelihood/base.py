@@ -1,4 +1,4 @@
-"""What a likelihood is: the noised views of a completion that give its log-probabilities.
+"""The base class of likelihoods: the noised views of a completion that give its log-probabilities.
 
 The likelihood of a diffusion language model is intractable, so a method chooses views of the finished completion, in
 which some tokens are masked, and takes the network's log-probabilities of masked tokens there. `plan` runs once per
@@ -105,11 +105,11 @@ class Likelihood:
         raise NotImplementedError
 
     def view(self, rows: Rows, update: int, view: int, mask_token_id: int) -> Views:
-        """One view of every row; the same whenever it is asked for with the same arguments."""
+        """Build one view of every row; the same whenever it is asked for with the same arguments."""
         raise NotImplementedError
 
     def scored(self, rows: Rows, update: int, views: range, targets: torch.Tensor) -> ScoredViews:
-        """Facts about some views of an inner update, whose targets are bool [B, V, L]."""
+        """Collect facts about some views of an inner update, whose targets are bool [B, V, L]."""
         chosen = slice(views.start, views.stop)
         return ScoredViews(
             targets,
@@ -133,11 +133,11 @@ class Likelihood:
     # ---------------------------------------------------------------- checkpoints and cost
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint must remember of it."""
+        """Return the state that a checkpoint must hold."""
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take back what `state` gave."""
+        """Restore what `state` returned."""
 
     def targets_per_view(self, length: int) -> float:
         """Positions of a canvas that a view scores, on average, where the text fills it; for estimates of cost."""

@@ -1,7 +1,7 @@
-"""Noise plans: which positions of a completion its views hide, and which of those they are asked for.
+"""Noise plans: the positions of a completion that its views mask, and those among them that are scored.
 
-Every function is pure: the noise comes in as uniform numbers, which the trainer draws from the completion's private
-stream. Plans compose: `with_complements`, `concatenate` and `NoisePlan.only` take plans and return plans.
+Every function is pure: the noise comes in as uniform numbers, drawn from the completion's private stream
+(`trl_diffusion.likelihood.noises`). Plans compose: `with_complements`, `concatenate` and `NoisePlan.only` take plans and return plans.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ class NoisePlan:
     prompt_masked: torch.Tensor | None = None
 
     def only(self, positions: torch.Tensor) -> NoisePlan:
-        """The same views, asked for these positions alone (bool [B, L])."""
+        """Return the same views with targets among these positions (bool [B, L]) alone."""
         return replace(self, targets=self.targets & positions.unsqueeze(1))
 
 
 def full_mask(batch: int, views: int, length: int, device: torch.device | str = "cpu") -> NoisePlan:
-    """The whole canvas masked, every position scored (mean field, 2504.12216)."""
+    """Mask the whole canvas and score every position (mean field, 2504.12216)."""
     masked = torch.ones(batch, views, length, dtype=torch.bool, device=device)
     return NoisePlan(masked, masked, torch.ones(batch, views, device=device))
 
 
 def bernoulli(rate_noise: torch.Tensor, noise: torch.Tensor, low: float, high: float) -> NoisePlan:
-    """Every position masked independently at a rate t ~ U(low, high) of the view's own.
+    """Mask every position independently, at a rate t ~ U(low, high) drawn for each view.
 
     Args:
         rate_noise: uniform [B, V].
@@ -56,7 +56,7 @@ def bernoulli(rate_noise: torch.Tensor, noise: torch.Tensor, low: float, high: f
 
 
 def uniform_counts(noise: torch.Tensor, most: torch.Tensor) -> torch.Tensor:
-    """Counts k ~ U{1..most} from uniform noise [B, V] and the largest counts [B, 1]; long [B, V]."""
+    """Return counts k ~ U{1..most} from uniform noise [B, V] and the largest counts [B, 1]; long [B, V]."""
     return (noise * most).long().clamp(max=most - 1) + 1
 
 
@@ -80,7 +80,7 @@ def stratified_counts(offsets: torch.Tensor, rows: torch.Tensor, num_rows: int, 
 
 
 def random_subsets(counts: torch.Tensor, noise: torch.Tensor, allowed: torch.Tensor | None = None) -> NoisePlan:
-    """Uniform subsets of given sizes.
+    """Mask uniform subsets of given sizes.
 
     Args:
         counts: long [B, V], at most the number of allowed positions.
@@ -95,7 +95,7 @@ def random_subsets(counts: torch.Tensor, noise: torch.Tensor, allowed: torch.Ten
 
 
 def with_complements(plan: NoisePlan) -> NoisePlan:
-    """Every view followed by the one that hides what it shows; V doubles."""
+    """Follow every view by its complement, which masks what the view shows; V doubles."""
 
     def pairs(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
         return torch.stack([first, second], dim=2).flatten(1, 2)
@@ -105,7 +105,7 @@ def with_complements(plan: NoisePlan) -> NoisePlan:
 
 
 def prompt_noise(noise: torch.Tensor, probability: float, prompt_mask: torch.Tensor) -> torch.Tensor:
-    """Tokens of the prompt to mask, each with the same probability (2504.12216).
+    """Choose tokens of the prompt to mask, each with the same probability (2504.12216).
 
     Args:
         noise: uniform [B, P, V], counted from the right end of the prompt, so that padding does not move it.
@@ -119,16 +119,16 @@ def prompt_noise(noise: torch.Tensor, probability: float, prompt_mask: torch.Ten
 
 
 def random_text(count_noise: torch.Tensor, noise: torch.Tensor, length: torch.Tensor) -> NoisePlan:
-    """k ~ U{1..n} of the n positions of the text masked, and all behind it (SPG's `random`, 2510.09541).
+    """Mask k ~ U{1..n} of the n positions of the text, and all after it (SPG's `random`, 2510.09541).
 
     Args:
         count_noise: uniform [B, V].
         noise: uniform [B, V, L].
         length: long [B], n.
     """
-    behind = torch.arange(noise.size(-1), device=noise.device) >= length.view(-1, 1, 1)
-    plan = random_subsets(uniform_counts(count_noise, length.unsqueeze(1)), noise, ~behind)
-    return replace(plan, masked=plan.masked | behind)
+    after = torch.arange(noise.size(-1), device=noise.device) >= length.view(-1, 1, 1)
+    plan = random_subsets(uniform_counts(count_noise, length.unsqueeze(1)), noise, ~after)
+    return replace(plan, masked=plan.masked | after)
 
 
 def block_random(
@@ -139,7 +139,7 @@ def block_random(
     block_length: int,
     context_probability: float = 0.0,
 ) -> NoisePlan:
-    """One block of the text in the making (SPG, 2510.09541): earlier blocks shown, later ones masked.
+    """Show one block of the text in the making (SPG, 2510.09541): earlier blocks shown, later ones masked.
 
     Of the block's positions up to the end of the text, k ~ U{1..size} are masked and scored. Positions of earlier
     blocks are masked too with `context_probability`, and not scored.
@@ -165,7 +165,7 @@ def block_random(
 
 
 def trajectory_groups(unmask_step: torch.Tensor, num_steps: int, shrink: int) -> NoisePlan:
-    """TraceRL's views (2509.06949): the canvas before each group of denoising steps, whose tokens are the targets.
+    """Replay the trajectory (TraceRL, 2509.06949): the canvas before each group of steps, whose tokens are the targets.
 
     Groups are of successive steps that the completion took. With parallel unmasking a block may end before its last
     step; the steps left out do not count, as in the release.
@@ -188,11 +188,11 @@ def trajectory_groups(unmask_step: torch.Tensor, num_steps: int, shrink: int) ->
 
 
 def block_steps(unmask_step: torch.Tensor, steps_per_block: int, shrink: int) -> NoisePlan:
-    """Views for block-causal attention (2509.06949, 2512.22234): every block before a group of its own steps.
+    """Replay all blocks at once, for block-causal attention (2509.06949, 2512.22234).
 
-    View k hides, in every block, what the block's steps from k · shrink on wrote; the tokens of the first `shrink` of
-    them are the targets. Beside the finished completion (see `Views`) this replays the same steps of all blocks at
-    once, and with `shrink=1` each token is scored on what the sampler saw.
+    View k masks, in every block, what the block's steps from k · shrink on wrote; the tokens of the first `shrink` of
+    them are the targets. Next to the finished completion (see `Views`) this replays the same steps of all blocks at
+    once, and with `shrink=1` each token is scored on the canvas that the sampler saw.
 
     Args:
         unmask_step: int [B, L], block · `steps_per_block` + step within it; -1 where nothing was sampled.
@@ -207,7 +207,7 @@ def block_steps(unmask_step: torch.Tensor, steps_per_block: int, shrink: int) ->
 
 
 def concatenate(plans: Sequence[NoisePlan]) -> NoisePlan:
-    """The views of several plans, one after the other; either all or none mask prompts."""
+    """Join the views of several plans, one after the other; either all or none mask prompts."""
     prompts = [plan.prompt_masked for plan in plans if plan.prompt_masked is not None]
     return NoisePlan(
         torch.cat([plan.masked for plan in plans], 1),

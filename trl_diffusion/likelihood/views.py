@@ -1,4 +1,4 @@
-"""Noised views of completions: what the network is shown, and which tokens it is asked for."""
+"""Noised views of completions: the canvas that the network reads, and the positions that are scored."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Views:
         canvas: long [R, L], the completion with mask tokens where it is masked.
         targets: bool [R, L], the masked positions to score.
         prompt_ids: long [R, P], the prompt if it is noised too; else `None`.
-        context: long [R, L], the finished completion, shown beside the canvas; for block-causal attention, where each
+        context: long [R, L], the finished completion, shown next to the canvas; for block-causal attention, where each
             block of the canvas sees the finished blocks before it and none of the noised ones. Else `None`.
     """
 
@@ -26,7 +26,7 @@ class Views:
     context: torch.Tensor | None = None
 
     def forward_units(self, prompt_length: int) -> float:
-        """Forward passes of all rows, each by its columns as a share of prompt and canvas (1 but for a context)."""
+        """Return the forward passes of all rows, each by its columns as a share of prompt and canvas (1 but for a context)."""
         length = self.canvas.size(1)
         context = 0 if self.context is None else length
         return len(self.canvas) * (1 + context / (prompt_length + length))
@@ -39,9 +39,9 @@ def trajectory_views(
     mask_token_id: int,
     given: torch.Tensor | None = None,
 ) -> Views:
-    """The canvas just before a denoising step, and the tokens which that step committed.
+    """Build the canvas just before a denoising step; the targets are the tokens which that step committed.
 
-    Positions that were never sampled (filled behind a finished text) were masks at every step, and are never targets.
+    Positions that were never sampled (filled after a finished text) were masks at every step, and are never targets.
 
     Args:
         completion_ids: long [R, L].
@@ -71,7 +71,7 @@ def noised_views(
     prompt_masked: torch.Tensor | None = None,
     two_stream: bool = False,
 ) -> Views:
-    """One view of a noise plan.
+    """Build one view of a noise plan.
 
     Args:
         completion_ids: long [R, L].
@@ -91,7 +91,7 @@ def noised_views(
 
 
 def stack_views(views: Sequence[Views]) -> Views:
-    """Several views of the same rows as one batch: first all rows of the first view, then those of the second …"""
+    """Join views of the same rows to one batch: all rows of the first view, then those of the second …"""
     prompts = [view.prompt_ids for view in views if view.prompt_ids is not None]
     contexts = [view.context for view in views if view.context is not None]
     return Views(

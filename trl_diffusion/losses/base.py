@@ -1,4 +1,4 @@
-"""What a loss is: a pure function from `LossInputs` to `LossOutputs`."""
+"""The base class of losses: pure functions from `LossInputs` to `LossOutputs`."""
 
 from __future__ import annotations
 

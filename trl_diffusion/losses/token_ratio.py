@@ -44,7 +44,7 @@ class TokenRatio(Loss):
             check_weighted_kl(args, likelihood.describe())
 
     def trl_inputs(self, inputs: LossInputs, args: Any) -> dict[str, torch.Tensor]:
-        """What TRL's loss reads, but for prompts and completions.
+        """Return the inputs of TRL's loss, but for prompts and completions.
 
         A view's weight multiplies its terms, and TRL has no argument for that. Where there is no KL term, it is folded
         into the advantages, to which the policy term is proportional. With a KL term it goes into `tool_mask`, with

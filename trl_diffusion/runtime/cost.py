@@ -1,4 +1,4 @@
-"""What an update will cost: forward units, floating-point operations and memory, from shapes and settings alone.
+"""Estimate the cost of an update: forward units, floating-point operations and memory, from shapes and settings alone.
 
 The figures are those of a run whose texts fill their canvases. A text that ends early leaves its rollout after the
 block in which it ends, so a real rollout costs less.
@@ -69,7 +69,7 @@ def completion_cost(
     prompt_length: float,
     probe: float,
 ) -> CompletionCost:
-    """What one completion costs, from the choices of a method.
+    """Estimate what one completion costs, from the choices of a method.
 
     Args:
         credit: of the method.

@@ -112,7 +112,7 @@ class ModelCards:
         raise NotImplementedError(f"{type(self).__name__} does not say how its models are sampled.")
 
     def card_notes(self) -> str:
-        """What the model card says at its end."""
+        """Return text for the end of the model card."""
         return ""
 
     def create_model_card(self: Any, model_name=None, dataset_name=None, tags=None):

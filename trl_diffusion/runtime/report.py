@@ -1,4 +1,4 @@
-"""What a run is about to do, in one panel: model, method, batch, the cost of an update, and what is off or refused."""
+"""The start-up report, one panel: model, method, batch, the cost of an update, and what is off or refused."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class RolloutCheckpoints(Checkpoints):
         if self.args.sync_ref_model and self.is_fsdp_enabled and self.args.save_strategy != "no":
             raise ValueError(
                 "Checkpoints cannot hold a reference model that sync_ref_model changes and FSDP shards, so the run "
-                "could not go on from them. Set save_strategy='no' or sync_ref_model=False, or use DDP or DeepSpeed."
+                "could not be resumed. Set save_strategy='no' or sync_ref_model=False, or use DDP or DeepSpeed."
             )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -109,11 +109,11 @@ class RolloutCheckpoints(Checkpoints):
         return super()._run_state() | rollouts | self._extra_state()
 
     def _buffer_in_use(self) -> bool:
-        """Whether the next step learns from the rollout batch of the last one."""
+        """Return whether the next step learns from the rollout batch of the last one."""
         return self._step % (self.args.steps_per_generation * self.args.num_iterations) != 0
 
     def _extra_state(self) -> dict[str, Any]:
-        """What lies outside of TRL's own state: the likelihood's, and the rollout in use."""
+        """Return the state that TRL does not have: the likelihood's, and the rollout in use."""
         state = {"unshown_completions": self._unshown_completions} | self.choices.likelihood.state()
         # Only `ConfusionZoneCallback` looks at a rollout again.
         if self.last_rollout is not None and self.args.record_signals and self._buffer_in_use():
@@ -197,7 +197,7 @@ class _EpochRepeatSampler(RepeatSampler):
 
 
 def is_plain(value: Any) -> bool:
-    """Whether a checkpoint can hold a value: text, numbers, tensors, and dicts and lists of these."""
+    """Return whether a checkpoint can hold a value: text, numbers, tensors, and dicts and lists of these."""
     if type(value) is dict:
         return all(map(is_plain, value.values()))
     if type(value) is list:

@@ -1,4 +1,4 @@
-"""What a completion that fills its canvas costs, from the settings alone."""
+"""Estimate what a completion that fills its canvas costs, from the settings alone."""
 
 from __future__ import annotations
 

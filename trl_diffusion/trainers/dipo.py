@@ -2,7 +2,7 @@
 
 rollout     block by block, each block of the length that attention has
 credit      A = (r − group mean) / population standard deviation, 0 where all rewards are equal
-likelihood  one view per denoising step of a block: all blocks as they were before it, each beside the finished ones
+likelihood  one view per denoising step of a block: all blocks as they were before it, each next to the finished ones
             before it, so that each token of the text is scored once, on what the sampler saw; at the sampling
             temperature and support. Old log-probabilities are those of the rollout
 loss        clipped token ratio (0.8 to 1.28), mean over all tokens of the rollout batch; no KL

@@ -4,7 +4,7 @@ rollout     block by block
 credit      A = (r − group mean) / population standard deviation, 0 where all rewards are equal
 likelihood  one view per `shrink` successive steps that were taken: the canvas before the first of them, the tokens of
             all of them as targets, each token of the text once; at the sampling temperature and support. With
-            `block_causal` the steps of all blocks at once, each block beside the finished ones before it
+            `block_causal` the steps of all blocks at once, each block next to the finished ones before it
 loss        clipped token ratio, mean over a view's tokens; k3 to the old policy, summed over a view's tokens; mean
             over a completion's views
 """

@@ -18,7 +18,7 @@ CORRECTIONS = ("recompute", "behaviour")
 
 @dataclass
 class RolloutCorrectionConfig:
-    """Which old log-probabilities a ratio is taken to; mixed into the configs that read a rollout's.
+    """Settings of the old log-probabilities that a ratio is taken to; for configs that read a rollout's.
 
     Args:
         rollout_correction: `recompute` or `behaviour`. If not given, `recompute` with an approximate cache, else
@@ -39,7 +39,7 @@ class RolloutCorrectionConfig:
     )
 
     def recomputes_old(self, sampling: SamplingConfig) -> bool:
-        """Whether old log-probabilities are the network's on the views, not the rollout's."""
+        """Return whether old log-probabilities are the network's on the views, and not the rollout's."""
         if self.rollout_correction is None:
             return sampling.approximate
         return self.rollout_correction == "recompute"

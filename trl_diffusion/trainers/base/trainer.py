@@ -246,24 +246,24 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
     # ---------------------------------------------------------------- choices
 
     def credit(self) -> CreditChoice:
-        """The method's credit; by default TRL's advantages."""
+        """Return the method's credit; by default TRL's advantages."""
         return Credit()
 
     def likelihood(self) -> Likelihood:
-        """The method's likelihood."""
+        """Return the method's likelihood."""
         raise NotImplementedError(
             f"{type(self).__name__} does not say in which views completions are scored. Pass `likelihood=`, for "
             "example MaskedViews(FullMask()), or take the trainer of a method."
         )
 
     def loss(self) -> Loss:
-        """The method's loss; by default TRL's loss of token ratios."""
+        """Return the method's loss; by default TRL's loss of token ratios."""
         return TokenRatio()
 
     # ---------------------------------------------------------------- start
 
     def train(self, *args, **kwargs):
-        """TRL's `train`. With the progress bar (`disable_tqdm=False`) the start-up report is printed first."""
+        """Train as TRL does; with the progress bar (`disable_tqdm=False`) print the start-up report first."""
         if not self.args.disable_tqdm:
             self.print_report()
         return super().train(*args, **kwargs)
@@ -274,7 +274,7 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
             Console().print(startup_report(self.as_run()))
 
     def as_run(self) -> RolloutRun:
-        """The values that the start-up report and the estimates of cost follow from."""
+        """Return the values from which the start-up report and the estimates of cost are computed."""
         return RolloutRun.of(
             self,
             self.family,
@@ -289,14 +289,14 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
         )
 
     def prompt_length(self) -> float:
-        """Tokens that a process's prompts are padded to, on average over rollouts; from the data set's first rows."""
+        """Estimate the tokens that a process's prompts are padded to, from the first rows of the data set."""
         args = self.args
         rows = args.per_device_train_batch_size * int(args.steps_per_generation or 1)
         together = rows // self.group_size("train")
         return padded_length(self.train_dataset, lambda prompts: self._tokenize_prompts(prompts)[0], together)
 
     def completion_cost(self) -> CompletionCost:
-        """What one completion costs, for the start-up report."""
+        """Estimate what one completion costs, for the start-up report."""
         return completion_cost(
             self.choices.credit,
             self.choices.likelihood,
@@ -373,7 +373,7 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
         return rewards
 
     def _take_rollout(self, mode: str, rows: Rows) -> Rollout:
-        """The rollout that TRL has just had drawn and judged.
+        """Return the rollout that TRL has just had drawn and judged.
 
         Args:
             mode: `"train"` or `"eval"`.
@@ -430,7 +430,7 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
     # ---------------------------------------------------------------- credit
 
     def _advantages(self, rollout: Rollout, advantages: torch.Tensor) -> torch.Tensor:
-        """The method's advantages [B] with a process reward (SAPO), NaN for completions without a reward.
+        """Return the method's advantages [B] with a process reward (SAPO); NaN for completions without a reward.
 
         Args:
             rollout: the completions.
@@ -469,7 +469,7 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
     def _logps(
         self, rows: Rows, likelihood: Likelihood, updates: Sequence[int], reference: bool = False
     ) -> torch.Tensor:
-        """Log-probabilities [B, μ, V, L] of every view under the policy or the reference model, without gradient."""
+        """Score every view under the policy or the reference model, without gradient; [B, μ, V, L]."""
         scorer, training = self.scorer, self.model.training
         if reference:
             with reference_policy(self.model, self.ref_model, self.accelerator) as model:
@@ -485,12 +485,12 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
         return (None, None, None) if self._scored is None else (self._scored.logps, self._scored.entropies, None)
 
     def _place_in_buffer(self) -> tuple[int, int]:
-        """Passes through the rollout batch that are over, and the micro-batch within the present one."""
+        """Return how many passes through the rollout batch are over, and the micro-batch within the present one."""
         passes, micro_batch = divmod(self._step, int(self.args.steps_per_generation or 1))
         return passes % self.num_iterations, micro_batch
 
     def _on_policy(self) -> bool:
-        """The policy that is trained now still is the one that wrote the completions."""
+        """Return whether the policy has not been updated since it wrote the completions."""
         inner_update, micro_batch = self._place_in_buffer()
         return self.model.training and inner_update == 0 and micro_batch < self.current_gradient_accumulation_steps
 
@@ -514,7 +514,7 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
         return torch.stack(losses).sum()
 
     def _view_loss(self, model, rows: Rows, update: int, view: int) -> torch.Tensor:
-        """The loss of one view, or of all that are scored together, divided by the backward passes of an update."""
+        """Compute the loss of one view, or of all scored together, divided by the backward passes of an update."""
         mode = "train" if self.model.training else "eval"
         inputs = self._loss_inputs(model, rows, update, view)
         self._log_distances(inputs)
@@ -553,7 +553,7 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
             self.meter.keep_largest("train", f"{name}/max", difference.max())
 
     def _token_loss(self, model, rows: Rows, loss: TokenRatio, inputs: LossInputs) -> torch.Tensor:
-        """TRL's loss, divided by the number of backward passes of an update."""
+        """Compute TRL's loss, divided by the number of backward passes of an update."""
         names = ("prompt_ids", "prompt_mask", "completion_ids", "num_items_in_batch")
         given = {name: rows[name] for name in names} | loss.trl_inputs(inputs, self.args)
         with self._as_trl_reads(Scores(inputs.logps[:, 0], inputs.entropies[:, 0])):
@@ -580,7 +580,7 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
         self._unshown_completions = False
 
     def card_generation(self) -> dict[str, int]:
-        """Arguments of `generate` for the example in the model card."""
+        """Return arguments of `generate` for the example in the model card."""
         return {
             "max_new_tokens": self.args.max_completion_length,
             "block_length": self.args.block_length,
@@ -588,7 +588,7 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
         }
 
     def card_notes(self) -> str:
-        """What the model card says at its end."""
+        """Return text for the end of the model card: the citation of SAPO if it is used."""
         if self._probe is None:
             return ""
         return f"\nThe reward is step-aware (SAPO). Cite it as:\n\n```bibtex\n{CITATION}\n```\n"
