@@ -1,7 +1,8 @@
 """Noise plans: the positions of a completion that its views mask, and those among them that are scored.
 
 Every function is pure: the noise comes in as uniform numbers, drawn from the completion's private stream
-(`trl_diffusion.likelihood.noises`). Plans compose: `with_complements`, `concatenate` and `NoisePlan.only` take plans and return plans.
+(`trl_diffusion.likelihood.noises`). Plans compose: `with_complements`, `concatenate` and `NoisePlan.only` take plans
+and return plans.
 """
 
 from __future__ import annotations
@@ -165,7 +166,7 @@ def block_random(
 
 
 def trajectory_groups(unmask_step: torch.Tensor, num_steps: int, shrink: int) -> NoisePlan:
-    """Replay the trajectory (TraceRL, 2509.06949): the canvas before each group of steps, whose tokens are the targets.
+    """Replay the trajectory (TraceRL, 2509.06949): the canvas before each group of steps, with its tokens as targets.
 
     Groups are of successive steps that the completion took. With parallel unmasking a block may end before its last
     step; the steps left out do not count, as in the release.

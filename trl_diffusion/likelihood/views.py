@@ -26,7 +26,7 @@ class Views:
     context: torch.Tensor | None = None
 
     def forward_units(self, prompt_length: int) -> float:
-        """Return the forward passes of all rows, each by its columns as a share of prompt and canvas (1 but for a context)."""
+        """Count the forward passes of all rows, each by its columns as a share of prompt and canvas."""
         length = self.canvas.size(1)
         context = 0 if self.context is None else length
         return len(self.canvas) * (1 + context / (prompt_length + length))
