@@ -123,7 +123,7 @@ MUTANTS = [
         "likelihood/noises.py",
         "plan.masked if self.all_masked else plan.targets",
         "plan.targets if self.all_masked else plan.masked",
-        f"{LOSSES} -k written_out_one and spg",
+        "tests/test_likelihood_enumeration.py -k block_random",
     ),
     Mutant(
         "likelihood: views of a replay weigh by tokens, not by views",
