@@ -71,8 +71,9 @@ class Method:
             besides the masked canvas, random `blocks` or subsets of the `text`, `groups` of denoising steps, or groups
             of those `within` every block.
         fresh_views: every inner update has views of its own.
-        credit: what it makes of the rewards: the `outcome`, the outcome and a `process_reward`, the `leave_one_out`
-            advantage, the `z_score`, or weights, a `softmax` or an `opposed_softmax`.
+        credit: what it makes of the rewards: the `outcome`, the outcome `by_length` of the text, the outcome and a
+            `process_reward`, the `leave_one_out` advantage, the `z_score`, or weights, a `softmax` or an
+            `opposed_softmax`.
         few_views: settings for the fewest views that it takes.
         many_views: settings for more of them.
         compares: settings with which it compares with a reference model, if it ever does.
@@ -202,8 +203,10 @@ METHODS = [
         **IN_PAIRS,
     ),
     Method("wd1", WD1Trainer, WD1Config, ONE_UPDATE, views="masked", credit="opposed_softmax", **OWN_LOSS),
-    Method("spg", SPGTrainer, SPGConfig, PAIR, views="blocks", **OWN_LOSS),
-    Method("spg, random", SPGTrainer, SPGConfig, PAIR | {"noise": "random"}, views="text", **OWN_LOSS),
+    Method("spg", SPGTrainer, SPGConfig, PAIR, views="blocks", credit="by_length", **OWN_LOSS),
+    Method(
+        "spg, random", SPGTrainer, SPGConfig, PAIR | {"noise": "random"}, views="text", credit="by_length", **OWN_LOSS
+    ),
     Method(
         "tracerl",
         TraceRLTrainer,

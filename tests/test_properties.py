@@ -359,6 +359,13 @@ def outcome_alone(trainer, rows: dict[str, torch.Tensor], centred: torch.Tensor,
     torch.testing.assert_close(rows["advantages"].view(-1, 4), centred, atol=1e-5, rtol=1e-5)
 
 
+def outcome_by_length(trainer, rows, centred: torch.Tensor, rewards: torch.Tensor) -> None:
+    length = rows["completion_mask"].sum(1).view(-1, 4)
+    expected = centred * length / length.float().mean()
+    torch.testing.assert_close(rows["advantages"].view(-1, 4), expected, atol=1e-5, rtol=1e-5)
+    assert (expected - centred).abs().max() > 1e-2
+
+
 def outcome_and_process_reward(trainer, rows, centred: torch.Tensor, rewards: torch.Tensor) -> None:
     """Success rate of two continuations, so 0, ½ or 1, minus that of the group of four, for successes alone."""
     probe, extra = trainer._probe.settings, rows["advantages"].view(-1, 4) - centred
@@ -397,6 +404,7 @@ def difference_of_softmaxes(trainer, rows, centred: torch.Tensor, rewards: torch
 
 CREDIT = {
     "outcome": outcome_alone,
+    "by_length": outcome_by_length,
     "process_reward": outcome_and_process_reward,
     "leave_one_out": left_out_mean,
     "z_score": population_z_score,

@@ -246,10 +246,10 @@ def parsed(config: str):
     """Training, model, quantisation and adapter arguments of a recipe's config."""
     sys.path.insert(0, str(CONFIGS.parent))
     try:
-        from gsm8k import GSM8KArguments
+        from train import TrainArguments
     finally:
         sys.path.pop(0)
-    parser = TrlParser((GSM8KArguments, AGRPOConfig, ModelConfig))
+    parser = TrlParser((TrainArguments, AGRPOConfig, ModelConfig))
     _, training, model = parser.parse_args_and_config(
         ["--config", str(CONFIGS / config), "--use_cpu", "--bf16", "false"]
     )
