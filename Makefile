@@ -24,7 +24,7 @@ demo: .venv/installed
 PYTEST = OMP_NUM_THREADS=1 .venv/bin/pytest --numprocesses $(WORKERS) --dist loadfile --durations=25
 
 fast: .venv/installed-dev
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow and not thorough" $(ARGS)
 
 test: .venv/installed-dev
 	$(PYTEST) -m "not thorough" $(ARGS)
@@ -35,7 +35,7 @@ test-all: .venv/installed-dev
 # Run by hand, before a release. Programs that tests start (accelerate, ninja) must come from the same environment.
 test-lowest: .venv-lowest/installed
 	PATH="$(CURDIR)/.venv-lowest/bin:$$PATH" OMP_NUM_THREADS=1 .venv-lowest/bin/pytest --numprocesses $(WORKERS) \
-		--dist loadfile -m "not slow" $(ARGS)
+		--dist loadfile -m "not slow and not thorough" $(ARGS)
 
 lint: .venv/installed-dev
 	.venv/bin/ruff check .

@@ -146,6 +146,7 @@ def random_adapter(base: Path, folder: Path, **lora) -> PeftModel:
     return adapted
 
 
+@pytest.mark.slow
 def test_an_adapter_folder_is_trained_further_on_its_own_base(base, tmp_path):
     given = random_adapter(base, tmp_path / "given", target_modules=["q_proj", "down_proj"])
     args = AGRPO.make(tmp_path / "run", max_steps=2, learning_rate=0.5, model_init_kwargs={"dtype": "float32"}).args
@@ -215,6 +216,7 @@ LORAS = {
 }
 
 
+@pytest.mark.slow
 def test_a_trained_adapter_loads_elsewhere_with_the_same_logits(base, tmp_path):
     trainer = AGRPO.trainer(
         str(base),
@@ -376,6 +378,7 @@ def test_the_card_of_an_adapter_over_a_local_model(base, tmp_path, monkeypatch):
     assert "| data set | word_problems |" in card_of(tmp_path / "run")[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "hub_id"),
     [

@@ -76,6 +76,7 @@ def p_value(first: Counter, second: Counter) -> float:
     return chi2_contingency(np.array(cells)).pvalue
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("unmasking", ["low_confidence", "random"])
 def test_published_rollouts_have_the_distribution_of_the_library(unmasking):
     config = replace(SMALL, unmasking=unmasking)
@@ -234,6 +235,7 @@ def run(script, monkeypatch, folder: Path, *arguments: str) -> dict[str, dict]:
     return written
 
 
+@pytest.mark.thorough
 def test_rollout_benchmark(monkeypatch, tmp_path):
     result = run(rollout, monkeypatch, tmp_path, *SAMPLING)["tiny_low_confidence"]
     modes = {mode["name"]: mode for mode in result["modes"]}

@@ -23,6 +23,7 @@ def environment_stays(monkeypatch):
     torch._dynamo.utils.counters.clear()
 
 
+@pytest.mark.thorough
 def test_a_compiled_network_learns_the_same(tmp_path):
     method = method_named("agrpo")
 

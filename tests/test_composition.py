@@ -84,6 +84,7 @@ def compose(folder, likelihood: str, loss: str, **settings: Any) -> DiffusionGRP
     return BASE.make(folder, choices=choices, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", list(product(LIKELIHOODS, LOSSES)), ids=" × ".join)
 def test_every_likelihood_goes_with_every_loss_or_is_refused_with_the_reason(pair, tmp_path, monkeypatch):
     if pair in REFUSED:
@@ -251,6 +252,7 @@ def test_what_does_not_go_together_is_refused(choices, settings, error, message,
         plain.make(tmp_path, choices=choices, **settings)
 
 
+@pytest.mark.slow
 def test_a_composed_run_resumes_with_the_same_choices_alone(tmp_path):
     settings: dict[str, Any] = dict(max_steps=2, num_mc_samples=8)
     compose(

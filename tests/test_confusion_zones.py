@@ -233,6 +233,7 @@ def check_against_parquet(entry: dict, path: Path) -> None:
         assert entry[f"confusion_zones/auc_{signal}"] == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_the_callback_writes_logs_and_costs_no_forward(tmp_path, monkeypatch):
     drawn, draw = [], confusion_zone_figure
 
@@ -274,6 +275,7 @@ def test_the_callback_writes_logs_and_costs_no_forward(tmp_path, monkeypatch):
         assert own["confidence_margin"].tolist() == pytest.approx((1 - trajectory.step_margin[row, :steps]).tolist())
 
 
+@pytest.mark.slow
 def test_a_success_function_sees_the_data_set_and_may_not_know(tmp_path):
     seen = []
 
@@ -302,6 +304,7 @@ def test_the_threshold_is_for_the_named_reward_and_survives_float32(tmp_path):
     assert first.tolist() == [1.0, 1.0, 0.0]
 
 
+@pytest.mark.slow
 def test_one_outcome_logs_no_auc(tmp_path):
     trainer = with_callback(ATPO, tmp_path, success_threshold=1e9)
     trainer.train()
@@ -339,6 +342,7 @@ def test_a_success_function_of_the_wrong_length_is_refused(tmp_path):
         trainer.train()
 
 
+@pytest.mark.slow
 def test_the_image_goes_to_the_trackers_that_the_run_reports_to(tmp_path, monkeypatch):
     trainer = with_callback(ATPO, tmp_path)
     callback = trainer.callback_handler.callbacks[-1]
@@ -413,6 +417,7 @@ def recipe(monkeypatch):
     return run
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 def test_the_recipe_runs_without_a_model(tmp_path):
     command = [sys.executable, "recipes/analyze_trajectories.py", "--num_completions", "24", "--batch_size", "10"]

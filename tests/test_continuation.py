@@ -123,6 +123,7 @@ def every_step(configs: list[SamplingConfig]):
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.slow
 @every_step([ONE_BLOCK, TWO_STEPS, THREE_STEPS, MAX_PROB, LOW_CONFIDENCE, TRUNCATED])
 def test_kept_states_continue_as_the_rollout_does(config, step):

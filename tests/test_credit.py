@@ -137,6 +137,7 @@ def test_step_probabilities_by_hand():
     assert not uniform[:, 4].any()
 
 
+@pytest.mark.slow
 @given(
     entropies=st.lists(st.floats(-(2.0**-20), 12, width=32), min_size=1, max_size=12),
     data=st.data(),

@@ -44,6 +44,7 @@ def masked_views(trainer, rows: dict[str, torch.Tensor], updates: int) -> torch.
 # ------------------------------------------- property 1, with four masks
 
 
+@pytest.mark.slow
 def test_1_ratios_are_one_under_four_different_prompt_masks(tmp_path, monkeypatch):
     trainer = DIFFU.make(tmp_path, learning_rate=0.0, num_iterations=4, max_steps=8, **PAPER)
     trainer.train_dataset = Dataset.from_dict({"prompt": LONG * 2})
@@ -239,6 +240,7 @@ def test_several_views_are_averaged(tmp_path):
 # ------------------------------------------- TRL's surroundings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [2, 3])
 def test_a_resumed_run_ends_in_the_same_weights(stop, tmp_path):
     """μ = 2: 2 is between two rollouts, 3 in the middle of one, whose old log-probabilities the buffer keeps."""

@@ -86,6 +86,7 @@ def terms_of(trainer, rows, unmask_step, low: float, high: float) -> tuple[torch
     return terms, now - old, torch.arange(8) < length.unsqueeze(1)
 
 
+@pytest.mark.slow
 def test_dipo_is_the_mean_over_tokens_of_their_clipped_ratios(tmp_path):
     trainer, rows, unmask_step = drifted(DIPO, tmp_path)
     terms, change, text = terms_of(trainer, rows, unmask_step, 0.8, 1.28)
@@ -112,6 +113,7 @@ def test_block_tracerl_is_the_mean_over_views_of_a_mean_gain_less_a_summed_kl(tm
     torch.testing.assert_close(loss_of_update(trainer, rows), sum(losses) / len(losses), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_prompts_whose_rewards_are_equal_change_nothing(tmp_path):
     trainer = DIPO.make(tmp_path, reward=lambda completions, **kwargs: [1.0] * len(completions), max_steps=2)
     before = parameters_of(trainer).clone()

@@ -38,7 +38,7 @@ SOUND = [name for name, case in CASES.items() if case.fault is None]
 SEVERAL = [backend for backend in BACKENDS if backend != "single"]
 SHARDED = [backend for backend in BACKENDS if BACKENDS[backend].stage == 3 or backend == "fsdp2"]
 # `make test` leaves these out: they differ from ZeRO-3 or DDP in where state lies.
-THOROUGH = ("zero1", "zero2", "zero2_offload", "zero3_offload")
+THOROUGH = ("zero1", "zero2", "zero2_offload", "zero3_offload", "fsdp2")
 EQUAL = (
     *("completion_ids", "completion_mask", "unmask_step", "view_steps"),
     *("masked", "targets", "prompt_masked", "global_row"),

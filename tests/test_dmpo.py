@@ -268,6 +268,7 @@ def test_with_a_group_baseline_a_mild_tilt_is_reached_by_the_samples_too():
     assert distance(log_probability(CONSISTENT), target) > 0.1
 
 
+@pytest.mark.slow
 def test_with_a_group_baseline_all_weights_vanish_where_the_elbos_fit_whatever_is_sampled():
     """W = w − 1/G is zero as soon as ELBO − ELBO_ref − r/α is constant, consistent or not: an optimum of its own."""
     alpha = 0.2
@@ -450,6 +451,7 @@ def test_weights_compare_the_policy_with_its_reference(kind, tmp_path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, WDDO], ids=["cross_entropy", "wddo"])
 def test_a_few_rollouts_raise_the_reward(settings, tmp_path):
     """Random order at temperature 1, as the theory has it; with α = 0.2 the target is little but `a a a a a a a a`."""
@@ -494,6 +496,7 @@ COSTS: dict[
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", COSTS)
 def test_forward_units_are_those_of_the_likelihoods_that_are_needed(case, tmp_path):
     settings, by_policy, by_reference, learned = COSTS[case]
@@ -521,6 +524,7 @@ def test_forward_units_are_those_of_the_likelihoods_that_are_needed(case, tmp_pa
     assert 2 * 16 * 2 <= counted["sampled"] <= 2 * 16 * 4  # steps per completion
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("baseline", ["group", "model"])
 def test_a_run_resumed_within_a_rollout_batch_ends_in_the_same_weights(baseline, tmp_path):
     """Update 4 is the second of its batch: `model` compares with the ELBO that the buffer keeps."""

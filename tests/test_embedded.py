@@ -75,6 +75,7 @@ def test_digits_are_split_one_by_one(tokenizer):
     assert tokenizer.tokenize("12 + 345") == ["1", "2", "Ġ+Ġ", "3", "4", "5"]
 
 
+@pytest.mark.slow
 def test_greedy_is_often_wrong_and_sampling_finds_the_right_answer(model, tokenizer):
     """What reinforcement learning needs: room above the greedy answer, and right answers among eight samples."""
     rows = load_word_problems("test", 128, seed=1)

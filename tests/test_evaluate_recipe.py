@@ -76,6 +76,7 @@ def test_without_a_model_the_embedded_one_is_evaluated(alone):
     }
 
 
+@pytest.mark.thorough
 def test_two_processes_killed_and_started_again_give_the_same_files(alone, tmp_path):
     process = start(tmp_path, processes=2)
     parts = [tmp_path / CELL / f"part-{rank}.jsonl" for rank in (0, 1)]

@@ -151,6 +151,7 @@ def test_it_counts_as_the_callback_in_training_does(embedded, problems, finished
     assert accuracy == estimate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("decoding", "completions"),
     [
@@ -501,6 +502,7 @@ def exact_bound(model, context: list[int], continuation: list[int]) -> float:
     return total
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_likelihood_bound_is_that_of_enumeration():
     model = tiny_model().eval()

@@ -103,6 +103,7 @@ for module in pkgutil.walk_packages(trl_diffusion.__path__, "trl_diffusion."):
 """
 
 
+@pytest.mark.slow
 def test_extras_are_not_needed():
     found = subprocess.run([sys.executable, "-c", WALK], capture_output=True, text=True, timeout=300)
     assert found.returncode == 0, found.stderr[-2000:]
@@ -114,6 +115,7 @@ def run_python(code: str) -> str:
     return found.stdout
 
 
+@pytest.mark.slow
 def test_importing_the_package_and_its_tasks_loads_no_model_code_and_no_trainer():
     loaded = run_python("import trl_diffusion, trl_diffusion.tasks, sys; print(*sys.modules)").split()
     assert "trl_diffusion.tasks.gsm8k" in loaded and "trl_diffusion.registration" in loaded
@@ -127,6 +129,7 @@ CHECKPOINT, SDAR = (str(PACKAGE / "models" / name) for name in ("embedded", "emb
 AUTO = "import trl_diffusion\nfrom transformers import "
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("code", "expected"),
     [
@@ -141,6 +144,7 @@ def test_after_it_the_auto_classes_load_our_checkpoints(code, expected):
     assert expected in run_python(code)
 
 
+@pytest.mark.slow
 def test_every_family_has_its_stand_in_and_replaces_it():
     ours = {kind for kind in CONFIG_MAPPING if CONFIG_MAPPING[kind].__module__.startswith("trl_diffusion.")}
     assert ours == set(MODEL_TYPES)

@@ -216,6 +216,7 @@ def z_score(samples: torch.Tensor, mean: float) -> float:
     return abs(samples.mean().item() - mean) / (samples.std().item() / len(samples) ** 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["espo", "dmpo"])
 def test_the_trainers_own_pairs_average_to_the_elbo(name, tmp_path):
     trainer = make(name, tmp_path, num_mc_samples=40_000, num_iterations=1)

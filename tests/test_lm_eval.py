@@ -118,6 +118,7 @@ def test_a_token_over_the_boundary_loses_no_text(lm):
     assert lm.tokenizer.decode(lm._encode_pair(context, "7")[0]) == context
 
 
+@pytest.mark.slow
 def test_multiple_choice_finds_the_solution_of_the_question(lm, tmp_path, monkeypatch):
     """Four solutions, one of which has the question's numbers: the network can tell even where it cannot add."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")

@@ -688,6 +688,7 @@ def trained(name: str, folder, batch: int, accumulation: int, **settings):
     return trainer, parameters_of(trainer) - before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GROUPED)
 def test_one_update_is_the_written_out_gradient_whatever_the_micro_batches(name, tmp_path):
     method, written_out, settings = GROUPED[name]
@@ -715,6 +716,8 @@ def _regrouped(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 MODEL_BASELINE = {"weight_baseline": "model", "num_iterations": 3, "max_steps": 3}
 
 
+@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("splits", "settings"),
     [
@@ -736,6 +739,7 @@ def test_dmpo_model_baseline_does_not_depend_on_the_micro_batches(splits, settin
     assert (group - updates[0]).norm() > 1e-2 * updates[0].norm()  # negative control
 
 
+@pytest.mark.slow
 def test_dmpo_model_baseline_does_not_depend_on_the_order_of_rows(tmp_path, monkeypatch):
     expected = trained("dmpo", tmp_path / "shuffled", 4, 3, **MODEL_BASELINE)[1]
     shuffle = "trl.trainer.grpo_trainer.shuffle_sequence_dict"
@@ -744,6 +748,7 @@ def test_dmpo_model_baseline_does_not_depend_on_the_order_of_rows(tmp_path, monk
     assert (found - expected).norm() <= 1e-4 * expected.norm()
 
 
+@pytest.mark.slow
 def test_dmpo_model_baseline_is_the_policys_own_change_before_each_update(tmp_path, monkeypatch):
     method = method_named("dmpo")
     trainer = method.make(

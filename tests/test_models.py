@@ -291,6 +291,7 @@ def score_trainer(model, folder):
     return ScoreTrainer(model=model, args=arguments, train_dataset=rows)
 
 
+@pytest.mark.slow
 @families
 def test_trainer_resumes_from_its_checkpoint(load, tmp_path, family):
     model = load(family)
@@ -308,6 +309,7 @@ def test_trainer_resumes_from_its_checkpoint(load, tmp_path, family):
     assert all_equal(parameters(fresh), trained)
 
 
+@pytest.mark.slow
 @families
 def test_trainer_resumes_from_shards(load, tmp_path, family):
     model, fresh = load(family), load(family, seed=1)

@@ -158,6 +158,7 @@ PARSERS: dict[str, tuple[Callable, Callable[..., bool]]] = {
 }
 
 
+@pytest.mark.thorough
 def test_twenty_thousand_strings_through_every_parser(monkeypatch):
     """math-verify is left out here, after all that stands before it; the next tests are about its process."""
     monkeypatch.setattr(latex._JUDGE, "same", lambda gold, given: False)
@@ -246,6 +247,7 @@ OPENINGS: tuple[Callable[[str], str], ...] = (
 )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("flood", FLOODS, ids=repr)
 def test_the_cost_of_a_flood_grows_with_its_length(flood):
     for name, score in SCORES:

@@ -66,6 +66,7 @@ def test_without_arguments_the_embedded_model_trains_and_says_so(tmp_path):
     assert any("rollout/seconds" in entry for entry in history(tmp_path))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("recipe", "paper", "arguments"),
     [
@@ -86,6 +87,7 @@ def test_other_methods_train_the_embedded_model(recipe, paper, arguments, tmp_pa
         assert any(entry.get("step_aware/continuations", 0) > 0 for entry in history(tmp_path))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("recipe", "processes", "arguments"),
     [
@@ -169,6 +171,7 @@ def test_the_name_of_the_block_causal_embedded_model_is_enough(name, arguments, 
     assert any(path.suffix in (".png", ".json") for path in (tmp_path / "out").iterdir())
 
 
+@pytest.mark.thorough
 def test_methods_that_need_full_attention_refuse_the_block_causal_embedded_model(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="noises the canvas as a whole, and sdar has block-causal attention"):
         run_recipe(
@@ -200,6 +203,7 @@ def test_arguments_for_the_embedded_models(arguments, expected):
     assert embedded_arguments(arguments, ["--config", "x"], "--block_length", "--adapter") == expected
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["gsm8k_agrpo", "sft"])
 def test_recipes_train_an_adapter_further(name, tmp_path, monkeypatch, capsys):
     """Its shape and its base are its own, whatever the settings for new adapters are."""

@@ -423,6 +423,7 @@ def test_another_kind_of_schedule_that_is_handed_over_resumes_as_it_was_or_not_a
         rates_of_a_run(tmp_path / "wrong", written, optimizers=two_groups(1e-3, 4e-2, every_third))
 
 
+@pytest.mark.thorough
 def test_a_schedule_that_follows_the_evaluations_starts_again_where_the_rate_changed(tmp_path):
     plateau = {
         "lr_scheduler_type": "reduce_lr_on_plateau",

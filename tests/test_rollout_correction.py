@@ -102,6 +102,7 @@ def weights_seen(trainer, monkeypatch) -> list[tuple[torch.Tensor, ...]]:
     return seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["agrpo", "agrpo, truncated support", "atpo", "trajectory_grpo"])
 def test_recomputed_old_log_probabilities_are_the_networks(name, tmp_path, monkeypatch):
     trainer = method_named(name).make(tmp_path, **DUAL, max_steps=1, logging_steps=1)
@@ -132,6 +133,7 @@ def test_behaviour_ratios_start_away_from_one(tmp_path, monkeypatch):
     assert logged["sampling/sampling_logp_difference/max"] == pytest.approx(largest_log_ratio(seen), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_weights_change_the_policy_term_and_not_the_kl(tmp_path, monkeypatch):
     """With TRL's own code: all weights 0 leave the KL term alone."""
     method = method_named("agrpo")
@@ -155,6 +157,7 @@ def test_weights_change_the_policy_term_and_not_the_kl(tmp_path, monkeypatch):
     assert gradient_norm("kl", 1e-9, 1.0) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("correction", [{}, {"rollout_correction": "behaviour"}], ids=["default", "behaviour"])
 def test_an_exact_rollout_needs_no_correction(correction, tmp_path):
     trainer = method_named("agrpo").make(
@@ -165,6 +168,7 @@ def test_an_exact_rollout_needs_no_correction(correction, tmp_path):
     assert trainer.completion_cost().old == 0
 
 
+@pytest.mark.slow
 def test_an_exact_rollout_may_be_recomputed(tmp_path, monkeypatch):
     """Of a writer that rounds: its log-probabilities are off by up to 0.2, as bfloat16 leaves them."""
     settings = DUAL | {"cache": "none", "rollout_correction": "recompute", "rollout_correction_cap": 1.1}
@@ -194,6 +198,7 @@ def test_an_exact_rollout_may_be_recomputed(tmp_path, monkeypatch):
 LONG, SHORT = " ".join(["a b"] * 20), "b a"  # so far apart that the sampler pads them apart
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["agrpo", "dipo"])
 def test_views_are_scored_on_the_rollouts_columns(name, tmp_path, monkeypatch):
     """Padding would move the positions, and with them what bfloat16 rounds."""
@@ -261,6 +266,7 @@ def test_settings_that_would_be_ignored_are_refused(settings, message, tmp_path)
         AGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, **settings)
 
 
+@pytest.mark.slow
 def test_tracerl_recomputes_on_its_views(tmp_path, monkeypatch):
     """With one step per view it takes the rollout's log-probabilities, but not those of another policy."""
     trainer = method_named("tracerl").make(tmp_path, **DUAL | {"num_iterations": 1}, shrink=1, max_steps=1)

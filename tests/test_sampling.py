@@ -470,6 +470,7 @@ def test_streams_are_keyed_by_everything():
     assert len({torch.rand((), generator=seed).item() for seed in seeds}) == 1  # why torch's generator is not used
 
 
+@pytest.mark.slow
 def test_streams_of_neighbouring_rows_are_independent():
     noise = uniforms(row_generators(3, 1, rows=range(ROWS)), 2)
     assert noise.dtype == torch.float64 and noise.shape == (ROWS, 2)

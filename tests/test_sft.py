@@ -316,6 +316,7 @@ def test_a_model_given_by_name_is_loaded_as_trl_does(tmp_path):
         assert trainer.model.dtype == dtype and trainer.processing_class.mask_token == "<|mask|>"
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_further_by_its_folder(tokenizer, tmp_path):
     tiny_model(tokenizer).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
@@ -340,6 +341,7 @@ def test_adapters_learn_under_gradient_checkpointing(given, tokenizer, tmp_path)
     assert all(not torch.equal(value, before[name]) for name, value in lora_weights(trainer).items())
 
 
+@pytest.mark.slow
 def test_rows_without_a_prompt_are_trained_on(tokenizer, tmp_path):
     rows = Dataset.from_list([{"prompt": "", "completion": "12"}, {"prompt": "", "completion": "3"}])
     trainer = trainer_on(tmp_path, tokenizer, rows, max_steps=30, eval_dataset=rows)
@@ -418,6 +420,7 @@ def test_the_report_says_what_will_be_done(tokenizer, tmp_path, capsys):
     assert "masked SFT" in capsys.readouterr().out and trainer.state.global_step == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", [EMBEDDED_MODEL, EMBEDDED_SDAR_MODEL], ids=["full attention", "block-causal"])
 def test_the_report_costs_an_update_as_it_is_counted(network, tmp_path, monkeypatch):
     # the counter knows matrix products, not the CPU's fused attention
@@ -449,6 +452,7 @@ def test_the_report_costs_the_masks_of_a_batch_as_they_are_drawn(tmp_path):
 # ---------------------------------------------------------------- training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("peft_config", "share"),
     # An adapter leaves the random embedding and head as they are, which keep the loss up.
@@ -469,6 +473,7 @@ def test_training_moves_the_parameters_and_lowers_the_loss(tokenizer, tmp_path, 
         assert torch.equal(value, before[name]) != value.requires_grad, name
 
 
+@pytest.mark.slow
 def test_accumulation_gives_the_update_of_the_whole_batch(tokenizer, tmp_path):
     weights = []
     for batch, accumulation in ((4, 1), (2, 2)):
@@ -486,6 +491,7 @@ def test_accumulation_gives_the_update_of_the_whole_batch(tokenizer, tmp_path):
     torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_resuming_equals_not_stopping(tokenizer, tmp_path):
     data = Dataset.from_list(ROWS)
 
@@ -501,6 +507,7 @@ def test_resuming_equals_not_stopping(tokenizer, tmp_path):
         assert torch.equal(left, right), name
 
 
+@pytest.mark.slow
 def test_skipped_updates_are_remembered_in_a_checkpoint(tokenizer, tmp_path, monkeypatch):
     settings = {"max_steps": 4, "save_steps": 2, "logging_steps": 4, "nonfinite_update": "skip"}
 

@@ -69,6 +69,7 @@ def history(run) -> list[dict]:
     return [without_times(entry) for entry in run.state.log_history]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(whole, run_dir, tmp_path):
     again = trainer(tmp_path / "again", model_seed=9)  # the weights come from the checkpoint
     again.train(resume_from_checkpoint=str(run_dir / "checkpoint-5"))
@@ -76,6 +77,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(whole, run_dir, tmp_path):
     assert history(again) == history(whole) and len(history(whole)) == 5
 
 
+@pytest.mark.slow
 def test_an_adapter_resumes_exactly(tmp_path):
     adapter = {"peft_config": LoraConfig(r=4, target_modules="all-linear")}
     torch.manual_seed(0)

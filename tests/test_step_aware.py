@@ -302,6 +302,7 @@ async def count_words_later(completion_ids, bonus, **_) -> list[float | None]:
     return [None if len(ids) == 1 else sum(ids) + b for ids, b in zip(completion_ids, bonus, strict=True)]
 
 
+@pytest.mark.slow
 def test_a_plain_grpo_trainer_sees_the_wrapped_reward(tmp_path):
     plain, expected = autoregressive_run(tmp_path / "a", count_words)
     wrapped, got = autoregressive_run(tmp_path / "b", step_aware(count_words))
@@ -948,6 +949,7 @@ def test_a_process_with_half_of_the_prompts_gets_half_of_the_advantages(tmp_path
 # ---------------------------------------------------------------- trainers: what stays as it was
 
 
+@pytest.mark.slow
 def test_nothing_changes_where_no_completion_succeeds(tmp_path, monkeypatch):
     def parameters(reward) -> tuple[torch.Tensor, object]:
         trainer = TRAJECTORY.make(tmp_path, reward=reward, logging_steps=1)
@@ -983,6 +985,7 @@ def test_evaluation_continues_nothing(tmp_path, monkeypatch):
     assert not any("step_aware" in name for name in result)
 
 
+@pytest.mark.slow
 def test_the_completions_table_has_the_process_rewards(tmp_path, monkeypatch):
     trainer = DIFFU.make(
         tmp_path,

@@ -142,6 +142,7 @@ def test_no_more_steps_than_candidates():
     assert drawn.steps.tolist() == [[2] * 5]
 
 
+@pytest.mark.slow
 def test_uniform_steps_are_all_as_likely():
     """Over the random start; a fixed one would choose the same place of every block."""
     starts = (torch.arange(600, dtype=torch.float64) + 0.5) / 600
@@ -373,6 +374,7 @@ def rollouts(draw) -> Rollouts:
     return Rollouts(entropy, margin, torch.tensor(ends) * per_block, per_block)
 
 
+@pytest.mark.slow
 @given(case=rollouts(), data=st.data(), name=st.sampled_from(sorted(CHOOSING)))
 @settings(max_examples=120, deadline=None, derandomize=True)
 def test_what_every_selector_keeps_to(case, data, name):
@@ -562,6 +564,7 @@ def test_views_of_parallel_unmasking_have_something_to_score(name, tmp_path):
         assert (drawn >= 0).any() and taken.any(0)[trainer.last_selection[0]].all()
 
 
+@pytest.mark.slow
 def test_signals_cost_no_forward(tmp_path):
     """The same forwards of the same rows, with a selector, with Monte-Carlo draws, and in every update."""
     shapes = {}
@@ -576,6 +579,7 @@ def test_signals_cost_no_forward(tmp_path):
     assert len(shapes["roec_cm"]) == len(shapes[None]) == 2 * (4 + 2 * 3)  # steps, micro-batches × views
 
 
+@pytest.mark.slow
 def test_a_threshold_by_name_and_as_an_object(tmp_path):
     named = trained(ATPO, tmp_path, step_selector="threshold", step_threshold=0.5)
     given = trained(with_function(Threshold(0.5)), tmp_path)
@@ -602,6 +606,7 @@ def test_evaluation_leaves_the_selection_of_training_alone(tmp_path):
     assert trainer.last_rollout is kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [2, 3])
 def test_running_averages_survive_a_resume(stop, tmp_path, monkeypatch):
     """μ = 2: 2 is between two rollouts, 3 in the middle of one."""

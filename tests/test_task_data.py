@@ -147,6 +147,7 @@ def test_countdown_leaves_out_given_problems(tmp_path):
     assert len(countdown.read_countdown(path)) == 2
 
 
+@pytest.mark.slow
 def test_sudoku_can_be_split_by_solution():
     train = sudoku.load_sudoku("train", 400, seed=1, disjoint_by="solution")
     test = sudoku.load_sudoku("test", 400, seed=2, disjoint_by="solution")

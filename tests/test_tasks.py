@@ -34,6 +34,7 @@ def test_generators_are_seeded_and_their_splits_disjoint(load):
         load("validation", 1)
 
 
+@pytest.mark.slow
 def test_splits_share_no_question():
     train, test = (load_word_problems(split, 3000, seed=seed) for split, seed in (("train", 1), ("test", 2)))
     assert not {row["prompt"][0]["content"] for row in train} & {row["prompt"][0]["content"] for row in test}
@@ -50,6 +51,7 @@ def test_solutions_without_slips_are_right():
         assert solve_sudoku(row["puzzle"]) == [row["solution"]]
 
 
+@pytest.mark.slow
 def test_slips_happen_at_their_rate_and_leave_the_answer_alone():
     clean, slipped = load_word_problems("train", 6000), load_word_problems("train", 6000, slips=True)
     assert clean["answer"] == slipped["answer"]

@@ -142,6 +142,8 @@ def test_every_task_and_method_has_a_config_of_the_bundled_model():
     assert "sudoku=embedded" in bundled_config("sudoku", "espo")[1]
 
 
+@pytest.mark.thorough
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_starts_on_every_generated_task(method, tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(RECIPES))

@@ -150,6 +150,7 @@ def test_step_time_is_logged_once_per_update(tmp_path, monkeypatch):
     assert counts == [3]  # the one log at the end
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["agrpo", "atpo", "diffu_grpo", "sapo"])
 def test_forward_units_count_the_rows_of_every_forward(name, tmp_path):
     """A row costs 1, with gradient 3, on a shorter canvas in proportion; prompts of two words and canvases of 8."""
@@ -342,6 +343,7 @@ def test_reference_logps_are_those_of_the_views(tmp_path):
     assert torch.equal(covered, rows["completion_mask"].bool())
 
 
+@pytest.mark.slow
 def test_lora_trains_the_adapter_and_takes_the_base_as_reference(tmp_path):
     lora = LoraConfig(r=4, target_modules="all-linear")
     trainer = AGRPO.make(
@@ -361,6 +363,7 @@ def test_lora_trains_the_adapter_and_takes_the_base_as_reference(tmp_path):
     torch.testing.assert_close(fresh(input_ids=ids).logits, trainer.model(input_ids=ids).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", ["object", "path"])
 def test_synchronised_reference(given, tmp_path):
     model = tiny_model(seed=3)
@@ -384,6 +387,7 @@ def test_synchronised_reference(given, tmp_path):
 # ---------------------------------------------------------------- checkpoints
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 3, 5])
 def test_a_resumed_run_ends_in_the_same_weights(stop, tmp_path):
     """8 prompts, 4 per rollout, μ = 2: 5 updates into 8 is the second epoch, in the middle of a buffer."""
@@ -670,6 +674,7 @@ def test_virtual_tokens_are_refused(config, tmp_path):
         AGRPO.make(tmp_path, model=get_peft_model(tiny_model(), config))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 def test_an_adapter_loaded_for_inference_is_refused(beta, tmp_path):
     get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
@@ -705,6 +710,7 @@ class _Checkpointing(TrainerCallback):
         self.reentrant = layer._gradient_checkpointing_func.keywords["use_reentrant"]
 
 
+@pytest.mark.slow
 def test_checkpointing_that_trl_sets_after_the_config_was_made(tmp_path):
     """TRL 1.16 sets `use_reentrant` so for adapters under ZeRO-3; transformers 5.24 reads it under another name."""
     seen = _Checkpointing()

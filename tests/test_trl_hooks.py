@@ -238,6 +238,7 @@ def test_a_cache_has_what_is_called():
 # ---------------------------------------------------------------- the lists are complete
 
 
+@pytest.mark.slow
 def test_nothing_is_missing_and_nothing_is_stale():
     listed = {name for _, name in METHODS} | ATTRIBUTES.keys()
     used = overridden() | touched() | unknown_private_names() | loss_flags()
