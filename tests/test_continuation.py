@@ -353,6 +353,16 @@ def test_a_block_that_is_cut_off_beside_a_row_with_more_to_write(unmasking):
         assert torch.equal(alone.unmask_step, together.unmask_step[one])
 
 
+def test_text_of_a_state_is_given_in_the_trajectory():
+    prompts, mask = coded_prompts(2)
+    state = written(("abaabbab????", 12), ("?b??????????", 12))
+    drawn = sample(always(A, B), prompts, mask, GRID, row_generators(0, rows=range(2)), state=state)
+    assert drawn.given is not None and torch.equal(drawn.given, state.canvas != MASK)
+    assert torch.equal(drawn.completion_ids[drawn.given], state.canvas[drawn.given])
+    assert (drawn.unmask_step[drawn.given] == -1).all() and (drawn.unmask_step[~drawn.given] >= 0).all()
+    assert sample(always(A, B), prompts, mask, GRID, row_generators(0, rows=range(2))).given is None
+
+
 # ------------------------------------------- where it starts
 
 

@@ -72,6 +72,7 @@ def sample(
     batch, prompt_length = input_ids.shape
     if len(generators) != batch:
         raise ValueError(f"sample() needs one generator per prompt: {batch} prompts, {len(generators)} generators.")
+    given = None if state is None else state.canvas != family.mask_token_id
     if state is None:
         state = CanvasState.empty(batch, config.canvas_length, family.mask_token_id, input_ids.device)
     state.check_shape(batch, config.canvas_length)
@@ -100,7 +101,8 @@ def sample(
             )
             rollout.write()
             parts.append(rollout.trajectory())
-    return Trajectory.gather(parts, torch.tensor([row for bucket in buckets for row in bucket]).to(input_ids.device))
+    drawn = Trajectory.gather(parts, torch.tensor([row for bucket in buckets for row in bucket]).to(input_ids.device))
+    return drawn if given is None or not given.any() else replace(drawn, given=given)
 
 
 @contextmanager
