@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_worker import BACKENDS, cases
+from distributed_worker import BACKENDS, EVERY, cases
 from launching import accelerate_launch, run
 from methods import METHODS
 
@@ -28,6 +28,7 @@ CONFIGS = {
     "zero2": "cpu_zero2",
     "zero2_offload": "cpu_zero2_offload",
     "zero3": "cpu_zero3",
+    "zero3_methods": "cpu_zero3",
     "zero3_offload": "cpu_zero3_offload",
     "fsdp2": "fsdp2",
 }
@@ -36,9 +37,9 @@ TIMEOUT = 600  # seconds for a backend: about 30 on two free cores, and a minute
 CASES = cases()
 SOUND = [name for name, case in CASES.items() if case.fault is None]
 SEVERAL = [backend for backend in BACKENDS if backend != "single"]
-SHARDED = [backend for backend in BACKENDS if BACKENDS[backend].stage == 3 or backend == "fsdp2"]
-# `make test` leaves these out: they differ from ZeRO-3 or DDP in where state lies.
-THOROUGH = ("zero1", "zero2", "zero2_offload", "zero3_offload", "fsdp2")
+SHARDED = [backend for backend in EVERY if BACKENDS[backend].stage == 3 or backend == "fsdp2"]
+# `make test` leaves these out: they differ from ZeRO-3 or DDP in where state lies, or run more methods.
+THOROUGH = ("zero1", "zero2", "zero2_offload", "zero3_methods", "zero3_offload", "fsdp2")
 EQUAL = (
     *("completion_ids", "completion_mask", "unmask_step", "view_steps"),
     *("masked", "targets", "prompt_masked", "global_row"),
@@ -55,9 +56,6 @@ def run_of(backend: str, *case: str) -> Any:
 
 def on(backends: Iterable[str]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("backend", [run_of(backend) for backend in backends])
-
-
-several_backends = on(SEVERAL)
 
 
 def where(cases: list[str], backends: Iterable[str] = SEVERAL) -> pytest.MarkDecorator:
@@ -232,7 +230,7 @@ def test_the_reference_stays_where_the_policy_started(backend, case, launched):
     assert first < 1e-4 and second > 0.1 and evaluation > 0.1
 
 
-@on(BACKENDS)
+@on(EVERY)
 def test_a_synchronised_reference_follows(backend, launched):
     # that it is the reference of one process is among what rollouts are compared for
     ranks, apart = (launched(backend).ranks(case) for case in ("reference, synchronised", "reference"))
