@@ -97,7 +97,7 @@ class AnalysisArguments(SamplingArguments):
 
 
 def sample_signals(model, tokenizer, problems: Dataset, correct, args: AnalysisArguments) -> tuple[torch.Tensor, ...]:
-    """Sample a completion per problem, each from a random stream of its own.
+    """Sample a completion per problem, each from a private random stream.
 
     Returns:
         (step_entropy [B, S], step_margin [B, S], the step after the last one [B], steps taken [B, S], success [B]).

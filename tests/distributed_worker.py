@@ -73,7 +73,7 @@ EVERY = tuple(name for name in BACKENDS if name != "zero3_methods")
 MAIN = ("single", "ddp", "zero2", "zero3")
 # Methods that also run on the others.
 COMPARED = ("agrpo", "diffu_grpo", "espo", "dmpo")
-# The other methods; under ZeRO-3, the slowest, in a launch of their own, so that `make test` can leave it out.
+# The other methods; under ZeRO-3, the slowest, in a separate launch, which `make test` leaves out.
 MAIN_OF_OTHERS = ("single", "ddp", "zero2", "zero3_methods")
 # One method for every way to go through views: drawn steps, masks one by one, masks together, two streams. All share
 # the loop over views, so that these run with many views on every backend; the others do so alone (`test_properties`).
@@ -388,7 +388,7 @@ def recorded_rollouts(trainer) -> Iterator[list[dict[str, Any]]]:
         probing.clear()
         output = generate(inputs)
         rows = {key: value.clone() for key, value in output.items() if isinstance(value, torch.Tensor) and value.dim()}
-        if "prompt_masked" in rows:  # processes pad their prompts to lengths of their own
+        if "prompt_masked" in rows:  # every process pads to its own longest prompt
             hidden = rows["prompt_masked"]
             rows["prompt_masked"] = torch.nn.functional.pad(hidden, (8 - hidden.size(-1), 0))
         chosen = trainer.last_selection if isinstance(trainer, TrajectoryGRPOTrainer) else None

@@ -328,7 +328,7 @@ def test_coupled_statistic_averaged_over_all_masks_is_its_formula(rate, tmp_path
     noise = torch.where(torch.tensor(MASKS), rate / 2, (1 + rate) / 2).double().unsqueeze(1)
     feed(monkeypatch, rates, noise)
     rows = planned(trainer, 32)
-    rows["targets"] = rows["masked"]  # all tokens, the text's and those behind it
+    rows["targets"] = rows["masked"]  # all tokens, the text's and those after it
     logps = logps_of(trainer, trainer.model, rows).double()[:, 0]
     share = rows["mask_rate"][:, 0].double()
     chances = torch.tensor([rate ** sum(mask) * (1 - rate) ** (LENGTH - sum(mask)) for mask in MASKS]).double()

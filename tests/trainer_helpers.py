@@ -27,7 +27,7 @@ def rollout_of(trainer, *prompts: str, copies: int = 4) -> dict[str, torch.Tenso
 def plan_of(
     trainer, trajectory, rows: dict[str, torch.Tensor], likelihood=None, **facts: Any
 ) -> dict[str, torch.Tensor]:
-    """What a likelihood plans for given completions."""
+    """Let a likelihood plan the views of given completions."""
     return (likelihood or trainer.choices.likelihood).plan(rollout_with(trainer, trajectory, rows, **facts))
 
 
@@ -91,7 +91,7 @@ def loss_of_update(trainer, rows: dict[str, torch.Tensor], update: int = 0) -> t
 
 
 def loss_inputs(logps: torch.Tensor, targets: torch.Tensor, advantages: torch.Tensor, **others: Any) -> LossInputs:
-    """What a loss reads, from log-probabilities and targets [B, V, L] and advantages [B]."""
+    """Make the inputs of a loss from log-probabilities and targets [B, V, L] and advantages [B]."""
     lengths = others.pop("lengths", targets.any(1).sum(1))
     known: dict[str, Any] = dict(entropies=torch.zeros_like(logps), old=None, reference=None, estimate=None)
     facts = ScoredViews(targets, lengths, others.pop("weights", None), others.pop("rates", None))

@@ -17,7 +17,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-MODEL_TYPES = ("llada", "Dream", "sdar")
+STAND_INS = ("llada", "Dream", "sdar")  # model types
 
 
 def _native_config(model_type: str) -> type[PreTrainedConfig]:
@@ -29,7 +29,7 @@ def _native_config(model_type: str) -> type[PreTrainedConfig]:
 
 def register_families() -> None:
     """Register a stand-in for the config of every family."""
-    for model_type in MODEL_TYPES:
+    for model_type in STAND_INS:
         AutoConfig.register(model_type, _stand_in(model_type))
 
 

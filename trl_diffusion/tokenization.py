@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
+from trl.trainer.utils import pad
 
 
 def encode_prompt(
@@ -44,18 +45,20 @@ def encode_prompt(
     return tokenizer(f"{text}{beginning}", add_special_tokens=False)["input_ids"]
 
 
-def left_pad(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+def left_pad(
+    rows: Sequence[Sequence[int]], pad_token_id: int, pad_to_multiple_of: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Pad token ids of different length on the left.
 
     Args:
         rows: B lists of ids; at least one.
         pad_token_id: fills the padding.
+        pad_to_multiple_of: round P up to a multiple of this.
 
     Returns:
         (ids long [B, P]; mask long [B, P], 0 on padding), with P the length of the longest row.
     """
-    width = max(map(len, rows))
-    ids = [[pad_token_id] * (width - len(row)) + list(row) for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    # The type is given for the case that every row is empty.
-    return torch.tensor(ids, dtype=torch.long), torch.tensor(mask, dtype=torch.long)
+    ids = [torch.tensor(row, dtype=torch.long) for row in rows]  # the type is given for rows that are empty
+    masks = [torch.ones_like(row) for row in ids]
+    padding: dict[str, Any] = {"padding_side": "left", "pad_to_multiple_of": pad_to_multiple_of}
+    return pad(ids, padding_value=pad_token_id, **padding), pad(masks, padding_value=0, **padding)

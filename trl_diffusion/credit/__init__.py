@@ -22,6 +22,7 @@ from trl_diffusion.credit.step_selection import (
     selected_draws,
     step_signals,
 )
+from trl_diffusion.credit.target_weights import TargetWeights
 from trl_diffusion.sampling.trajectory import taken_steps
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "StepSelector",
     "StepSignals",
     "StepWeights",
+    "TargetWeights",
     "Threshold",
     "draw_steps",
     "effective_sample_size",

@@ -29,7 +29,7 @@ def evaluate_accuracy(
 ) -> Estimate:
     """Decode a completion for every prompt and count the right ones.
 
-    Every completion has a random stream of its own, keyed by seed, row and number, as in `measure`. So the batch size
+    Every completion has a private random stream, keyed by seed, row and number, as in `measure`. So the batch size
     changes no completion, except that it can decide a tie between two tokens by the rounding of floating-point sums.
 
     Args:

@@ -151,13 +151,27 @@ class Likelihood:
         """Bytes per completion that the plan keeps until the last inner update."""
         return 2.0 * length * updates * self.num_views
 
-    def describe(self) -> str:
-        """The likelihood with its settings, for logs and checkpoints."""
-        return describe(self)
+
+def refuse_block_attention(family: DiffusionFamily, name: str) -> None:
+    """Refuse a block-causal model, for views of the whole canvas.
+
+    Args:
+        family: of the model.
+        name: of the method, for the message.
+
+    Raises:
+        ValueError: if the model's attention is causal over blocks.
+    """
+    if family.attention_block is not None:
+        raise ValueError(
+            f"{name} noises the canvas as a whole, and {family.name} has block-causal attention: its blocks are "
+            "written next to finished ones, which such views do not show. Use DiPO, TraceRL with "
+            "block_causal=True, AGRPO or ATPO."
+        )
 
 
 def describe(value: Any) -> str:
-    """A choice of a method with its settings; functions by their names."""
+    """Describe a choice of a method with its settings, for messages and checkpoints; functions by their names."""
     if not is_dataclass(value):
         return get_callable_name(value) if callable(value) else type(value).__name__
     settings = []

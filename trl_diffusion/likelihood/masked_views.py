@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 
 from trl_diffusion.family import DiffusionFamily
-from trl_diffusion.likelihood.base import Likelihood, Rows, ScoredViews
+from trl_diffusion.likelihood.base import Likelihood, Rows, ScoredViews, refuse_block_attention
 from trl_diffusion.likelihood.noises import Noise
 from trl_diffusion.likelihood.views import Views, noised_views
 from trl_diffusion.sampling.rollout import Rollout
+from trl_diffusion.validation import one_of
 
 LOSS_MASKS = ("text", "canvas")
 
@@ -29,18 +30,12 @@ class MaskedViews(Likelihood):
     loss_mask: str = "text"
 
     def __post_init__(self) -> None:
-        if self.loss_mask not in LOSS_MASKS:
-            raise ValueError(f"loss_mask must be one of {', '.join(LOSS_MASKS)}; got {self.loss_mask!r}.")
+        one_of("loss_mask", self.loss_mask, LOSS_MASKS)
         self.num_views, self.partial = self.noise.num_views, self.noise.partial
         self.random_subsets, self.independent_halves = self.noise.random_subsets, self.noise.independent_halves
 
     def check_family(self, family: DiffusionFamily, name: str) -> None:
-        if family.attention_block is not None:
-            raise ValueError(
-                f"{name} noises the canvas as a whole, and {family.name} has block-causal attention: its blocks are "
-                "written next to finished ones, which such views do not show. Use DiPO, TraceRL with "
-                "block_causal=True, AGRPO or ATPO."
-            )
+        refuse_block_attention(family, name)
 
     def plan(self, rollout: Rollout) -> Rows:
         mask = self._loss_mask(rollout)

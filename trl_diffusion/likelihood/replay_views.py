@@ -12,11 +12,12 @@ from dataclasses import dataclass
 import torch
 
 from trl_diffusion.family import DiffusionFamily
-from trl_diffusion.likelihood.base import Likelihood, Rows, ScoredViews
+from trl_diffusion.likelihood.base import Likelihood, Rows, ScoredViews, refuse_block_attention
 from trl_diffusion.likelihood.plans import block_steps, trajectory_groups
 from trl_diffusion.likelihood.views import Views, noised_views
 from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.sampling.rollout import Rollout
+from trl_diffusion.validation import one_of
 
 MEANS = ("views", "tokens")
 
@@ -45,8 +46,7 @@ class ReplayViews(Likelihood):
     at_sampling_temperature = True
 
     def __post_init__(self) -> None:
-        if self.mean_over not in MEANS:
-            raise ValueError(f"mean_over must be one of {', '.join(MEANS)}; got {self.mean_over!r}.")
+        one_of("mean_over", self.mean_over, MEANS)
         self.num_views = -(-self._steps // self.shrink)
         self.records_old = self.shrink == 1 and not self.sampling.approximate
 
@@ -55,17 +55,13 @@ class ReplayViews(Likelihood):
         return self.sampling.steps_per_block if self.two_stream else self.sampling.denoising_steps
 
     def check_family(self, family: DiffusionFamily, name: str) -> None:
-        if family.attention_block is None and self.two_stream:
+        if not self.two_stream:
+            refuse_block_attention(family, name)
+        elif family.attention_block is None:
             raise ValueError(
                 f"{name} noises every block next to the finished ones, which needs block-causal attention; "
                 f"{family.name} attends to the whole canvas. Take a block-causal model (sdar), or TraceRL without "
                 "block_causal."
-            )
-        if family.attention_block is not None and not self.two_stream:
-            raise ValueError(
-                f"{name} noises the canvas as a whole, and {family.name} has block-causal attention: its blocks are "
-                "written next to finished ones, which such views do not show. Use DiPO, TraceRL with "
-                "block_causal=True, AGRPO or ATPO."
             )
 
     def plan(self, rollout: Rollout) -> Rows:

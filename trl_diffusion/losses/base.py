@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from trl_diffusion.likelihood.base import Likelihood, ScoredViews
+from trl_diffusion.likelihood.base import Likelihood, ScoredViews, describe
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class Loss:
         """
         if not likelihood.estimates:
             raise ValueError(
-                f"{type(self).__name__} needs the log-likelihood of a completion, and {likelihood.describe()} gives "
+                f"{type(self).__name__} needs the log-likelihood of a completion, and {describe(likelihood)} gives "
                 "none: it averages over chosen steps. Draw steps with step_reduction='sum', or take ReplayViews or "
                 "MaskedViews."
             )

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trl_diffusion.likelihood.base import Likelihood
+from trl_diffusion.likelihood.base import Likelihood, describe
 from trl_diffusion.likelihood.estimates import mean_of_targets, upper_bound_per_token
 from trl_diffusion.losses.base import Loss, LossInputs, LossOutputs
 
@@ -30,7 +30,7 @@ class SandwichedBound(Loss):
         if not likelihood.random_subsets:
             raise ValueError(
                 f"SandwichedBound needs views that mask random subsets, over which its upper bound is taken; "
-                f"{likelihood.describe()} masks what the denoising steps left. Take MaskedViews."
+                f"{describe(likelihood)} masks what the denoising steps left. Take MaskedViews."
             )
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:

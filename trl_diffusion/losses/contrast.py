@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.nn.functional import logsigmoid
 
-from trl_diffusion.likelihood.base import Likelihood
+from trl_diffusion.likelihood.base import Likelihood, describe
 from trl_diffusion.losses.base import Loss, LossInputs, LossOutputs
 
 
@@ -25,7 +25,7 @@ class Contrast(Loss):
     def check(self, likelihood: Likelihood, args: Any) -> None:
         if not likelihood.independent_halves:
             raise ValueError(
-                f"Contrast needs two independent, unbiased estimates of the ELBO; {likelihood.describe()} gives none. "
+                f"Contrast needs two independent, unbiased estimates of the ELBO; {describe(likelihood)} gives none. "
                 "Take MaskedViews of an even number of SubsetPairs."
             )
 

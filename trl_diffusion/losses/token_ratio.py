@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from trl_diffusion.likelihood.base import Likelihood
+from trl_diffusion.likelihood.base import Likelihood, describe
 from trl_diffusion.losses.base import Loss, LossInputs
+from trl_diffusion.validation import one_of
 
 # Loss types whose per-token terms are summed and divided by something the view does not change.
 SUMS_OF_TOKENS = ("dr_grpo", "dapo", "cispo", "luspo")
@@ -36,12 +37,11 @@ class TokenRatio(Loss):
         return args.beta != 0.0 and self.kl_to == "reference"
 
     def check(self, likelihood: Likelihood, args: Any) -> None:
-        if self.kl_to not in COMPARED:
-            raise ValueError(f"kl_to must be one of {', '.join(COMPARED)}; got {self.kl_to!r}.")
+        one_of("kl_to", self.kl_to, COMPARED)
         if likelihood.partial and not likelihood.scored_together:
             check_token_level(args)
         if likelihood.weighted and args.beta != 0.0:
-            check_weighted_kl(args, likelihood.describe())
+            check_weighted_kl(args, describe(likelihood))
 
     def trl_inputs(self, inputs: LossInputs, args: Any) -> dict[str, torch.Tensor]:
         """Return the inputs of TRL's loss, but for prompts and completions.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from trl_diffusion.likelihood.estimates import mean_of_targets
 from trl_diffusion.losses.base import Loss, LossInputs, LossOutputs
+from trl_diffusion.validation import one_of
 
 REDUCTIONS = ("sum", "mean")
 
@@ -23,8 +24,7 @@ class WeightedLikelihood(Loss):
     reduction: str = "sum"
 
     def __post_init__(self) -> None:
-        if self.reduction not in REDUCTIONS:
-            raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {self.reduction!r}.")
+        one_of("reduction", self.reduction, REDUCTIONS)
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
         if self.reduction == "sum":

@@ -29,13 +29,11 @@ class ReferenceSource:
     """Where the reference model of a run comes from.
 
     Args:
-        needed: whether the run compares with one.
         copied: a copy of a policy that came as an object; `None` where TRL loads the path again, or an adapter is
             turned off.
         by_trl: whether TRL makes it.
     """
 
-    needed: bool
     copied: PreTrainedModel | None
     by_trl: bool
 
@@ -68,7 +66,7 @@ class ReferenceSource:
         if needed and isinstance(model, PeftModel) and model.active_adapter != "default":
             copy_as_reference(model)  # TRL would copy the adapter called "default"
             by_trl = False
-        return cls(needed, copied, by_trl)
+        return cls(copied, by_trl)
 
     def arguments_for_trl(self, args: GRPOConfig) -> None:
         """Set β so that TRL makes a reference model, or makes none; changes `args`.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from trl_diffusion.family import DiffusionFamily
 from trl_diffusion.sampling.unmasking import RULES
+from trl_diffusion.validation import one_of
 
 CACHES = ("auto", "none", "prefix", "dual", "block")
 
@@ -94,8 +95,7 @@ class SamplingConfig:
                 f"top_p={self.top_p} needs top_k > 0, so that the recorded support stays small; the AGRPO paper uses "
                 "top_k=150 with top_p=0.99. Where completions are all that is kept, set record_support=False."
             )
-        if self.unmasking not in RULES:
-            raise ValueError(f"unmasking must be one of {', '.join(RULES)}; got {self.unmasking!r}.")
+        one_of("unmasking", self.unmasking, RULES)
         self._check_parallel()
         self._check_cache()
 
@@ -115,8 +115,7 @@ class SamplingConfig:
             raise ValueError(f"entropy_bound must be at least 0 nats, got {self.entropy_bound}.")
 
     def _check_cache(self) -> None:
-        if self.cache not in CACHES:
-            raise ValueError(f"cache must be one of {', '.join(CACHES)}; got {self.cache!r}.")
+        one_of("cache", self.cache, CACHES)
         if self.cache_refresh < 0:
             raise ValueError(f"cache_refresh must be at least 0 steps (0 for never), got {self.cache_refresh}.")
         if self.cache_refresh and not self.approximate:

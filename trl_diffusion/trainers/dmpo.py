@@ -109,5 +109,5 @@ class DMPOTrainer(DiffusionGRPOTrainer):
         return Contrast() if self.args.objective == "wddo" else WeightedLikelihood("mean")
 
     def _num_views(self) -> int:
-        """WDDO compares two estimates on views of their own."""
+        """Return the views per update; WDDO takes twice as many, for its two independent estimates."""
         return self.args.num_mc_samples * (2 if self.args.objective == "wddo" else 1)

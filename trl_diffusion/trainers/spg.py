@@ -18,6 +18,7 @@ from trl_diffusion.losses import Loss, SandwichedBound
 from trl_diffusion.trainers.base.choices import CreditChoice
 from trl_diffusion.trainers.base.masked import CompletionLossConfig, PromptNoiseConfig
 from trl_diffusion.trainers.base.trainer import DiffusionGRPOTrainer
+from trl_diffusion.validation import one_of
 
 CHOICES = {
     "noise": ("block_random", "random"),
@@ -58,8 +59,7 @@ class SPGConfig(CompletionLossConfig, PromptNoiseConfig):
     def __post_init__(self):
         super().__post_init__()
         for name, values in CHOICES.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name} must be one of {', '.join(values)}; got {getattr(self, name)!r}.")
+            one_of(name, getattr(self, name), values)
         if self.noise_block_length is not None and (
             self.noise_block_length < 1 or self.max_completion_length % self.noise_block_length
         ):

@@ -23,6 +23,7 @@ from trl_diffusion.runtime.run_facts import Facts
 from trl_diffusion.trainers.base.config import DiffusionGRPOConfig
 from trl_diffusion.trainers.base.rollout_correction import RolloutCorrectionConfig
 from trl_diffusion.trainers.base.trainer import DiffusionGRPOTrainer
+from trl_diffusion.validation import one_of
 
 
 @dataclass
@@ -87,8 +88,7 @@ class TrajectoryGRPOConfig(RolloutCorrectionConfig, DiffusionGRPOConfig):
         if self.step_selector is not None:
             choices["step_selector"] = (*SELECTORS, "threshold")
         for name, values in choices.items():
-            if getattr(self, name) not in values:
-                raise ValueError(f"{name} must be one of {', '.join(values)}; got {getattr(self, name)!r}.")
+            one_of(name, getattr(self, name), values)
         check_token_level(self)
         self.check_rollout_correction(self.sampling_config())
         self._check_selector()

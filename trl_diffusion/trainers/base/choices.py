@@ -79,7 +79,7 @@ class Choices:
 
 
 def refuse_unread(args: Any, reads: tuple[str, ...], loss_name: str) -> None:
-    """Refuse fields of TRL's loss that a loss of its own does not read.
+    """Refuse changed fields of TRL's loss that the loss in use does not read.
 
     Args:
         args: the config.

@@ -92,7 +92,9 @@ class MaskRateConfig(NoisedGRPOConfig):
 
 @dataclass
 class CompletionLossConfig(NoisedGRPOConfig):
-    """`NoisedGRPOConfig` for methods with a loss of their own; fields of TRL's loss that it does not read are refused.
+    """`NoisedGRPOConfig` for methods that do not use TRL's loss.
+
+    A changed field of that loss is refused, unless the method names it in `reads`.
 
     Raises:
         ValueError: if such a field is changed, or settings do not fit together.

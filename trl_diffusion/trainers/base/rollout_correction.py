@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from trl_diffusion.sampling import SamplingConfig
+from trl_diffusion.validation import one_of
 
 CORRECTIONS = ("recompute", "behaviour")
 
@@ -50,10 +51,8 @@ class RolloutCorrectionConfig:
         Raises:
             ValueError: if a value is unknown, or the cap is changed where nothing is weighted.
         """
-        if self.rollout_correction not in (None, *CORRECTIONS):
-            raise ValueError(
-                f"rollout_correction must be one of {', '.join(CORRECTIONS)}; got {self.rollout_correction!r}."
-            )
+        if self.rollout_correction is not None:
+            one_of("rollout_correction", self.rollout_correction, CORRECTIONS)
         if self.rollout_correction_cap <= 0:
             raise ValueError(f"rollout_correction_cap must be positive, got {self.rollout_correction_cap}.")
         if self.rollout_correction_cap != 3.0 and not self.recomputes_old(sampling):

@@ -25,7 +25,7 @@ from rich.console import Console
 from trl import GRPOTrainer
 from trl.extras.profiling import profiling_context
 from trl.trainer.callbacks import SyncRefModelCallback
-from trl.trainer.utils import get_config_model_id, pad
+from trl.trainer.utils import get_config_model_id
 
 from trl_diffusion.adapters.precision import (
     AdapterPrecision,
@@ -71,10 +71,10 @@ from trl_diffusion.runtime.update_guard import GuardedUpdates
 from trl_diffusion.sampling import Trajectory, row_generators
 from trl_diffusion.sampling.rollout import FinishedBatch, Rollout
 from trl_diffusion.streams import Purpose
-from trl_diffusion.tokenization import encode_prompt
+from trl_diffusion.tokenization import encode_prompt, left_pad
 from trl_diffusion.trainers.base.choices import Choices, CreditChoice, check_composition
 from trl_diffusion.trainers.base.config import DiffusionGRPOConfig
-from trl_diffusion.trainers.base.quiet import no_luspo_hint
+from trl_diffusion.trainers.base.luspo_hint import no_luspo_hint
 from trl_diffusion.trainers.base.view_loop import ViewLoop
 
 
@@ -316,7 +316,9 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         mode = "train" if self.model.training else "eval"
-        prompts, mask = self._pad_prompts(prompt_ids)
+        multiple: Any = self.pad_to_multiple_of  # TRL types it as text too
+        padded = left_pad(prompt_ids, self._tokenizer.pad_token_id, multiple)
+        prompts, mask = (part.to(self.accelerator.device) for part in padded)
         purpose = Purpose.TRAIN_ROLLOUT if mode == "train" else Purpose.EVAL_ROLLOUT
         rows = self._global_rows(len(prompt_ids))
         generators = row_generators(self.args.seed, purpose, self._rollouts[mode], rows=rows.tolist())
@@ -336,13 +338,6 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
         # TRL would close a last assistant message, which is the beginning of the answer
         kwargs: Any = self.chat_template_kwargs
         return [encode_prompt(prompt, self._tokenizer, **kwargs) for prompt in prompts], None, {}
-
-    def _pad_prompts(self, prompt_ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = [torch.tensor(ids) for ids in prompt_ids]
-        padding: dict[str, Any] = {"padding_side": "left", "pad_to_multiple_of": self.pad_to_multiple_of}
-        ids = pad(rows, padding_value=self._tokenizer.pad_token_id, **padding)
-        mask = pad([torch.ones_like(row) for row in rows], padding_value=0, **padding)
-        return ids.to(self.accelerator.device), mask.to(self.accelerator.device)
 
     def _global_rows(self, count: int) -> torch.Tensor:
         """Index (prompt · G + g) of this process's rows in the batch of all processes."""

@@ -1,4 +1,4 @@
-"""A hint of TRL's that does not fit here."""
+"""Keep TRL from logging a hint about its loss type `luspo` that does not apply here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ class _LuspoHint(logging.Filter):
 
 @contextmanager
 def no_luspo_hint() -> Iterator[None]:
-    """TRL advises sequence ratios with "luspo" to whoever wants LUSPO; methods here only share its normalisation."""
+    """Filter out TRL's advice to combine `luspo` with ratios of sequences.
+
+    That is right for LUSPO. AGRPO and TraceRL take `luspo` with ratios of tokens, for its sum over a view's tokens.
+    """
     logger, hint = logging.getLogger("trl.trainer.grpo_trainer"), _LuspoHint()
     logger.addFilter(hint)
     try:
