@@ -17,7 +17,7 @@ help:
 
 # Without the number of threads accelerate gives a process on the CPU one; the demo is sized for two cores.
 demo: .venv/installed
-	.venv/bin/accelerate launch --config_file recipes/accelerate_configs/single_gpu.yaml --num_cpu_threads_per_process 2 \
+	.venv/bin/accelerate launch --config_file trl_diffusion/accelerate_configs/single_gpu.yaml --num_cpu_threads_per_process 2 \
 		recipes/gsm8k_agrpo.py $(ARGS)
 
 # One thread for each worker: together they already use the cores.

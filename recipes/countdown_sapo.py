@@ -5,7 +5,7 @@
 
 from dataclasses import dataclass, field
 
-from train import TrainArguments, main
+from trl_diffusion.cli.train import TrainArguments, main
 
 
 @dataclass

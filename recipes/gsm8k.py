@@ -3,7 +3,7 @@
 accelerate launch recipes/gsm8k.py --method dmpo
 """
 
-from train import main
+from trl_diffusion.cli.train import main
 
 if __name__ == "__main__":
     main()

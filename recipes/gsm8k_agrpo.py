@@ -6,14 +6,14 @@ The bundled model on synthetic word problems (a few minutes on two CPU cores):
 
 LLaDA-8B on GSM8K:
 
-    accelerate launch --config_file recipes/accelerate_configs/zero2.yaml recipes/gsm8k_agrpo.py \
-        --config recipes/configs/llada_8b/gsm8k_agrpo.yaml
+    accelerate launch --config_file trl_diffusion/accelerate_configs/zero2.yaml recipes/gsm8k_agrpo.py \
+        --config trl_diffusion/configs/llada_8b/gsm8k_agrpo.yaml
 
 Everything in a config can be overridden on the command line, for example `--seed 1 --max_steps 20`.
 `recipes/train.py` has other tasks and methods.
 """
 
-from train import main
+from trl_diffusion.cli.train import main
 
 if __name__ == "__main__":
     main(method="agrpo")

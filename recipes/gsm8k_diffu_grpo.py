@@ -1,6 +1,6 @@
 """diffu-GRPO on GSM8K: `recipes/train.py --method diffu_grpo`."""
 
-from train import main
+from trl_diffusion.cli.train import main
 
 if __name__ == "__main__":
     main(method="diffu_grpo")

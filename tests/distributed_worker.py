@@ -1,6 +1,6 @@
 """One process of `test_distributed.py`: trains every case on the four-word model and writes down what it saw.
 
-    accelerate launch --config_file recipes/accelerate_configs/cpu_zero3.yaml tests/distributed_worker.py \
+    accelerate launch --config_file trl_diffusion/accelerate_configs/cpu_zero3.yaml tests/distributed_worker.py \
         --backend zero3 --model CHECKPOINT --out FOLDER
 
 It stops if the processes are not those of the backend, so that no case passes on another one.

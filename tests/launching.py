@@ -13,9 +13,9 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 def accelerate_launch(config: str, *arguments: str) -> list[str]:
-    """The command for processes of a config in `recipes/accelerate_configs`."""
+    """The command for processes of a config in `trl_diffusion/accelerate_configs`."""
     launcher = [str(Path(sys.executable).parent / "accelerate"), "launch", "--main_process_port", str(free_port())]
-    return [*launcher, "--config_file", f"recipes/accelerate_configs/{config}.yaml", *arguments]
+    return [*launcher, "--config_file", f"trl_diffusion/accelerate_configs/{config}.yaml", *arguments]
 
 
 def run(command: list[str], folder: Path, timeout: float) -> tuple[int | None, str]:

@@ -1,7 +1,7 @@
 """Trains the four-word model, is killed at given moments, and resumes with `resume_from_checkpoint=True`.
 
     python tests/resume_worker.py --cases agrpo diffu_grpo --out FOLDER
-    accelerate launch --config_file recipes/accelerate_configs/cpu_zero2.yaml tests/resume_worker.py \
+    accelerate launch --config_file trl_diffusion/accelerate_configs/cpu_zero2.yaml tests/resume_worker.py \
         --cases "agrpo on two processes" --zero 2 --out FOLDER
 
 Every attempt is a process of its own, forked after the imports, that ends by SIGKILL: it sends it to itself at the

@@ -1,6 +1,6 @@
 """Starts the recipes as a user does, with progress bar and report, over kinds of training and backends.
 
-Every cell is one `accelerate launch` with a file of `recipes/accelerate_configs` and no other flag for the launch:
+Every cell is one `accelerate launch` with a file of `trl_diffusion/accelerate_configs` and no other flag for the launch:
 once to train for an update, once as a dry run.
 
     python tests/start_matrix.py                                     # every cell, about an hour on two cores

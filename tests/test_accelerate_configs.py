@@ -1,4 +1,4 @@
-"""The files of `recipes/accelerate_configs` give the backend that they promise; launches that lose it are refused."""
+"""The files of `trl_diffusion/accelerate_configs` give the backend that they promise; launches that lose it are refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from trl_diffusion.runtime.launch import check_backend, check_reference_loading,
 from trl_diffusion.trainers import AGRPOConfig
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = ROOT / "recipes" / "accelerate_configs"
+CONFIGS = ROOT / "trl_diffusion" / "accelerate_configs"
 AGRPO = method_named("agrpo")
 
 # stage, device of the optimizer state, device of the parameters

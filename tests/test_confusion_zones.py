@@ -17,6 +17,7 @@ from matplotlib.colors import to_hex
 from methods import METHODS, text_reward
 from tiny import forwards_of, tiny_model
 
+from trl_diffusion.cli import analyze
 from trl_diffusion.evaluation import ConfusionZoneCallback
 from trl_diffusion.evaluation.confusion_zones import (
     SIGNALS,
@@ -381,7 +382,7 @@ def test_two_processes_draw_the_completions_of_both(tmp_path):
     train_atpo(checkpoint, tmp_path / "one", micro_batches=2)
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--main_process_port", "0"]
-    command += ["--config_file", str(ROOT / "recipes" / "accelerate_configs" / "cpu_ddp.yaml"), __file__]
+    command += ["--config_file", str(ROOT / "trl_diffusion" / "accelerate_configs" / "cpu_ddp.yaml"), __file__]
     command += [str(checkpoint), str(tmp_path / "two")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-4000:]
@@ -407,12 +408,9 @@ def train_atpo(checkpoint: Path, folder: Path, micro_batches: int):
 
 @pytest.fixture
 def recipe(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    import analyze_trajectories
-
     def run(*arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", ["analyze_trajectories.py", *arguments])
-        analyze_trajectories.main()
+        analyze.main()
 
     return run
 

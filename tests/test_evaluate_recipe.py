@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -15,6 +14,7 @@ import psutil
 import pytest
 from launching import accelerate_launch
 
+from trl_diffusion.cli import evaluate
 from trl_diffusion.models.embedded import EMBEDDED_MODEL
 from trl_diffusion.tasks.word_problems import load_word_problems
 
@@ -98,16 +98,6 @@ def test_two_processes_killed_and_started_again_give_the_same_files(alone, tmp_p
     assert files(tmp_path) == files(alone[0])
 
 
-@pytest.fixture
-def recipe(monkeypatch):
-    # Under another name, because `evaluate` is also a library.
-    spec = importlib.util.spec_from_file_location("evaluate_recipe", ROOT / "recipes" / "evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "evaluate_recipe", module)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -122,15 +112,15 @@ def recipe(monkeypatch):
         (["--completions_per_prompt", "0"], "completions_per_prompt must be at least 1, got 0"),
     ],
 )
-def test_bad_input_is_refused(recipe, monkeypatch, tmp_path, arguments, message):
-    embedded = [] if "--adapter" in arguments else ["--config", "recipes/configs/embedded/evaluate.yaml"]
+def test_bad_input_is_refused(monkeypatch, tmp_path, arguments, message):
+    embedded = [] if "--adapter" in arguments else ["--config", "trl_diffusion/configs/embedded/evaluate.yaml"]
     monkeypatch.chdir(ROOT)
     command = ["evaluate.py", *embedded, "--output_dir", str(tmp_path / "out"), *arguments]
     if arguments[0] == "--canvas_lengths":
         command += ["--denoising_steps", "128"]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(ValueError, match=message):
-        recipe.main()
+        evaluate.main()
     assert not (tmp_path / "out").exists()
 
 
@@ -138,13 +128,13 @@ DATA = ROOT.parent / "shared" / "data"
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"public data files are not at {DATA}")
-def test_local_files_are_evaluated_under_both_protocols(recipe, monkeypatch, tmp_path, capsys):
+def test_local_files_are_evaluated_under_both_protocols(monkeypatch, tmp_path, capsys):
     sources = ["gsm8k=gsm8k_train_first1000.jsonl", "countdown=countdown_cd3_test.jsonl", "sudoku=sudoku_4x4_test.csv"]
-    command = ["evaluate.py", "--config", str(ROOT / "recipes" / "configs" / "embedded" / "evaluate.yaml")]
+    command = ["evaluate.py", "--config", str(ROOT / "trl_diffusion" / "configs" / "embedded" / "evaluate.yaml")]
     command += ["--tasks", *(source.replace("=", f"={DATA}/") for source in sources), "--protocols", "own", "d1"]
     command += ["--limit", "2", "--denoising_steps", "4", "--output_dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", command)
-    recipe.main()
+    evaluate.main()
     results = json.loads((tmp_path / "summary.json").read_text())
     assert [result["settings"]["task"] for result in results] == ["gsm8k", "countdown", "sudoku"]
     assert [next(iter(result["scores"])) for result in results] == ["accuracy", "accuracy", "puzzles_solved"]
@@ -153,44 +143,44 @@ def test_local_files_are_evaluated_under_both_protocols(recipe, monkeypatch, tmp
     assert "d1 " in capsys.readouterr().out
 
 
-def test_a_file_that_is_not_json_lines_and_a_missing_column_are_refused(recipe, monkeypatch, tmp_path):
+def test_a_file_that_is_not_json_lines_and_a_missing_column_are_refused(monkeypatch, tmp_path):
     rows = tmp_path / "rows.jsonl"
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--tasks", f"gsm8k={rows}", "--output_dir", str(tmp_path)])
     rows.write_text("question,answer\n")
     with pytest.raises(ValueError, match="is not JSON"):
-        recipe.main()
+        evaluate.main()
     rows.write_text('{"question": "?"}\n')
     with pytest.raises(ValueError, match=r"GSM8K needs .*\['answer'\] missing"):
-        recipe.main()
+        evaluate.main()
 
 
-def test_other_settings_in_the_same_folder_are_refused(recipe, alone, monkeypatch):
+def test_other_settings_in_the_same_folder_are_refused(alone, monkeypatch):
     before = files(alone[0])
     monkeypatch.chdir(ROOT)
     command = ["evaluate.py", *ARGUMENTS, "--output_dir", str(alone[0]), "--block_length", "16"]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(ValueError, match=r"other settings: decoding.block_length is 8 there and 16 here"):
-        recipe.main()
+        evaluate.main()
     assert files(alone[0]) == before
 
 
-def test_the_llada_config_is_d1_s(recipe):
-    config = ROOT / "recipes" / "configs" / "llada_8b" / "evaluate.yaml"
-    args, by_default = recipe.parse(["--config", str(config), "--adapter", "somewhere"])
+def test_the_llada_config_is_d1_s():
+    config = ROOT / "trl_diffusion" / "configs" / "llada_8b" / "evaluate.yaml"
+    args, by_default = evaluate.parse(["--config", str(config), "--adapter", "somewhere"])
     assert not by_default and args.model_name_or_path == "GSAI-ML/LLaDA-8B-Instruct" and args.adapter == "somewhere"
     decodings = [(one.canvas_length, one.denoising_steps, one.block_length) for one in args.decodings()]
     assert decodings == [(128, 64, 32), (256, 128, 32), (512, 256, 32)]
     assert all(one.temperature == 0 and one.unmasking == "low_confidence" for one in args.decodings())
-    assert [task.name for task, _ in recipe.requested(args)] == ["gsm8k", "math500", "countdown", "sudoku"]
+    assert [task.name for task, _ in evaluate.requested(args)] == ["gsm8k", "math500", "countdown", "sudoku"]
 
 
-def test_d1_s_protocol_stands_beside_our_own(recipe):
+def test_d1_s_protocol_stands_beside_our_own():
     from trl_diffusion.tasks import TASKS
 
-    score = recipe.scorer(TASKS["gsm8k"], ["own", "d1"])
+    score = evaluate.scorer(TASKS["gsm8k"], ["own", "d1"])
     scores = score("The answer is \\boxed{12}", {"answer": "12"})
     assert next(iter(scores)) == "accuracy" and scores["d1 accuracy"] == 1.0
-    assert not any("d1" in name for name in recipe.scorer(TASKS["gsm8k"], ["own"])("12", {"answer": "12"}))
+    assert not any("d1" in name for name in evaluate.scorer(TASKS["gsm8k"], ["own"])("12", {"answer": "12"}))
 
 
 TASK = """

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from trl_diffusion.cli import rescore
+from trl_diffusion.cli.evaluate import scorer
 from trl_diffusion.evaluation import Measurement, Problems, join_processes, load_model, measure
 from trl_diffusion.evaluation.samples import read_lines
 from trl_diffusion.models.embedded import EMBEDDED_MODEL
@@ -21,19 +21,6 @@ ROOT = Path(__file__).parent.parent
 DATA = ROOT.parent / "shared" / "data"
 PAGE = ROOT / "docs" / "pages" / "evaluation_protocols.md"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"public data files are not at {DATA}")
-
-sys.path.insert(0, str(ROOT / "recipes"))
-try:
-    import rescore
-finally:
-    sys.path.pop(0)
-
-# Not as `evaluate`, which is a package of Hugging Face's.
-SPEC = importlib.util.spec_from_file_location("evaluate_recipe", ROOT / "recipes" / "evaluate.py")
-assert SPEC is not None and SPEC.loader is not None
-evaluate_recipe = importlib.util.module_from_spec(SPEC)
-sys.modules[SPEC.name] = evaluate_recipe  # dataclasses look their module up
-SPEC.loader.exec_module(evaluate_recipe)
 
 # task, canvas → score under d1's protocol as published, the same of ours, puzzles solved (percent, two decimals)
 SCORES = {
@@ -123,7 +110,7 @@ def evaluated(folder: Path) -> dict[str, list[dict]]:
         task = TASKS[name]
         protocols = ["own"] if task.score_d1 is None else ["own", "d1"]
         rows = task.load("test", source="embedded", limit=6)
-        problems = Problems.encode(name, rows, evaluate_recipe.scorer(task, protocols), tokenizer)
+        problems = Problems.encode(name, rows, scorer(task, protocols), tokenizer)
         measurements.append(Measurement(problems, SamplingConfig(32, 8, 8, temperature=0), {}))
     measure(model, tokenizer, measurements, folder, join_processes(use_cpu=True), progress=False)
     return {m.name: read_lines(folder / m.name / "samples.jsonl") for m in measurements}

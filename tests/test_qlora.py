@@ -35,7 +35,7 @@ pytestmark = pytest.mark.slow
 bnb = pytest.importorskip("bitsandbytes")
 
 AGRPO = method_named("agrpo")
-CONFIGS = Path(__file__).parent.parent / "recipes" / "configs"
+CONFIGS = Path(__file__).parent.parent / "trl_diffusion" / "configs"
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

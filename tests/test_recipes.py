@@ -8,7 +8,6 @@ import runpy
 import subprocess
 import sys
 from dataclasses import fields
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from start_matrix import LORA, start
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
+from trl_diffusion.cli import common, train
 from trl_diffusion.models.embedded import EMBEDDED_MODEL, embedded_arguments
 from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.sampling.arguments import OPTIONS
@@ -27,7 +27,7 @@ from trl_diffusion.trainers import METHODS, AGRPOConfig, ATPOConfig, DiffuGRPOCo
 
 ROOT = Path(__file__).parent.parent
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k_train_first1000.jsonl"
-CONFIGS = ROOT / "recipes" / "configs"
+CONFIGS = ROOT / "trl_diffusion" / "configs"
 QUICK = ["--max_steps", "2", "--eval_size", "8", "--logging_steps", "1", "--num_mc_samples", "2"]
 
 pytestmark = pytest.mark.slow
@@ -49,7 +49,6 @@ def history(folder: Path) -> list[dict]:
 def run_recipe(name: str, monkeypatch, *arguments: str) -> None:
     """A recipe in this process, as one process on the CPU."""
     monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
     runpy.run_path(str(ROOT / "recipes" / f"{name}.py"), run_name="__main__")
 
 
@@ -231,18 +230,9 @@ def test_a_dataset_without_answers_is_refused(tmp_path, monkeypatch):
         run_recipe("gsm8k_agrpo", monkeypatch, *QUICK, "--dataset_path", str(rows))
 
 
-def recipe(module: str):
-    """A recipe as a module."""
-    sys.path.insert(0, str(ROOT / "recipes"))
-    try:
-        return import_module(module)
-    finally:
-        sys.path.pop(0)
-
-
 def parsed(name: str, config: type, folder: str = "llada_8b") -> tuple:
     """Script, training and model arguments of a config of a large model."""
-    parser = TrlParser((recipe("train").TrainArguments, config, ModelConfig))
+    parser = TrlParser((train.TrainArguments, config, ModelConfig))
     return parser.parse_args_and_config(["--config", str(CONFIGS / folder / f"{name}.yaml"), "--use_cpu"])
 
 
@@ -257,7 +247,7 @@ def test_the_agrpo_config_parses_to_the_papers_settings():
 
 
 def test_every_decoding_option_of_training_has_one_for_held_out_problems():
-    script = recipe("common").RecipeArguments
+    script = common.RecipeArguments
     assert {f"eval_{name}" for name in OPTIONS} <= {option.name for option in fields(script)}
     config = AGRPOConfig(use_cpu=True, bf16=False, max_completion_length=24, block_length=8, denoising_steps=24)
     chosen = script(
@@ -322,14 +312,14 @@ def test_every_method_has_its_configs():
 
 @pytest.mark.parametrize("name", [*SHARED, "dipo"])
 def test_the_shared_recipe_trains_the_embedded_model(name, tmp_path, monkeypatch, capsys):
-    train, (paper, _) = recipe("train"), (SHARED | {"dipo": ("2512.22234", {})})[name]
+    paper, _ = (SHARED | {"dipo": ("2512.22234", {})})[name]
     small = ["--max_steps", "2", "--save_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "16"]
     small += ["--eval_size", "4", "--use_cpu", "--output_dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["train.py", "--method", name, *small])
     train.main()
     output = capsys.readouterr().out
     assert "running on the embedded model" in output
-    assert f"recipes/configs/{'sdar_8b' if name == 'dipo' else 'llada_8b'}/gsm8k_{name}.yaml" in output.replace(
+    assert f"trl_diffusion/configs/{'sdar_8b' if name == 'dipo' else 'llada_8b'}/gsm8k_{name}.yaml" in output.replace(
         "\n", ""
     )
     assert f"{METHODS[name]._name}, 2 updates" in output and "gain" in output
@@ -340,7 +330,7 @@ def test_the_shared_recipe_trains_the_embedded_model(name, tmp_path, monkeypatch
 @pytest.mark.parametrize("name", SHARED)
 def test_llada_configs_of_the_shared_recipe_name_their_method_and_keep_the_papers_settings(name):
     path = str(CONFIGS / "llada_8b" / f"gsm8k_{name}.yaml")
-    assert recipe("train").chosen(["--config", path]).method == name
+    assert train.chosen(["--config", path]).method == name
     _, config, model = parsed(f"gsm8k_{name}", METHODS[name].config_class)
     expected = SHARED[name][1]
     assert {field: getattr(config, field) for field in expected} == expected
@@ -349,7 +339,7 @@ def test_llada_configs_of_the_shared_recipe_name_their_method_and_keep_the_paper
 
 
 def test_the_sdar_config_names_dipo_and_keeps_the_papers_settings():
-    assert recipe("train").chosen(["--config", str(CONFIGS / "sdar_8b" / "gsm8k_dipo.yaml")]).method == "dipo"
+    assert train.chosen(["--config", str(CONFIGS / "sdar_8b" / "gsm8k_dipo.yaml")]).method == "dipo"
     _, config, model = parsed("gsm8k_dipo", METHODS["dipo"].config_class, "sdar_8b")
     assert model.model_name_or_path == "JetLM/SDAR-8B-Chat"
     assert (config.epsilon, config.epsilon_high, config.beta, config.num_iterations) == (0.2, 0.28, 0.0, 1)
@@ -360,7 +350,7 @@ def test_the_sdar_config_names_dipo_and_keeps_the_papers_settings():
 
 def test_the_command_line_decides_about_the_method():
     path = str(CONFIGS / "llada_8b" / "gsm8k_dmpo.yaml")
-    chosen = recipe("train").chosen
+    chosen = train.chosen
     assert chosen(["--config", path, "--method", "wd1"]).method == "wd1"
     assert chosen(["--method=espo", "--max_steps", "3"], method="agrpo").method == "espo"
     sapo = str(CONFIGS / "llada_8b" / "countdown_sapo.yaml")
@@ -380,20 +370,19 @@ def test_the_command_line_decides_about_the_method():
 )
 def test_without_a_known_method_the_names_are_listed(arguments, problem, capsys):
     with pytest.raises(SystemExit) as stopped:
-        recipe("train").chosen(arguments)
+        train.chosen(arguments)
     message = capsys.readouterr().err
     assert stopped.value.code == 2 and problem in message and ", ".join(METHODS) in message
 
 
 def test_an_unknown_task_is_refused_with_the_names(capsys):
     with pytest.raises(SystemExit):
-        recipe("train").chosen(["--method", "agrpo", "--task", "countdwn"])
+        train.chosen(["--method", "agrpo", "--task", "countdwn"])
     message = capsys.readouterr().err
     assert "there is no task 'countdwn'; did you mean 'countdown'?" in message and ", ".join(TASKS) in message
 
 
 def test_help_works_with_and_without_a_method(monkeypatch, capsys):
-    train = recipe("train")
     for arguments, shown in (["--help"], "--method dmpo"), (["--method", "dmpo", "--help"], "--weight_baseline"):
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
         with pytest.raises(SystemExit) as stopped:

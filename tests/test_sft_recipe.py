@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
+from trl_diffusion.cli import sft
 from trl_diffusion.models.embedded import EMBEDDED_MODEL
 from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.tasks import TASKS
@@ -23,18 +23,9 @@ from trl_diffusion.tasks.word_problems import load_word_problems
 from trl_diffusion.trainers import SFTConfig
 
 ROOT = Path(__file__).parent.parent
-EMBEDDED = ROOT / "recipes" / "configs" / "embedded" / "sft.yaml"
+EMBEDDED = ROOT / "trl_diffusion" / "configs" / "embedded" / "sft.yaml"
 SMALL = ["--max_steps", "2", "--save_steps", "2", "--logging_steps", "1", "--eval_size", "4", "--dataset_size", "64"]
 SMALL += ["--eval_denoising_steps", "8"]
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    sys.path.insert(0, str(ROOT / "recipes"))
-    try:
-        return import_module("sft")
-    finally:
-        sys.path.pop(0)
 
 
 @pytest.fixture
@@ -44,9 +35,9 @@ def rows_file(tmp_path) -> Path:
     return path
 
 
-def started(recipe, folder: Path, monkeypatch, *arguments: str) -> None:
+def started(folder: Path, monkeypatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["sft.py", *SMALL, "--use_cpu", "--output_dir", str(folder), *arguments])
-    recipe.main()
+    sft.main()
 
 
 def history(folder: Path) -> list[dict]:
@@ -56,35 +47,35 @@ def history(folder: Path) -> list[dict]:
 # ---------------------------------------------------------------- rows
 
 
-def test_a_task_brings_its_own_splits(recipe):
-    args = recipe.SFTArguments(dataset_path="countdown=embedded", dataset_size=30, eval_size=7)
-    rows, held_out = recipe.load(args)
+def test_a_task_brings_its_own_splits():
+    args = sft.SFTArguments(dataset_path="countdown=embedded", dataset_size=30, eval_size=7)
+    rows, held_out = sft.load(args)
     assert (args.task, len(rows), len(held_out)) == ("countdown", 30, 7)
     assert not {row["prompt"][0]["content"] for row in rows} & {row["prompt"][0]["content"] for row in held_out}
 
 
-def test_the_last_rows_of_a_file_are_held_out(recipe, rows_file, tmp_path):
-    rows, held_out = recipe.load(recipe.SFTArguments(dataset_path=str(rows_file), eval_size=10))
+def test_the_last_rows_of_a_file_are_held_out(rows_file, tmp_path):
+    rows, held_out = sft.load(sft.SFTArguments(dataset_path=str(rows_file), eval_size=10))
     given = load_word_problems("train", 40)["completion"]
     assert [*rows["completion"], *held_out["completion"]] == list(given) and len(held_out) == 10
-    rows, _ = recipe.load(recipe.SFTArguments(dataset_path=str(rows_file), eval_size=10, dataset_size=5))
+    rows, _ = sft.load(sft.SFTArguments(dataset_path=str(rows_file), eval_size=10, dataset_size=5))
     assert list(rows["completion"]) == list(given[:5])
 
     questions = tmp_path / "gsm8k.jsonl"
     questions.write_text("".join(json.dumps({"question": f"{n}?", "answer": f"#### {n}"}) + "\n" for n in range(9)))
-    rows, held_out = recipe.load(recipe.SFTArguments(dataset_path=f"gsm8k={questions}", eval_size=3))
+    rows, held_out = sft.load(sft.SFTArguments(dataset_path=f"gsm8k={questions}", eval_size=3))
     assert (list(rows["answer"]), list(held_out["answer"])) == (list("012345"), list("678"))
 
 
-def test_rows_that_cannot_be_used_are_refused(recipe, rows_file, tmp_path):
+def test_rows_that_cannot_be_used_are_refused(rows_file, tmp_path):
     for size in (0, 40, 256):
         with pytest.raises(ValueError, match=f"has 40 rows, of which --eval_size {size} are held out"):
-            recipe.load(recipe.SFTArguments(dataset_path=str(rows_file), eval_size=size))
+            sft.load(sft.SFTArguments(dataset_path=str(rows_file), eval_size=size))
     (tmp_path / "texts.jsonl").write_text('{"prompt": "2 + 2?", "answer": "4"}\n' * 3)
     with pytest.raises(ValueError, match=r"SFT needs `prompt` and `completion`: \['completion'\] missing"):
-        recipe.load(recipe.SFTArguments(dataset_path=str(tmp_path / "texts.jsonl"), eval_size=1))
+        sft.load(sft.SFTArguments(dataset_path=str(tmp_path / "texts.jsonl"), eval_size=1))
     with pytest.raises(FileNotFoundError, match="No SFT file"):
-        recipe.load(recipe.SFTArguments(dataset_path="none.jsonl"))
+        sft.load(sft.SFTArguments(dataset_path="none.jsonl"))
 
 
 def test_an_answer_is_right_if_the_tasks_first_score_is_full():
@@ -96,9 +87,9 @@ def test_an_answer_is_right_if_the_tasks_first_score_is_full():
     assert 0 < TASKS["sudoku"].score(wrong, row)["cells_correct"] < 1  # another score
 
 
-def test_the_config_of_llada_8b_has_d1s_settings(recipe):
-    parser = TrlParser((recipe.SFTArguments, SFTConfig, ModelConfig))
-    path = ROOT / "recipes" / "configs" / "llada_8b" / "sft.yaml"
+def test_the_config_of_llada_8b_has_d1s_settings():
+    parser = TrlParser((sft.SFTArguments, SFTConfig, ModelConfig))
+    path = ROOT / "trl_diffusion" / "configs" / "llada_8b" / "sft.yaml"
     script, config, model = parser.parse_args_and_config(["--config", str(path), "--use_cpu"])
     assert (script.task, config.min_noise_level, config.learning_rate, config.weight_decay) == (
         "gsm8k",
@@ -117,8 +108,8 @@ def test_the_config_of_llada_8b_has_d1s_settings(recipe):
     assert script.decoding(config) == greedy and script.eval_batch_size == 64
 
 
-def test_decoding_follows_the_canvas(recipe):
-    decoding = recipe.SFTArguments().decoding(SFTConfig(max_completion_length=24, use_cpu=True, bf16=False))
+def test_decoding_follows_the_canvas():
+    decoding = sft.SFTArguments().decoding(SFTConfig(max_completion_length=24, use_cpu=True, bf16=False))
     assert (decoding.canvas_length, decoding.block_length, decoding.denoising_steps) == (24, 24, 12)
 
 
@@ -126,10 +117,10 @@ def test_decoding_follows_the_canvas(recipe):
 
 
 @pytest.mark.slow
-def test_without_arguments_the_embedded_model_learns_word_problems_and_says_so(recipe, tmp_path, monkeypatch, capsys):
-    started(recipe, tmp_path, monkeypatch)
+def test_without_arguments_the_embedded_model_learns_word_problems_and_says_so(tmp_path, monkeypatch, capsys):
+    started(tmp_path, monkeypatch)
     output = capsys.readouterr().out.replace("\n", "")  # long paths wrap
-    assert "running on the embedded model" in output and "recipes/configs/llada_8b/sft.yaml" in output
+    assert "running on the embedded model" in output and "trl_diffusion/configs/llada_8b/sft.yaml" in output
     assert "masked SFT, 2 updates" in output and "gain" in output and "Model and model card" in output
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     assert "2504.12216" in (tmp_path / "README.md").read_text()
@@ -138,10 +129,10 @@ def test_without_arguments_the_embedded_model_learns_word_problems_and_says_so(r
 
 
 @pytest.mark.slow
-def test_other_rows_are_measured_by_their_loss(recipe, rows_file, tmp_path, monkeypatch, capsys):
+def test_other_rows_are_measured_by_their_loss(rows_file, tmp_path, monkeypatch, capsys):
     lora = ["--use_peft", "--lora_r", "4", "--lora_target_modules", "all-linear"]
     quick = ["--learning_rate", "0.01", "--warmup_steps", "0"]
-    started(recipe, tmp_path, monkeypatch, "--dataset_path", str(rows_file), "--config", str(EMBEDDED), *lora, *quick)
+    started(tmp_path, monkeypatch, "--dataset_path", str(rows_file), "--config", str(EMBEDDED), *lora, *quick)
     output = " ".join(capsys.readouterr().out.split())
     found = re.search(r"Held-out loss, in nats per position: (\d\.\d+) after 0 updates, (\d\.\d+) after 2\.", output)
     assert found and float(found[1]) == pytest.approx(history(tmp_path)[0]["eval_loss"], abs=1e-3)
@@ -150,8 +141,8 @@ def test_other_rows_are_measured_by_their_loss(recipe, rows_file, tmp_path, monk
 
 
 @pytest.mark.slow
-def test_a_dry_run_prints_the_report_alone(recipe, tmp_path, monkeypatch, capsys):
-    started(recipe, tmp_path / "out", monkeypatch, "--dry_run")
+def test_a_dry_run_prints_the_report_alone(tmp_path, monkeypatch, capsys):
+    started(tmp_path / "out", monkeypatch, "--dry_run")
     output = capsys.readouterr().out
     assert "64 rows; prompts of" in output and "masked SFT" in output and "held-out accuracy" not in output
     assert not [*tmp_path.rglob("*.*")]

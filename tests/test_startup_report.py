@@ -257,11 +257,7 @@ def test_training_prints_the_panel_once_with_the_progress_bar(disable_tqdm, tmp_
 
 
 def start(name: str) -> None:
-    sys.path.insert(0, str(ROOT / "recipes"))
-    try:
-        runpy.run_path(str(ROOT / "recipes" / f"{name}.py"), run_name="__main__")
-    finally:
-        sys.path.pop(0)
+    runpy.run_path(str(ROOT / "recipes" / f"{name}.py"), run_name="__main__")
 
 
 @pytest.mark.parametrize("name", ["gsm8k_agrpo", "gsm8k_atpo", "gsm8k_diffu_grpo", "countdown_sapo"])
@@ -283,7 +279,7 @@ def test_a_dry_run_on_two_processes_reports_once_and_exits_with_0(tmp_path):
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", port, "--config_file"]
-    command += ["recipes/accelerate_configs/cpu_ddp.yaml", "recipes/gsm8k_agrpo.py", "--dry_run"]
+    command += ["trl_diffusion/accelerate_configs/cpu_ddp.yaml", "recipes/gsm8k_agrpo.py", "--dry_run"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     result = subprocess.run(
         [*command, "--output_dir", str(tmp_path)],

@@ -10,6 +10,7 @@ import evaluate
 import pytest
 from datasets import Dataset, Value
 
+from trl_diffusion.cli import analyze, common, sft, train
 from trl_diffusion.evaluation.metrics import metric_path
 from trl_diffusion.tasks import TASKS, Task
 from trl_diffusion.trainers import METHODS, DiffusionGRPOTrainer
@@ -66,7 +67,7 @@ def toy(monkeypatch):
 def dry_run(monkeypatch, tmp_path, *arguments: str) -> None:
     given = ["train.py", *arguments, "--dry_run", "--use_cpu", "--output_dir", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", given)
-    import_module("train").main()
+    train.main()
 
 
 def test_it_is_trained_on_with_its_own_rewards(toy, tmp_path, monkeypatch, capsys):
@@ -89,13 +90,11 @@ def test_it_is_trained_on_with_its_own_rewards(toy, tmp_path, monkeypatch, capsy
 
 
 def test_it_is_evaluated_analysed_compared_and_learnt(toy):
-    sft = import_module("sft")
     assert sft.SFTArguments(dataset_path="toy=embedded").task == "toy"
     rows, held_out = sft.load(sft.SFTArguments(dataset_path="toy", dataset_size=9, eval_size=3))
     assert (len(rows), held_out["digit"]) == (9, ["5", "6", "7"])
 
-    analysis = import_module("analyze_trajectories")
-    assert analysis.held_out("toy", 3, 1)["digit"] == ["6", "7", "8"]
+    assert analyze.held_out("toy", 3, 1)["digit"] == ["6", "7", "8"]
     assert TASKS["toy"].is_correct("I write 6.", {"digit": "6"}) and not TASKS["toy"].is_correct("7", {"digit": "6"})
 
     make = import_module("make_embedded")
@@ -115,7 +114,7 @@ def test_it_has_a_metric(toy):
 
 
 def test_the_data_name_the_task_or_belong_to_it(toy):
-    arguments = import_module("train").TrainArguments
+    arguments = train.TrainArguments
     assert arguments(task="toy").data() == (toy, None)
     assert arguments(task="gsm8k", dataset_path="word_problems").data() == (TASKS["word_problems"], None)
     assert arguments(dataset_path="rows.jsonl").data() == (TASKS["gsm8k"], "rows.jsonl")
@@ -125,28 +124,22 @@ def test_the_data_name_the_task_or_belong_to_it(toy):
 
 
 def test_every_task_and_method_has_a_config_of_the_bundled_model():
-    sys.path.insert(0, str(RECIPES))
-    try:
-        bundled_config = import_module("train").bundled_config
-    finally:
-        sys.path.pop(0)
     for method in METHODS:
         for task in (None, *TASKS):
             for num_rollouts in (0, 3):
-                file, adapted = bundled_config(task, method, num_rollouts)
-                assert (RECIPES / "configs" / file).is_file()
+                file, adapted = train.bundled_config(task, method, num_rollouts)
+                assert (common.CONFIGS / file).is_file()
                 assert bool(adapted) == (
                     task in ("math500", "sudoku", "countdown") and file != "embedded/countdown_sapo.yaml"
                 )
-    assert bundled_config("countdown", "diffu_grpo", 3) == ("embedded/countdown_sapo.yaml", [])
-    assert "sudoku=embedded" in bundled_config("sudoku", "espo")[1]
+    assert train.bundled_config("countdown", "diffu_grpo", 3) == ("embedded/countdown_sapo.yaml", [])
+    assert "sudoku=embedded" in train.bundled_config("sudoku", "espo")[1]
 
 
 @pytest.mark.thorough
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_starts_on_every_generated_task(method, tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(RECIPES))
     for task in ("countdown", "sudoku"):
         dry_run(monkeypatch, tmp_path, "--task", task, "--method", method, "--dataset_size", "64")
         assert capsys.readouterr().out.count("forward units") == 1

@@ -31,6 +31,6 @@ def join_processes(use_cpu: bool = False) -> PartialState:
     if state.num_processes != started:
         raise RuntimeError(
             f"The launcher started {started} processes, but {state.num_processes} joined. If there is no GPU for "
-            "each, launch with recipes/accelerate_configs/cpu_ddp.yaml and pass `--use_cpu true`."
+            "each, launch with trl_diffusion/accelerate_configs/cpu_ddp.yaml and pass `--use_cpu true`."
         )
     return state

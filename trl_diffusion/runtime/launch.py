@@ -62,12 +62,12 @@ def check_backend(args: TrainingArguments) -> None:
     if launched and fsdp and started in (DistributedType.NO, DistributedType.MULTI_CPU):
         raise RuntimeError(
             f"FSDP was launched, but accelerate started {started.value}, because it shards on accelerators only. "
-            "Every process would hold the whole model. Launch with recipes/accelerate_configs/cpu_zero3.yaml on a CPU."
+            "Every process would hold the whole model. Launch with trl_diffusion/accelerate_configs/cpu_zero3.yaml on a CPU."
         )
     if processes != args.world_size:
         raise RuntimeError(
             f"{processes} processes were launched, but each believes to be one of {args.world_size} and would train "
-            "alone. Launch with a file of recipes/accelerate_configs, one process per GPU; where there are fewer GPUs "
+            "alone. Launch with a file of trl_diffusion/accelerate_configs, one process per GPU; where there are fewer GPUs "
             "than processes, pass --use_cpu true for DDP, or --ddp_backend gloo for DeepSpeed."
         )
     if plugin is not None:

@@ -1,0 +1,142 @@
+r"""Masked supervised fine-tuning as in d1 (2504.12216), from rows to a trained model or adapter.
+
+The embedded model on right solutions of word problems (about a minute on two CPU cores):
+
+    accelerate launch recipes/sft.py
+
+LLaDA-8B on GSM8K:
+
+    accelerate launch --config_file trl_diffusion/accelerate_configs/multi_gpu.yaml recipes/sft.py \
+        --config trl_diffusion/configs/llada_8b/sft.yaml
+
+Rows of any kind that have the columns `prompt` and `completion`:
+
+    accelerate launch recipes/sft.py --dataset_path rows.jsonl
+
+On a task, held-out accuracy is measured before and after; on other rows, their held-out loss. Everything in a config
+can be overridden on the command line, for example `--seed 1 --max_steps 20`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from trl_diffusion.cli.common import (
+    RunArguments,
+    ShortProgress,
+    load_tokenizer,
+    measure_accuracy,
+    new_adapter,
+    parse,
+    report,
+    train_and_save,
+)
+from datasets import Dataset
+from rich.console import Console
+from transformers import ProgressCallback
+from transformers.trainer_utils import IntervalStrategy
+
+from trl_diffusion.sampling import SamplingConfig
+from trl_diffusion.tasks import TASKS
+from trl_diffusion.tasks.rows import hold_out, read_rows
+from trl_diffusion.trainers import SFTConfig, SFTTrainer
+
+
+@dataclass
+class SFTArguments(RunArguments):
+    """What to train on, and how held-out accuracy is measured."""
+
+    dataset_path: str = field(
+        default="gsm8k",
+        metadata={
+            "help": "A task with worked solutions: NAME for its own data set, NAME=SOURCE for a local file or another "
+            "data set on the Hub, NAME=embedded for generated problems; the NAMEs are "
+            f"{', '.join(TASKS)}. Or any data set on the Hub or JSON-lines file with `prompt` and `completion`."
+        },
+    )
+    dataset_size: int | None = field(
+        default=None,
+        metadata={"help": "Rows to train on: the first ones, or how many to generate. All there are if not given."},
+    )
+    prompt: str = field(default="plain", metadata={"help": "Name of the task's prompt, see `evaluate.py`."})
+    eval_block_length: int | None = field(
+        default=None, metadata={"help": "Block length; 32, or a shorter canvas, if not given."}
+    )
+    eval_denoising_steps: int | None = field(
+        default=None, metadata={"help": "Steps; half as many as positions if not given."}
+    )
+
+    def decoding(self, training: SFTConfig) -> SamplingConfig:
+        """Return how held-out problems are decoded: by default greedily, on the canvas of training."""
+        canvas = self.eval_canvas_length or training.max_completion_length
+        return self.decoding_on(
+            canvas, self.eval_block_length or min(32, canvas), self.eval_denoising_steps or canvas // 2
+        )
+
+    @property
+    def task(self) -> str | None:
+        """Name of the task that is trained on, if it is one."""
+        name = self.dataset_path.partition("=")[0]
+        return name if name in TASKS else None
+
+
+class LossProgress(ShortProgress):
+    """The recipes' progress bar, with what there is to see of supervised training."""
+
+    shown = ("loss", "eval_loss", "eval_accuracy", "grad_norm")
+
+
+def load(args: SFTArguments) -> tuple[Dataset, Dataset]:
+    """Return training and held-out rows; the last `eval_size` rows of what has no test split are held out."""
+    if args.task is not None:
+        source = args.dataset_path.partition("=")[2] or None
+        return TASKS[args.task].training_rows(source, args.dataset_size, args.eval_size, prompt=args.prompt)
+    rows = Dataset.from_list(read_rows(args.dataset_path, ("prompt", "completion"), "SFT"))
+    train, held_out = hold_out(rows, args.eval_size, args.dataset_path)
+    return train.select(range(min(len(train), args.dataset_size or len(train)))), held_out
+
+
+def report_loss(trainer: SFTTrainer, seconds: float) -> None:
+    """Print the first and the last held-out loss of the run."""
+    losses = [(entry["step"], entry["eval_loss"]) for entry in trainer.state.log_history if "eval_loss" in entry]
+    (first, before), (last, after) = losses[0], losses[-1]
+    Console().print(
+        f"{trainer._name}, {trainer.state.global_step} updates, {seconds:.0f} s. Held-out loss, in nats per position: "
+        f"{before:.3f} after {first} updates, {after:.3f} after {last}."
+    )
+
+
+def main() -> None:
+    start = time.perf_counter()
+    arguments = parse(SFTArguments, SFTConfig, "embedded/sft.yaml")
+    script_args, training_args, model_args, quantization_config = arguments
+    rows, held_out = load(script_args)
+    if script_args.task is None:
+        training_args.eval_on_start = True
+        if training_args.eval_strategy == IntervalStrategy.NO:
+            training_args.eval_strategy = IntervalStrategy.EPOCH
+    trainer = SFTTrainer(
+        model_args.model_name_or_path,
+        training_args,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=load_tokenizer(model_args),
+        peft_config=new_adapter(model_args),
+        quantization_config=quantization_config,
+    )
+    if script_args.dry_run:
+        trainer.print_report()
+        trainer.end()
+        return
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(LossProgress)
+    if script_args.task is None:
+        train_and_save(trainer, arguments, lambda: report_loss(trainer, time.perf_counter() - start))
+        return
+    accuracy = measure_accuracy(trainer, held_out, TASKS[script_args.task].is_correct, script_args)
+    train_and_save(trainer, arguments, lambda: report(trainer, accuracy, time.perf_counter() - start, "loss"))
+
+
+if __name__ == "__main__":
+    main()
