@@ -26,7 +26,7 @@ FLOORS = [
     {"likelihood"},
     {"losses"},
     {"runtime"},
-    {"evaluation"},
+    {"evaluation", "viewing"},
     {"trainers"},
 ]
 FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}

@@ -27,6 +27,7 @@ from trl_diffusion.models.embedded import EMBEDDED_MODELS, embedded_arguments
 from trl_diffusion.sampling import SamplingArguments, SamplingConfig
 from trl_diffusion.sampling.arguments import OPTIONS, with_default
 from trl_diffusion.trainers import DiffusionGRPOConfig, DiffusionGRPOTrainer
+from trl_diffusion.trainers.held_out_samples import HeldOutSamples
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # Metrics worth a line while training; the rest is in the logs.
@@ -121,6 +122,10 @@ def parse(
             f"trl_diffusion/configs/{real.relative_to(CONFIGS)}."
         )
     parser = TrlParser((script_arguments, config, ModelConfig))
+    if issubclass(
+        config, DiffusionGRPOConfig
+    ):  # TRL logs no completions by default, and if it does it prints them all
+        parser.set_defaults(log_completions=True, num_completions_to_print=1)
     script_args, training_args, model_args = parser.parse_args_and_config(arguments)
     name = model_args.model_name_or_path or "embedded"
     model_args.model_name_or_path = EMBEDDED_MODELS.get(name, name)
@@ -208,7 +213,8 @@ def measure_accuracy(trainer, held_out, is_correct: Callable[[str, dict[str, Any
         decoding=script_args.decoding(trainer.args),
         batch_size=script_args.eval_batch_size,
     )
-    accuracy = AccuracyCallback(trainer, held_out, measure, every=script_args.eval_every)
+    samples = HeldOutSamples(trainer.args.output_dir)
+    accuracy = AccuracyCallback(trainer, held_out, measure, script_args.eval_every, samples)
     trainer.add_callback(accuracy)
     return accuracy
 
@@ -247,7 +253,7 @@ class ShortProgress(ProgressCallback):
 
 
 def report(trainer: Trainer, accuracy: AccuracyCallback, seconds: float, curve: str = "reward") -> None:
-    """Print accuracy before and after, and save the curves of reward (or loss) and accuracy as `curves.png`."""
+    """Print accuracy and a few completions before and after, and save the curves of reward (or loss) and accuracy as `curves.png`."""
     (_, before), (last, after) = accuracy.history[0], accuracy.history[-1]
     table = Table("", "held-out accuracy", "95 % interval", title=f"{trainer._name}, {last} updates, {seconds:.0f} s")
     for name, value in (("before", before), ("after", after)):
@@ -256,6 +262,8 @@ def report(trainer: Trainer, accuracy: AccuracyCallback, seconds: float, curve: 
     table.add_row("gain", f"{100 * (after.value - before.value):+.1f} points", "")
     console = Console()
     console.print(table)
+    if accuracy.samples is not None:
+        console.print(accuracy.samples.table())
 
     logged = [(entry["step"], entry[curve]) for entry in trainer.state.log_history if curve in entry]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")

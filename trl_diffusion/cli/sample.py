@@ -272,7 +272,7 @@ class Request:
 def parse(arguments: list[str]) -> Request:
     """Parse the command line; words that belong to no option are the model and the prompt."""
     parser = TrlParser(
-        SampleArguments,
+        SampleArguments,  # type: ignore[arg-type]  # the parser's annotation asks for an instance
         prog="trl-diffusion sample",
         usage="%(prog)s [MODEL] [PROMPT] [options]",
         description=__doc__,
@@ -309,7 +309,7 @@ def _explicit_switches(arguments: list[str]) -> list[str]:
     """Give a value to each switch without one, because the parser would take the prompt after it for its value."""
     switches = {f"--{option.name}" for option in fields(SampleArguments) if isinstance(option.default, bool)}
     explicit = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
         bare = argument.replace("-", "_").replace("__", "--", 1) in switches and not _is_truth_value(following)
         explicit.append(f"{argument}=true" if bare else argument)
     return explicit
