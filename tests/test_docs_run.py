@@ -259,8 +259,14 @@ def test_every_block_is_of_a_known_language_and_every_marker_belongs_to_one():
     [
         ("accelerate launch recipes/train.py --method dmpo --alpho 0.1", ValueError),
         ("accelerate launch --num_procesess 2 recipes/train.py --method dmpo", SystemExit),
-        ("accelerate launch --config_file trl_diffusion/accelerate_configs/zero9.yaml recipes/train.py", AssertionError),
-        ("accelerate launch recipes/gsm8k_agrpo.py --config trl_diffusion/configs/llada_8b/none.yaml", FileNotFoundError),
+        (
+            "accelerate launch --config_file trl_diffusion/accelerate_configs/zero9.yaml recipes/train.py",
+            AssertionError,
+        ),
+        (
+            "accelerate launch recipes/gsm8k_agrpo.py --config trl_diffusion/configs/llada_8b/none.yaml",
+            FileNotFoundError,
+        ),
         ("python recipes/none.py", FileNotFoundError),
         ("python recipes/benchmarks/scoring.py --shapes huge", AssertionError),
         ("make everything", AssertionError),

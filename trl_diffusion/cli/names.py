@@ -1,0 +1,66 @@
+"""Names that users type: the files that ship with the package, and what a misspelt name was probably meant to be."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+from trl_diffusion.models.embedded import EMBEDDED_MODELS
+
+PACKAGE = Path(__file__).parents[1]
+CONFIGS = PACKAGE / "configs"
+ACCELERATE_CONFIGS = PACKAGE / "accelerate_configs"
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """Return ` Did you mean 'x'?` for the choice that is spelled nearly like a name, or nothing."""
+    near = difflib.get_close_matches(name, list(choices), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def packaged(folder: Path) -> list[str]:
+    """Return the names of the YAML files of a folder of the package, without their ending."""
+    return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+
+
+def config_file(name: str, folder: Path = CONFIGS) -> Path:
+    """Return the YAML file that a name means: a file of the user's, or one that ships with the package.
+
+    Args:
+        name: a path, or for example `llada_8b/gsm8k_agrpo`, with or without `.yaml`.
+        folder: the folder of the package to look in.
+
+    Raises:
+        FileNotFoundError: if it is neither; the message suggests a name.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    shipped = (folder / name).with_suffix(".yaml")
+    if shipped.is_file():
+        return shipped
+    names = packaged(folder)
+    short = name.removesuffix(".yaml")
+    # `gsm8k_agrpo` alone, or a path into a clone, ends like the name in the package.
+    inner = [each for each in names if short.endswith(each) or each.endswith(f"/{short}")]
+    hint = f" Did you mean {inner[0]!r}?" if inner else nearest(short, names)
+    groups = sorted({each.partition("/")[0] for each in names})
+    raise FileNotFoundError(
+        f"There is no file {name}, and no configuration of this name comes with trl_diffusion.{hint} "
+        f"Those that come with it: {', '.join(names) if folder == ACCELERATE_CONFIGS else ', '.join(groups)}."
+        + ("" if folder == ACCELERATE_CONFIGS else " `trl-diffusion methods` lists them.")
+    )
+
+
+def check_model_name(name: str) -> None:
+    """Check that a model's name without an owner is a folder or a bundled model, before anything asks the Hub for it.
+
+    Raises:
+        FileNotFoundError: if it is neither; the message suggests a bundled model.
+    """
+    if "/" in name or Path(name).exists() or name in EMBEDDED_MODELS:
+        return
+    raise FileNotFoundError(
+        f"There is no model {name!r}: no such folder.{nearest(name, EMBEDDED_MODELS)} Give a folder, a model of the "
+        f"Hub with its owner (GSAI-ML/LLaDA-8B-Instruct), or a bundled one ({', '.join(EMBEDDED_MODELS)})."
+    )
