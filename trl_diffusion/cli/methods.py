@@ -5,14 +5,13 @@ trl-diffusion methods
 
 from __future__ import annotations
 
+import shutil
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import PurePath
 
-from rich.console import Console
-from rich.table import Table
-
 from trl_diffusion.cli.names import CONFIGS, packaged
+from trl_diffusion.cli.parsing import cut
 from trl_diffusion.trainers import METHODS
 
 
@@ -26,20 +25,19 @@ def configurations(method: str) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a row for every method."""
+    """Print every method with its paper and configurations."""
     ArgumentParser(
         "trl-diffusion methods", description=__doc__, formatter_class=RawDescriptionHelpFormatter
     ).parse_args(arguments)
-    table = Table("method", "paper", "title", "--config")
+    width = shutil.get_terminal_size((100, 0)).columns
     for name, trainer in METHODS.items():
         paper = trainer._paper
-        table.add_row(name, paper.get("id", ""), paper.get("title", ""), "\n".join(configurations(name)))
-    console = Console()
-    console.print(table)
-    console.print(
-        "Any of them with SAPO's process reward (2510.01544): add --num_rollouts 3, see llada_8b/countdown_sapo. "
-        "Supervised fine-tuning: trl-diffusion train sft, see llada_8b/sft.",
-        highlight=False,
+        print(cut(f"{name:<14} {paper.get('id', ''):<11} {paper.get('title', '')}", width))
+        for configuration in configurations(name):
+            print(f"{'':<14} --config {configuration}")
+    print(
+        "\nsft: supervised fine-tuning, see llada_8b/sft. SAPO (2510.01544), a process reward, is added to any method by\n"
+        "--num_rollouts 3, see llada_8b/countdown_sapo."
     )
 
 

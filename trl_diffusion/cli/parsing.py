@@ -9,8 +9,6 @@ from dataclasses import MISSING, fields
 from typing import Any, NoReturn
 
 import yaml
-from rich.console import Console
-from rich.table import Table
 from trl import TrlParser
 
 from trl_diffusion.cli.names import check_model_name, config_file, nearest
@@ -104,26 +102,29 @@ class Parser(TrlParser):
         raise SystemExit(0)
 
     def _print_short_help(self) -> None:
-        console = Console(width=min(_WIDTH, shutil.get_terminal_size((_WIDTH, 0)).columns), highlight=False)
-        console.print(self.description or "", markup=False)
+        width = min(_WIDTH, shutil.get_terminal_size((_WIDTH, 0)).columns)
+        print(self.description)
         declared = {field.name: field for each in self.dataclass_types for field in fields(each)}
         actions = {action.dest: action for action in self._actions}
-        table = Table.grid(padding=(0, 2))
-        table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True, overflow="ellipsis")
+        longest = max(len(name) for names in self.shown.values() for name in names)
         for title, names in self.shown.items():
-            table.add_row(f"\n{title}:", "")
+            if names:
+                print(f"\n{title}, with defaults:")
             for name in names:
                 text = (actions[name].help or "").partition(". ")[0].rstrip(".").replace("\n", " ")
-                table.add_row(f"  --{name}", f"{text}{_default(declared[name])}", style=None)
-        console.print(table, markup=False)
-        console.print(f"\n{len(actions)} options in all: {self.command} {HELP_ALL}", markup=False)
+                print(cut(f"  --{name:<{longest}}  {cut(_default(declared[name]), 11):<11}  {text}", width))
+        print(f"\n{len(actions)} options in all: {self.command} {HELP_ALL}")
+
+
+def cut(text: str, width: int) -> str:
+    """Return a text that is not wider than `width`, with an ellipsis where it was cut."""
+    return text if len(text) <= width else text[: width - 1] + "…"
 
 
 def _default(field: Any) -> str:
-    if field.default is MISSING or field.default in (None, "", False):
+    if field.default is MISSING or field.default in (None, "") or field.default is False:
         return ""
-    return f" [{field.default}]"
+    return str(field.default)
 
 
 def _given(arguments: Sequence[str], option: str) -> str:

@@ -22,14 +22,14 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from trl_diffusion.cli import sft
-from trl_diffusion.cli.common import Choice, RecipeArguments, parse, run
+from trl_diffusion.cli.common import USED_MOST, Choice, RecipeArguments, parse, run
 from trl_diffusion.cli.names import CONFIGS
 from trl_diffusion.cli.parsing import with_config_path
 from trl_diffusion.credit import StepAwareReward
@@ -167,9 +167,13 @@ def bundled_config(task: str | None, method: str, num_rollouts: int = 0) -> tupl
 
 
 def own_settings(config: type) -> list[str]:
-    """Return the settings that a method adds to those that all methods have."""
-    common = {field.name for field in fields(DiffusionGRPOConfig)}
-    return [field.name for field in fields(config) if field.name not in common]
+    """Return the settings that a method adds to those that all methods have, or gives its paper's defaults."""
+    common = {field.name: field.default for field in fields(DiffusionGRPOConfig)}
+    return [
+        field.name
+        for field in fields(config)
+        if common.get(field.name, MISSING) != field.default and field.name not in USED_MOST
+    ]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
