@@ -9,7 +9,7 @@ from importlib import import_module
 
 from trl_diffusion import __version__
 from trl_diffusion.cli.errors import run_reporting_errors, without_debug
-from trl_diffusion.cli.names import nearest
+from trl_diffusion.validation import near
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _run(name: str, arguments: list[str]) -> int:
         ValueError: if there is no such command.
     """
     if name not in COMMANDS:
-        raise ValueError(f"There is no command {name!r}.{nearest(name, COMMANDS)} There are {', '.join(COMMANDS)}.")
+        raise ValueError(f"There is no command {name!r}.{near(name, COMMANDS)} There are {', '.join(COMMANDS)}.")
     command = COMMANDS[name]
     # `--help` needs no processes.
     if command.launches and not {"-h", "--help", "--help-all"} & {*arguments}:

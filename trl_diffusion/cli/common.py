@@ -168,14 +168,14 @@ def parse(choice: Choice, arguments: Sequence[str]) -> tuple:
     block = "--block_length" if "block_length" in _names(choice.config) else "--eval_block_length"
     defaults = ["--config", str(CONFIGS / choice.bundled), *choice.adapted]
     for_bundled = embedded_arguments(arguments, defaults, block)
-    if for_bundled is not None and not {"-h", "--help", "--help-all"} & {*arguments}:
+    parsed = parser.parse(arguments if for_bundled is None else for_bundled)
+    if for_bundled is not None:
         real = next(CONFIGS.glob(f"*_8b/{Path(choice.bundled).name}"))
         print(
             f"No --config: training the bundled model with {choice.bundled}. It is tiny and was trained on faulty "
             "solutions, so that there is something to repair.\nFor a real run give --config, for example "
             f"{real.relative_to(CONFIGS).with_suffix('')}."
         )
-    parsed = parser.parse(arguments if for_bundled is None else for_bundled)
     script_args, training_args, model_args = parsed
     name = model_args.model_name_or_path or "embedded"
     check_model_name(name)

@@ -44,6 +44,8 @@ def run_reporting_errors(command: Callable[[], None], debug: bool) -> int:
     except KeyboardInterrupt:
         _print("Interrupted. A run continues from its last whole checkpoint with --resume_from_checkpoint true.")
         return 130
+    except BrokenPipeError:  # the reader, for example `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         if debug or not (message := short_message(error)):
             raise

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from trl_diffusion.models.embedded import EMBEDDED_MODELS
+from trl_diffusion.validation import near
 
 PACKAGE = Path(__file__).parents[1]
 CONFIGS = PACKAGE / "configs"
 ACCELERATE_CONFIGS = PACKAGE / "accelerate_configs"
-
-
-def nearest(name: str, choices: Iterable[str]) -> str:
-    """Return ` Did you mean 'x'?` for the choice that is spelled nearly like a name, or nothing."""
-    near = difflib.get_close_matches(name, list(choices), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def packaged(folder: Path) -> list[str]:
@@ -43,12 +38,10 @@ def config_file(name: str, folder: Path = CONFIGS) -> Path:
     short = name.removesuffix(".yaml")
     # `gsm8k_agrpo` alone, or a path into a clone, ends like the name in the package.
     inner = [each for each in names if short.endswith(each) or each.endswith(f"/{short}")]
-    hint = f" Did you mean {inner[0]!r}?" if inner else nearest(short, names)
-    groups = sorted({each.partition("/")[0] for each in names})
+    hint = f" Did you mean {inner[0]!r}?" if inner else near(short, names)
+    known = f"There are {', '.join(names)}." if folder == ACCELERATE_CONFIGS else "`trl-diffusion methods` lists them."
     raise FileNotFoundError(
-        f"There is no file {name}, and no configuration of this name comes with trl_diffusion.{hint} "
-        f"Those that come with it: {', '.join(names) if folder == ACCELERATE_CONFIGS else ', '.join(groups)}."
-        + ("" if folder == ACCELERATE_CONFIGS else " `trl-diffusion methods` lists them.")
+        f"There is no file {name}, and no configuration of this name comes with trl_diffusion.{hint or ' ' + known}"
     )
 
 
@@ -61,6 +54,17 @@ def check_model_name(name: str) -> None:
     if "/" in name or Path(name).exists() or name in EMBEDDED_MODELS:
         return
     raise FileNotFoundError(
-        f"There is no model {name!r}: no such folder.{nearest(name, EMBEDDED_MODELS)} Give a folder, a model of the "
+        f"There is no model {name!r}: no such folder.{near(name, EMBEDDED_MODELS)} Give a folder, a model of the "
         f"Hub with its owner (GSAI-ML/LLaDA-8B-Instruct), or a bundled one ({', '.join(EMBEDDED_MODELS)})."
     )
+
+
+@contextmanager
+def suggesting(name: str, choices: Iterable[str]) -> Iterator[None]:
+    """Add to an error of loading data the choice that was probably meant by their name."""
+    try:
+        yield
+    except OSError as error:
+        if hint := near(name, choices):
+            raise FileNotFoundError(f"{error}{hint}") from error
+        raise

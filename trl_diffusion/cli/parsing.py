@@ -11,7 +11,8 @@ from typing import Any, NoReturn
 import yaml
 from trl import TrlParser
 
-from trl_diffusion.cli.names import check_model_name, config_file, nearest
+from trl_diffusion.cli.names import check_model_name, config_file
+from trl_diffusion.validation import near
 
 HELP, HELP_ALL = ("-h", "--help"), "--help-all"
 _WIDTH = 100  # columns of the short help where the terminal has more
@@ -64,7 +65,8 @@ class Parser(TrlParser):
             )
         except yaml.YAMLError as error:
             raise ValueError(f"The file given with --config is no YAML: {' '.join(str(error).split())}") from error
-        self._refuse_unknown(from_file, f"the file {_given(arguments, '--config')}", "")
+        if from_file:
+            self._refuse_unknown(from_file, f"the file {arguments[1]}", "")  # `--config` comes first
         self._refuse_unknown(from_line, self.command, "--")
         return tuple(parsed)
 
@@ -80,7 +82,7 @@ class Parser(TrlParser):
             raise ValueError(f"{owner} does not know what {words[0]!r} is: options begin with `--`.")
         known = [name for name in self._options() if "-" not in name.removeprefix("--")]
         name = options[0].partition("=")[0]
-        hint = nearest(name.replace("-", "_").replace("__", "--", 1), known).replace("--", prefix)
+        hint = near(name.replace("-", "_").replace("__", "--", 1), known).replace("--", prefix)
         kind = "option" if prefix else "setting"
         raise ValueError(
             f"{owner} has no {kind} {prefix}{name.removeprefix('--')}.{hint} "
@@ -125,10 +127,6 @@ def _default(field: Any) -> str:
     if field.default is MISSING or field.default in (None, "") or field.default is False:
         return ""
     return str(field.default)
-
-
-def _given(arguments: Sequence[str], option: str) -> str:
-    return arguments[arguments.index(option) + 1]
 
 
 def with_config_path(arguments: Sequence[str]) -> list[str]:

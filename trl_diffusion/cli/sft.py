@@ -38,6 +38,7 @@ from trl_diffusion.cli.common import (
     report,
     train_and_save,
 )
+from trl_diffusion.cli.names import suggesting
 from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.tasks import TASKS
 from trl_diffusion.tasks.rows import hold_out, read_rows
@@ -125,7 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parsed = parse(choice, sys.argv[1:] if arguments is None else arguments)
     script_args, training_args, model_args, quantization_config = parsed
-    rows, held_out = load(script_args)
+    with suggesting(script_args.dataset_path, TASKS):
+        rows, held_out = load(script_args)
     if script_args.task is None:
         training_args.eval_on_start = True
         if training_args.eval_strategy == IntervalStrategy.NO:

@@ -30,7 +30,7 @@ import yaml
 
 from trl_diffusion.cli import sft
 from trl_diffusion.cli.common import USED_MOST, Choice, RecipeArguments, parse, run
-from trl_diffusion.cli.names import CONFIGS
+from trl_diffusion.cli.names import CONFIGS, suggesting
 from trl_diffusion.cli.parsing import with_config_path
 from trl_diffusion.credit import StepAwareReward
 from trl_diffusion.tasks import EMBEDDED, TASKS, Task
@@ -128,12 +128,12 @@ def chosen(arguments: Sequence[str]) -> Namespace:
         method, *words = words
     given, _ = parser.parse_known_args(with_config_path(words))
     in_file = {} if given.config is None else yaml.safe_load(Path(given.config).read_text()) or {}
-    methods = {name for name in (method, given.method, in_file.get("method")) if name is not None}
+    places = {"METHOD": method, "--method": given.method, str(given.config): in_file.get("method")}
+    named = {place: name for place, name in places.items() if name is not None}
+    methods = {*named.values()}
     if len(methods) > 1:
-        raise ValueError(
-            f"{' and '.join(sorted(methods))} were both given as the method, on the command line or in the file "
-            f"{given.config}. Give one of them."
-        )
+        words_ = " and ".join(f"{name} in {place}" for place, name in named.items())
+        raise ValueError(f"the method is {words_}. Give one of them.")
     if not methods:
         raise ValueError(f"no method was given: trl-diffusion train METHOD, with one of {', '.join(METHODS)}, or sft.")
     for name, default in {"task": None, "num_rollouts": 0}.items():
@@ -203,7 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.task = chosen_.task
     found, source = args.data()
     size = args.dataset_size or (GENERATED_ROWS if found.is_generated(source) else None)
-    rows, held_out = found.training_rows(source, size, args.eval_size, training_args.seed, args.prompt)
+    with suggesting(args.dataset_path, TASKS):
+        rows, held_out = found.training_rows(source, size, args.eval_size, training_args.seed, args.prompt)
     args.dataset_path = args.dataset_path or found.hub_id or found.name  # the model card names it
     run(
         trainer,
