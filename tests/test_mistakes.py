@@ -20,7 +20,6 @@ from trl_diffusion.cli import app
 
 PAGE = Path(__file__).parents[1] / "docs" / "pages" / "mistakes.md"
 COMMANDS = [
-    "",
     "trl-diffusion trian agrpo",
     "trl-diffusion train agpro",
     "trl-diffusion train agrpo --learing_rate 1e-5",
@@ -36,8 +35,7 @@ COMMANDS = [
     "trl-diffusion train agrpo --use_peft --lora_target_modules q_prj",
     "trl-diffusion evaluate --tasks sudoko=embedded",
     "trl-diffusion evaluate --adapter outputs/gsm8k",
-    "",
-][1:-1]
+]
 SESSION = re.compile(r"```text\n(?P<session>(?:\$.*?)?)```", re.DOTALL)
 
 
