@@ -124,7 +124,7 @@ def make_model(args: EmbeddedArguments, tokenizer: PreTrainedTokenizerBase):
         end_token_ids=[end, turn_end],
     )
     model = family(config)
-    model.generation_config.max_new_tokens = CANVAS
+    model.generation_config.max_new_tokens = 128  # the default, 256, leaves no position for a prompt
     return model
 
 

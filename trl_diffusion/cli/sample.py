@@ -1,17 +1,20 @@
-r"""Write an answer with a diffusion language model, and watch the canvas while it is denoised.
+r"""Watch a diffusion language model denoise its answer to a prompt, or chat with it.
 
-One answer, then a conversation (end it with /exit); MODEL is a folder, a name on the Hub, `embedded` or
-`embedded_sdar`, and the bundled `embedded` if none is given:
+One answer of the bundled model, and of one that was trained from it:
 
     trl-diffusion sample "Tom has 7 pens and gets 5 more. How many pens now?"
-    trl-diffusion sample GSAI-ML/LLaDA-8B-Instruct
+    trl-diffusion sample outputs/gsm8k_agrpo "Tom has 7 pens and gets 5 more. How many pens now?"
 
-A trained adapter, coloured by confidence, kept as an animation and as a page with a slider:
+A conversation with LLaDA-8B and a trained adapter:
 
-    trl-diffusion sample GSAI-ML/LLaDA-8B-Instruct --adapter outputs/llada_8b_gsm8k_agrpo "What is 17 * 23?" \
-        --color confidence --save answer.gif --save answer.html
+    trl-diffusion sample GSAI-ML/LLaDA-8B-Instruct --adapter outputs/llada_8b_gsm8k_agrpo
 
-Where the output is no terminal, the text alone is printed, and the number of steps to the error stream.
+An answer coloured by confidence, kept as an animation and as a page with a slider:
+
+    trl-diffusion sample "Make 13 from 2, 3, 5." --color confidence \
+        --save answer.gif --save answer.html
+
+Where the output is no terminal, it is the text alone; the number of steps goes to the error stream.
 """
 
 from __future__ import annotations
@@ -19,40 +22,64 @@ from __future__ import annotations
 import os
 import re
 import sys
-from argparse import RawDescriptionHelpFormatter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from trl import TrlParser
 
+from trl_diffusion.cli.evaluate import canvas_that_fits
+from trl_diffusion.cli.names import check_model_name
+from trl_diffusion.cli.parsing import HELP, HELP_ALL, Parser
 from trl_diffusion.evaluation import load_model
 from trl_diffusion.evaluation.decoding import decode_completions
 from trl_diffusion.evaluation.results import describe_decoding
 from trl_diffusion.family import family_of
-from trl_diffusion.models.embedded import EMBEDDED_MODELS
+from trl_diffusion.models.embedded import EMBEDDED_MODELS, embedded_arguments
+from trl_diffusion.runtime.recorded_decoding import recorded_decoding
 from trl_diffusion.sampling import CanvasState, SamplingConfig, row_generators, sample
 from trl_diffusion.sampling.arguments import GreedyArguments
-from trl_diffusion.sampling.generation import DEFAULT_LENGTH, canvas_plan
+from trl_diffusion.sampling.generation import canvas_plan
 from trl_diffusion.tokenization import encode_prompt, left_pad
 from trl_diffusion.validation import at_least, one_of
 from trl_diffusion.viewing import COLOURINGS, Denoising, LiveView, write_gif, write_page
 
 WRITERS = {".gif": write_gif, ".html": write_page}
 COMMANDS = {"/exit": "ends", "/clear": "begins a new conversation", "/save FILE": "keeps the last answer"}
+SHOWN = (
+    "adapter",
+    "system",
+    "canvas_length",
+    "block_length",
+    "denoising_steps",
+    "temperature",
+    "unmasking",
+    "confidence_threshold",
+    "color",
+    "delay",
+    "save",
+    "seed",
+    "dtype",
+)
+TRUTH_VALUES = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")  # those of transformers' parser
+BUNDLED_CANVAS = ("--canvas_length", "32")  # what the bundled models were trained on
 
 
 @dataclass
 class SampleArguments(GreedyArguments):
-    """The model, how its answers are decoded, and how they are shown."""
+    """The model and its prompt, how the answer is decoded, and how it is shown."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "The model, in place of the first word of the command."}
+        default=None, metadata={"help": "Model on the Hub or folder, in place of the first word."}
+    )
+    prompt: str | None = field(
+        default=None, metadata={"help": "The prompt, in place of the second word; without one, a conversation begins."}
     )
     adapter: str | None = field(
-        default=None, metadata={"help": "PEFT adapter; its own base is loaded if no model is given."}
+        default=None, metadata={"help": "PEFT adapter; its own base is loaded if none is given."}
     )
     allow_other_base: bool = field(
         default=False, metadata={"help": "Accept an adapter whose config names another base, because it has moved."}
@@ -65,61 +92,66 @@ class SampleArguments(GreedyArguments):
     system: str | None = field(default=None, metadata={"help": "System message before the conversation."})
     canvas_length: int | None = field(
         default=None,
-        metadata={
-            "help": "Positions to write. If not given, `max_new_tokens` of the checkpoint's generation config, 256 at "
-            "most, or what the prompt leaves."
-        },
+        metadata={"help": "Positions to write. If not given, those of training, or up to 256 as the model has room."},
     )
-    # None, where other commands have a number, because the plan depends on model and canvas.
-    denoising_steps: int | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Denoising steps; two tokens a step if not given."}
-    )
+    # None, where other commands have a number, because they depend on the model and its canvas.
     block_length: int | None = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Positions per block; 32, or those of the model's attention, if not given."}
+        default=None, metadata={"help": "Positions per block. If not given, as in training, or up to 32."}
+    )
+    denoising_steps: int | None = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Denoising steps. If not given, as in training, or two tokens a step."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of sampling."})
 
     color: str = field(default="step", metadata={"help": f"Colour tokens by {' or '.join(COLOURINGS)}."})
     delay: float = field(default=0.1, metadata={"help": "Least seconds per step, on the screen and in saved files."})
+    save: list[str] = field(
+        default_factory=list, metadata={"help": f"Files to keep the answer in, {' or '.join(WRITERS)}."}
+    )
 
     def __post_init__(self) -> None:
         one_of("color", self.color, COLOURINGS)
         at_least("delay", self.delay, 0.0)
-        for name in ("canvas_length", "denoising_steps", "block_length"):
+        for name in ("canvas_length", "block_length", "denoising_steps"):
             if (value := vars(self)[name]) is not None:
                 at_least(name, value, 1)
+        for name in self.save:
+            checked_file(name)
+        if self.save and self.prompt is None:
+            raise ValueError("--save keeps one answer, so it needs a prompt. In a conversation, enter /save FILE.")
+
+    @property
+    def name(self) -> str:
+        """The model and its adapter, for captions and messages."""
+        return " + ".join(part for part in (self.model_name_or_path, self.adapter) if part is not None)
+
+    @cached_property
+    def trained(self) -> dict[str, int] | None:
+        """The canvas that the model or the adapter was trained on, where it is recorded; see `recorded_decoding`."""
+        name = str(self.adapter or self.model_name_or_path)
+        return recorded_decoding(EMBEDDED_MODELS.get(name, name))
 
     def plan(self, model: Any, prompt_length: int) -> tuple[int, SamplingConfig]:
-        """Return the length of the canvas and the settings of the sampler.
+        """Return the length of the canvas, which may end inside the last block, and the settings of the sampler.
+
+        Args:
+            model: a native diffusion language model, possibly inside PEFT.
+            prompt_length: tokens of the prompt.
 
         Raises:
             ValueError: if the prompt leaves no position, a setting is out of its range, or one rules out another.
         """
-        block = family_of(model).attention_block
-        length = self.canvas_length or default_canvas(model, prompt_length, block)
-        canvas, steps, block = canvas_plan(length, self.block_length, self.denoising_steps, block)
+        attention_block = family_of(model).attention_block
+        length, block, steps = self.canvas_length, self.block_length, self.denoising_steps
+        if length is None:
+            found = self.trained or canvas_that_fits(
+                model.config.max_position_embeddings, prompt_length, attention_block
+            )
+            length, block = found["canvas_length"], block or found["block_length"]
+            if (block, steps) == (found["block_length"], None):
+                steps = found["denoising_steps"]
+        canvas, steps, block = canvas_plan(length, block, steps, attention_block)
         return length, self.sampling_on(canvas, denoising_steps=steps, block_length=block, record_support=False)
-
-
-def default_canvas(model: Any, prompt_length: int, attention_block: int | None) -> int:
-    """Return the positions to write after a prompt where the user does not say how many.
-
-    Args:
-        model: a native diffusion language model, possibly inside PEFT.
-        prompt_length: tokens of the prompt.
-        attention_block: as in `DiffusionFamily`; the canvas then is a multiple of it, if there is room.
-
-    Raises:
-        ValueError: if the prompt leaves no position.
-    """
-    room = model.config.max_position_embeddings - prompt_length
-    if room < 1:
-        raise ValueError(
-            f"The prompt has {prompt_length} tokens and the model {model.config.max_position_embeddings} positions, "
-            "so no position is left to write. Shorten the prompt; in a conversation, /clear begins a new one."
-        )
-    length = min(model.generation_config.max_new_tokens or DEFAULT_LENGTH, DEFAULT_LENGTH, room)
-    return max(length - length % attention_block, 1) if attention_block else length
 
 
 class Session:
@@ -129,19 +161,18 @@ class Session:
         model: a native diffusion language model, possibly inside PEFT.
         tokenizer: its tokenizer.
         args: how answers are decoded and shown.
-        name: of the model, for captions.
         console: where answers are shown.
 
     Raises:
         ValueError: for a system message without a chat template.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, args: SampleArguments, name: str, console: Console):
-        self.model, self.tokenizer, self.args, self.name, self.console = model, tokenizer, args, name, console
+    def __init__(self, model: Any, tokenizer: Any, args: SampleArguments, console: Console):
+        self.model, self.tokenizer, self.args, self.console = model, tokenizer, args, console
         self.live = console.is_terminal and not console.is_dumb_terminal
         self.beginning = [] if args.system is None else [{"role": "system", "content": args.system}]
         if self.beginning and tokenizer.chat_template is None:
-            raise ValueError(f"{name} has no chat template, so it takes no --system message. Leave it out.")
+            raise ValueError(f"{args.name} has no chat template, so it takes no --system message. Leave it out.")
 
     def answer(self, messages: list[dict[str, str]], number: int = 0) -> tuple[str, Denoising]:
         """Answer the last message of a conversation, and show the answer.
@@ -185,7 +216,7 @@ class Session:
             length,
             config.block_length,
             config.denoising_steps,
-            f"{self.name}, {decoding}",
+            f"{self.args.name}, {decoding}",
         )
 
     def chat(self) -> None:
@@ -196,7 +227,7 @@ class Session:
         """
         if self.tokenizer.chat_template is None:
             raise ValueError(
-                f"{self.name} has no chat template, so it holds no conversation. Give a text to continue."
+                f"{self.args.name} has no chat template, so it holds no conversation. Give a text to continue."
             )
         self.console.print(f"[dim]{'; '.join(f'{name} {what}' for name, what in COMMANDS.items())}.[/]")
         messages, number, last = [*self.beginning], 0, None
@@ -254,69 +285,59 @@ def save(path: Path, denoising: Denoising, args: SampleArguments) -> None:
     print(f"Saved: {path}", file=sys.stderr)
 
 
-@dataclass
-class Request:
-    """The parsed command line.
+def parse(arguments: Sequence[str]) -> SampleArguments:
+    """Parse the command line, whose words that belong to no option are the model and the prompt.
 
-    Args:
-        args: the options.
-        prompt: `None` for a conversation.
-        files: where the answer is saved.
+    Raises:
+        ValueError: for more words, and as `Parser.parse`.
     """
-
-    args: SampleArguments
-    prompt: str | None
-    files: list[Path]
-
-
-def parse(arguments: list[str]) -> Request:
-    """Parse the command line; words that belong to no option are the model and the prompt."""
-    parser = TrlParser(
-        SampleArguments,  # type: ignore[arg-type]  # the parser's annotation asks for an instance
-        prog="trl-diffusion sample",
-        usage="%(prog)s [MODEL] [PROMPT] [options]",
-        description=__doc__,
-        formatter_class=RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--save",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help=f"Keep the answer as {' or '.join(WRITERS)}; repeatable.",
-    )
-    options, words = _before_separator(arguments)
-    args, more, rest = parser.parse_args_and_config(_explicit_switches(options), return_remaining_strings=True)
-    if unknown := [word for word in rest if re.match(r"--?[A-Za-z]", word)]:
-        parser.error(f"there is no option {unknown[0]}. A prompt that begins so comes last, after --.")
-    words = [*rest, *words]
-    if len(words) > (1 if args.model_name_or_path else 2):
-        parser.error(f"expected a model and a prompt at most, got {words}. Put the prompt in quotes.")
-    if len(words) == 2 or (words and args.model_name_or_path is None and _names_model(words[0])):
-        args.model_name_or_path = words.pop(0)
-    if more.save and not words:
-        parser.error("--save keeps one answer, so it needs a prompt. In a conversation, enter /save FILE.")
-    return Request(args, words[0] if words else None, [checked_file(name) for name in more.save])
+    options, words = split_words(arguments)
+    named = any(option.startswith("--model_name_or_path") for option in options)
+    if len(words) > 2 - named:
+        raise ValueError(f"Expected a model and a prompt at most, got the words {words}. Put the prompt in quotes.")
+    if len(words) == 2 or (words and not named and _names_model(words[0])):
+        check_model_name(words[0])
+        options = ["--model_name_or_path", words.pop(0), *options]
+    options += [f"--prompt={word}" for word in words]
+    for_bundled = embedded_arguments(options, BUNDLED_CANVAS, "--block_length", "--adapter")
+    parser = Parser([SampleArguments], "trl-diffusion sample", __doc__, {"Options used most": SHOWN})
+    (args,) = parser.parse(options if for_bundled is None else for_bundled)
+    if args.model_name_or_path is None and args.adapter is None:
+        args.model_name_or_path = "embedded"
+    return args
 
 
-def _before_separator(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Split the command line at `--`, after which everything is a word."""
-    at = arguments.index("--") if "--" in arguments else len(arguments)
-    return arguments[:at], arguments[at + 1 :]
+def split_words(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split the command line into options and words; the parser would take a word after a switch for its value.
 
-
-def _explicit_switches(arguments: list[str]) -> list[str]:
-    """Give a value to each switch without one, because the parser would take the prompt after it for its value."""
+    Every option has one value, a switch may have one, and after `--` there are words alone. The files of several
+    `--save` become the values of one.
+    """
     switches = {f"--{option.name}" for option in fields(SampleArguments) if isinstance(option.default, bool)}
-    explicit = []
-    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
-        bare = argument.replace("-", "_").replace("__", "--", 1) in switches and not _is_truth_value(following)
-        explicit.append(f"{argument}=true" if bare else argument)
-    return explicit
+    alone = {*HELP, HELP_ALL}
+    options, words, files, rest = [], [], [], list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            words, rest = words + rest, []
+        elif not _is_option(word):
+            words.append(word)
+        else:
+            name, equals, value = word.partition("=")
+            if rest and not equals and name not in alone and not _is_option(rest[0]):
+                is_switch = name.replace("-", "_").replace("__", "--", 1) in switches
+                if not is_switch or rest[0].lower() in TRUTH_VALUES:
+                    value = rest.pop(0)
+                    word = f"{name}={value}"
+            if name == "--save":
+                files.append(value)
+            else:
+                options.append(word)
+    return [*options, *(["--save", *files] if files else [])], words
 
 
-def _is_truth_value(word: str) -> bool:
-    return word.lower() in ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")
+def _is_option(word: str) -> bool:
+    return re.match(r"--?[A-Za-z]", word) is not None
 
 
 def _names_model(word: str) -> bool:
@@ -324,34 +345,30 @@ def _names_model(word: str) -> bool:
     return word in EMBEDDED_MODELS or os.path.isdir(word) or ("/" in word and not re.search(r"\s", word))
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Answer the prompt of the command line, or hold a conversation.
 
     Args:
-        arguments: of the command line; those of the process if not given.
+        arguments: of the command line, after `sample`; those of the process if not given.
     """
-    request = parse(sys.argv[1:] if arguments is None else arguments)
-    args = request.args
-    if args.model_name_or_path is None and args.adapter is None:
-        args.model_name_or_path = "embedded"
-    use_cpu = args.use_cpu or not torch.accelerator.is_available()
+    args = parse(sys.argv[1:] if arguments is None else arguments)
+    accelerator = None if args.use_cpu else torch.accelerator.current_accelerator(check_available=True)
     model, tokenizer = load_model(
         args.model_name_or_path,
         args.adapter,
         revision=args.model_revision,
         dtype=args.dtype,
         attn_implementation=args.attn_implementation,
-        device="cpu" if use_cpu else torch.accelerator.current_accelerator() or "cpu",
+        device=accelerator or "cpu",
         allow_other_base=args.allow_other_base,
     )
-    name = " + ".join(part for part in (args.model_name_or_path, args.adapter) if part is not None)
-    session = Session(model, tokenizer, args, name, Console())
-    if request.prompt is None:
+    session = Session(model, tokenizer, args, Console())
+    if args.prompt is None:
         session.chat()
         return
-    _, denoising = session.answer([*session.beginning, {"role": "user", "content": request.prompt}])
-    for path in request.files:
-        save(path, denoising, args)
+    _, denoising = session.answer([*session.beginning, {"role": "user", "content": args.prompt}])
+    for name in args.save:
+        save(checked_file(name), denoising, args)
 
 
 if __name__ == "__main__":
