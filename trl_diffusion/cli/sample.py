@@ -23,12 +23,14 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from rich.console import Console
 
 from trl_diffusion.cli.evaluate import canvas_that_fits
@@ -315,7 +317,10 @@ def split_words(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """
     switches = {f"--{option.name}" for option in fields(SampleArguments) if isinstance(option.default, bool)}
     alone = {*HELP, HELP_ALL}
-    options, words, files, rest = [], [], [], list(arguments)
+    options: list[str] = []
+    words: list[str] = []
+    files: list[str] = []
+    rest = list(arguments)
     while rest:
         word = rest.pop(0)
         if word == "--":
@@ -362,6 +367,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         device=accelerator or "cpu",
         allow_other_base=args.allow_other_base,
     )
+    # The first time that a model is unwrapped, accelerate imports DeepSpeed where it is installed, and that writes to
+    # stdout, which is for answers alone.
+    with redirect_stdout(sys.stderr):
+        extract_model_from_parallel(model)
     session = Session(model, tokenizer, args, Console())
     if args.prompt is None:
         session.chat()
