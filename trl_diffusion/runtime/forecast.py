@@ -10,7 +10,7 @@ from rich.text import Text
 from trl_diffusion.runtime import cost
 from trl_diffusion.runtime.report import Figures
 from trl_diffusion.runtime.run import TrainingRun
-from trl_diffusion.runtime.text import amount
+from trl_diffusion.runtime.text import amount, byte_size
 from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.sampling.cost import head_positions
 
@@ -84,7 +84,9 @@ def duration(run: TrainingRun, figures: Figures, machine: Machine, evaluation: E
 def _hours(hours: float) -> str:
     if hours >= 1:
         return f"{amount(hours)} hours"
-    return f"{amount(60 * hours)} minutes" if hours >= 1 / 60 else f"{amount(3600 * hours)} s"
+    if hours >= 1 / 60:
+        return f"{amount(60 * hours)} minutes"
+    return f"{amount(3600 * hours)} s" if hours >= 1 / 3600 else "less than a second"
 
 
 def memory_table(run: TrainingRun, figures: Figures, machine: Machine) -> Table:
@@ -94,22 +96,22 @@ def memory_table(run: TrainingRun, figures: Figures, machine: Machine) -> Table:
     moved = {name: parts.pop(name) for name in run.launch.offloaded}
     total = sum(size or 0.0 for size in parts.values())
     table = Table("on the GPU of a process", title=f"Memory, with {machine.gib:g} GiB")
-    table.add_column("GiB", justify="right")
+    table.add_column("size", justify="right")
     for name, size in parts.items():
         if size != 0:
             table.add_row(*_row(name, size, machine))
     table.add_section()
     table.add_row(*_row("total", total, machine))
     for name, size in moved.items():
-        table.add_row(f"{name}, on the CPU", _gib(size))
+        table.add_row(f"{name}, on the CPU", _size(size))
     return table
 
 
 def _row(name: str, size: float | None, machine: Machine) -> tuple[Text, Text]:
     too_much = (size or 0.0) > machine.gib * 2**30
     style = "bold red" if too_much else ""
-    return Text(f"{name}: does not fit" if too_much else name, style), Text(_gib(size), style)
+    return Text(f"{name}: does not fit" if too_much else name, style), Text(_size(size), style)
 
 
-def _gib(size: float | None) -> str:
-    return "unknown" if size is None else f"{size / 2**30:,.2f}"
+def _size(size: float | None) -> str:
+    return "unknown" if size is None else byte_size(size)
