@@ -66,6 +66,6 @@ def suggesting(name: str, choices: Iterable[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if not is_file(name) and (hint := near(name, choices)):
+        if not is_file(name) and name not in (choices := list(choices)) and (hint := near(name, choices)):
             raise FileNotFoundError(f"{error}{hint}") from error
         raise
