@@ -42,6 +42,7 @@ from trl_diffusion.evaluation.results import describe_decoding
 from trl_diffusion.family import family_of
 from trl_diffusion.models.embedded import EMBEDDED_MODELS, embedded_arguments
 from trl_diffusion.runtime.recorded_decoding import recorded_decoding
+from trl_diffusion.runtime.text import plural
 from trl_diffusion.sampling import CanvasState, SamplingConfig, row_generators, sample
 from trl_diffusion.sampling.arguments import GreedyArguments
 from trl_diffusion.sampling.generation import canvas_plan
@@ -205,7 +206,7 @@ class Session:
         (text,) = decode_completions(trajectory.completion_ids, self.model, self.tokenizer)
         if not self.live:
             print(text)
-            print(f"{len(denoising.steps)} denoising steps", file=sys.stderr)
+            print(plural(len(denoising.steps), "denoising step"), file=sys.stderr)
         return text, denoising
 
     def _blank(self, messages: list[dict[str, str]], length: int, config: SamplingConfig) -> Denoising:

@@ -11,6 +11,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from trl_diffusion.runtime.text import plural
+
 FILE = "held_out_samples.jsonl"
 # Characters that the table shows: of a prompt the first, of a completion the last, where its answer is.
 _PROMPT, _COMPLETION = 300, 400
@@ -69,7 +71,7 @@ class HeldOutSamples:
         A resumed run whose folder does not hold the beginning has a dash in its place.
         """
         last = max(step for step, _ in self.kept)
-        table = Table("problem", "before", f"after {last} updates", title="Held-out problems", show_lines=True)
+        table = Table("problem", "before", f"after {plural(last, 'update')}", title="Held-out problems", show_lines=True)
         for (step, row), sample in self.kept.items():
             if step == last:
                 problem = _shortened(sample.prompt, _PROMPT, from_start=True)
