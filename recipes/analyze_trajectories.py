@@ -3,7 +3,9 @@
 The text at the top of `trl_diffusion/cli/analyze.py` has examples.
 """
 
-from trl_diffusion.cli.analyze import main
+import sys
+
+from trl_diffusion.cli.app import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(["analyze", *sys.argv[1:]]))

@@ -1,19 +1,13 @@
-"""SAPO on Countdown: `recipes/train.py --task countdown --method diffu_grpo --num_rollouts 3`.
+"""SAPO on Countdown: `trl-diffusion train diffu_grpo --task countdown --num_rollouts 3` as a script.
 
 `--num_rollouts 0` trains the baseline, plain diffu-GRPO, with the same settings.
 """
 
-from dataclasses import dataclass, field
+import sys
 
-from trl_diffusion.cli.train import TrainArguments, main
-
-
-@dataclass
-class SAPOArguments(TrainArguments):
-    num_rollouts: int = field(
-        default=3, metadata={"help": "Continuations per probed completion, N; 0 for no process reward."}
-    )
-
+from trl_diffusion.cli.app import main
 
 if __name__ == "__main__":
-    main("countdown", "diffu_grpo", "countdown_sapo", SAPOArguments)
+    # A configuration names all three itself.
+    preset = [] if "--config" in sys.argv else ["diffu_grpo", "--task", "countdown", "--num_rollouts", "3"]
+    sys.exit(main(["train", *preset, *sys.argv[1:]]))

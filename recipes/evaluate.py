@@ -3,7 +3,9 @@
 The text at the top of `trl_diffusion/cli/evaluate.py` has examples.
 """
 
-from trl_diffusion.cli.evaluate import main
+import sys
+
+from trl_diffusion.cli.app import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

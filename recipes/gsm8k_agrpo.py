@@ -13,7 +13,9 @@ Everything in a config can be overridden on the command line, for example `--see
 `recipes/train.py` has other tasks and methods.
 """
 
-from trl_diffusion.cli.train import main
+import sys
+
+from trl_diffusion.cli.app import main
 
 if __name__ == "__main__":
-    main(method="agrpo")
+    sys.exit(main(["train", "agrpo", *sys.argv[1:]]))

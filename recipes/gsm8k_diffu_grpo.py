@@ -1,6 +1,8 @@
 """diffu-GRPO on GSM8K: `recipes/train.py --method diffu_grpo`."""
 
-from trl_diffusion.cli.train import main
+import sys
+
+from trl_diffusion.cli.app import main
 
 if __name__ == "__main__":
-    main(method="diffu_grpo")
+    sys.exit(main(["train", "diffu_grpo", *sys.argv[1:]]))

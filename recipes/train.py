@@ -3,7 +3,9 @@
 The text at the top of `trl_diffusion/cli/train.py` has examples.
 """
 
-from trl_diffusion.cli.train import main
+import sys
+
+from trl_diffusion.cli.app import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -17,7 +17,7 @@ BLOCK = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 # A command within a sentence; words in capitals stand for something that the reader puts in.
-INLINE = re.compile(r"`((?:python recipes/|accelerate launch )[^`…]+)`")
+INLINE = re.compile(r"`((?:python recipes/|accelerate launch |trl-diffusion )[^`…]+)`")
 PLACEHOLDER = re.compile(r"\b(?:[A-Z]{3,}|N)\b")
 
 

@@ -1,7 +1,7 @@
 """Starts the recipes as a user does, with progress bar and report, over kinds of training and backends.
 
-Every cell is one `accelerate launch` with a file of `trl_diffusion/accelerate_configs` and no other flag for the launch:
-once to train for an update, once as a dry run.
+Every cell is one `accelerate launch` with a file of `trl_diffusion/accelerate_configs` and no other flag for the
+launch: once to train for an update, once as a dry run.
 
     python tests/start_matrix.py                                     # every cell, about an hour on two cores
     python tests/start_matrix.py --weights lora --backends cpu_zero3

@@ -1,4 +1,4 @@
-"""The files of `trl_diffusion/accelerate_configs` give the backend that they promise; launches that lose it are refused."""
+"""The files of `accelerate_configs` give the backend that they promise; launches that lose it are refused."""
 
 from __future__ import annotations
 

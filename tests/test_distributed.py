@@ -1,8 +1,8 @@
 """DDP, ZeRO-1, 2 and 3, ZeRO with CPU offload and FSDP2, two real processes each, against one process.
 
-Every backend is launched once, with `accelerate launch` and the files of `trl_diffusion/accelerate_configs`, and runs the
-cases of `distributed_worker.py`. The loss proves nothing here: with advantages centred on their group it is 0 on
-policy. So completions, drawn steps, prompt masks, selected steps and process rewards are compared, row by row, and
+Every backend is launched once, with `accelerate launch` and the package's accelerate configs, and runs the cases of
+`distributed_worker.py`. The loss proves nothing here: with advantages centred on their group it is 0 on policy. So
+completions, drawn steps, prompt masks, selected steps and process rewards are compared, row by row, and
 then the parameters after the update.
 """
 

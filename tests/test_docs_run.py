@@ -36,6 +36,8 @@ from transformers import AutoModelForCausalLM
 from trl import TrlParser
 
 from trl_diffusion import trainers
+from trl_diffusion.cli.launching import split
+from trl_diffusion.cli.names import ACCELERATE_CONFIGS, config_file
 from trl_diffusion.models import export_adapter
 from trl_diffusion.models.embedded import EMBEDDED_MODEL
 from trl_diffusion.tasks import countdown, gsm8k, rows
@@ -92,7 +94,8 @@ def enter(earlier_runs, folders, tmp_path_factory, monkeypatch):
         if page not in folders:
             folders[page] = tmp_path_factory.mktemp("page")
             shutil.copytree(earlier_runs, folders[page], dirs_exist_ok=True)
-            (folders[page] / "recipes").symlink_to(ROOT / "recipes")
+            for folder in ("recipes", "trl_diffusion"):
+                (folders[page] / folder).symlink_to(ROOT / folder)
         monkeypatch.chdir(folders[page])
 
     monkeypatch.setattr(rows, "load_dataset", hub_data)
@@ -167,6 +170,11 @@ def launched(command: list[str]) -> list[tuple[str, list[str]]]:
             launch = launch_command_parser().parse_args(arguments[1:])
             assert arguments[0] == "launch" and (launch.config_file is None or Path(launch.config_file).is_file())
             return [("-m " * bool(launch.module) + launch.training_script, launch.training_script_args)]
+        case "trl-diffusion":
+            options, others = split(arguments)
+            if options.accelerate_config is not None:
+                config_file(options.accelerate_config, ACCELERATE_CONFIGS)
+            return [("-m trl_diffusion", others)]
         case "make":
             plan = subprocess.run(["make", "--dry-run", *arguments], cwd=ROOT, capture_output=True, text=True)
             assert plan.returncode == 0, plan.stderr
@@ -184,6 +192,8 @@ def launched(command: list[str]) -> list[tuple[str, list[str]]]:
 def run_script(script: str, arguments: list[str], monkeypatch) -> None:
     arguments = [STAND_INS.get(argument, argument) for argument in arguments]
     monkeypatch.setattr(sys, "argv", [script, *arguments])
+    # Errors come out as they were raised, and not as two lines.
+    monkeypatch.setattr("trl_diffusion.cli.app.run_reporting_errors", lambda command, debug: command() or 0)
     try:
         if script.startswith("-m "):
             runpy.run_module(script.removeprefix("-m "), run_name="__main__", alter_sys=True)
@@ -259,8 +269,14 @@ def test_every_block_is_of_a_known_language_and_every_marker_belongs_to_one():
     [
         ("accelerate launch recipes/train.py --method dmpo --alpho 0.1", ValueError),
         ("accelerate launch --num_procesess 2 recipes/train.py --method dmpo", SystemExit),
-        ("accelerate launch --config_file trl_diffusion/accelerate_configs/zero9.yaml recipes/train.py", AssertionError),
-        ("accelerate launch recipes/gsm8k_agrpo.py --config trl_diffusion/configs/llada_8b/none.yaml", FileNotFoundError),
+        (
+            "accelerate launch --config_file trl_diffusion/accelerate_configs/zero9.yaml recipes/train.py",
+            AssertionError,
+        ),
+        ("accelerate launch recipes/gsm8k_agrpo.py --config llada_8b/none", FileNotFoundError),
+        ("trl-diffusion train agrpo --alpho 0.1", ValueError),
+        ("trl-diffusion train agrpo --accelerate_config zero9", FileNotFoundError),
+        ("trl-diffusion trian agrpo", ValueError),
         ("python recipes/none.py", FileNotFoundError),
         ("python recipes/benchmarks/scoring.py --shapes huge", AssertionError),
         ("make everything", AssertionError),

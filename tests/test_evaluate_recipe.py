@@ -101,9 +101,9 @@ def test_two_processes_killed_and_started_again_give_the_same_files(alone, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--tasks", "gsm9k"], "Unknown task 'gsm9k'; there are gsm8k, math500, countdown, sudoku, word_problems"),
-        (["--prompt", "d2"], "countdown has the prompts plain, d1.*; got 'd2'"),
-        (["--protocols", "own", "d2"], r"Protocols are 'own' and 'd1', got \['d2'\]"),
+        (["--tasks", "gsm9k"], "tasks must be one of gsm8k, math500, .* got 'gsm9k'. Did you mean 'gsm8k'?"),
+        (["--prompt", "d2"], r"prompt \(of countdown\) must be one of plain, d1.*; got 'd2'"),
+        (["--protocols", "own", "d2"], "protocols must be one of own, d1; got 'd2'"),
         (["--protocols", "d1"], "d1 has no protocol for word_problems"),
         (["--canvas_lengths", "256"], "canvas of 256 does not fit.*256 positions"),
         (["--denoising_steps", "12", "--canvas_lengths", "32", "64"], r"denoising_steps \(12\).* \(8 = 64 / 8\)"),

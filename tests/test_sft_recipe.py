@@ -120,7 +120,7 @@ def test_decoding_follows_the_canvas():
 def test_without_arguments_the_embedded_model_learns_word_problems_and_says_so(tmp_path, monkeypatch, capsys):
     started(tmp_path, monkeypatch)
     output = capsys.readouterr().out.replace("\n", "")  # long paths wrap
-    assert "running on the embedded model" in output and "trl_diffusion/configs/llada_8b/sft.yaml" in output
+    assert "training the bundled model" in output and "for example llada_8b/sft." in output
     assert "masked SFT, 2 updates" in output and "gain" in output and "Model and model card" in output
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     assert "2504.12216" in (tmp_path / "README.md").read_text()

@@ -257,7 +257,9 @@ def test_training_prints_the_panel_once_with_the_progress_bar(disable_tqdm, tmp_
 
 
 def start(name: str) -> None:
-    runpy.run_path(str(ROOT / "recipes" / f"{name}.py"), run_name="__main__")
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "recipes" / f"{name}.py"), run_name="__main__")
+    assert stopped.value.code == 0
 
 
 @pytest.mark.parametrize("name", ["gsm8k_agrpo", "gsm8k_atpo", "gsm8k_diffu_grpo", "countdown_sapo"])
@@ -298,14 +300,16 @@ def test_a_dry_run_checks_the_columns(tmp_path, monkeypatch):
     task = TASKS["word_problems"]
     without = replace(task, load=lambda *args, **settings: task.load(*args, **settings).remove_columns("answer"))
     monkeypatch.setitem(TASKS, "word_problems", without)
-    monkeypatch.setattr(sys, "argv", ["gsm8k_agrpo", "--dry_run", "--use_cpu", "--output_dir", str(tmp_path)])
+    monkeypatch.setattr(
+        sys, "argv", ["gsm8k_agrpo", "--dry_run", "--use_cpu", "--debug", "--output_dir", str(tmp_path)]
+    )
     with pytest.raises(ValueError, match="no column 'answer'"):
         start("gsm8k_agrpo")
 
 
 def test_a_dry_run_checks_the_number_of_rows(tmp_path, monkeypatch):
     few = ["--dataset_size", "5", "--per_device_train_batch_size", "64", "--num_generations", "8"]
-    monkeypatch.setattr(sys, "argv", ["gsm8k_agrpo", "--dry_run", *few, "--output_dir", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["gsm8k_agrpo", "--dry_run", "--debug", *few, "--output_dir", str(tmp_path)])
     with pytest.raises(ValueError, match="train_dataset has 5 rows, and a rollout batch needs 8 prompts"):
         start("gsm8k_agrpo")
 

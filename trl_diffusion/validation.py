@@ -20,9 +20,13 @@ def one_of(name: str, value: object, choices: Iterable[str]) -> None:
     choices = list(choices)
     if value in choices:
         return
-    near = difflib.get_close_matches(str(value), choices, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.{hint}")
+    raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}.{near(str(value), choices)}")
+
+
+def near(name: str, choices: Iterable[str]) -> str:
+    """Return ` Did you mean 'x'?` for the choice that is spelled nearly like a name, or an empty text."""
+    found = difflib.get_close_matches(name, list(choices), n=1)
+    return f" Did you mean {found[0]!r}?" if found else ""
 
 
 def at_least(name: str, value: float, least: float) -> None:

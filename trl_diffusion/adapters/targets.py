@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trl_diffusion.models.diffusion_lm import DiffusionLM
+from trl_diffusion.validation import near
 
 ALL_LINEAR = "all-linear"
 _PLAIN_NAME = re.compile(r"\w+(\.\w+)*")
@@ -97,9 +98,10 @@ class LinearLayers:
     def _no_match(self, target: str) -> ValueError:
         native, hub = ([*dict.fromkeys(name.rpartition(".")[2] for name in names)] for names in self._blocks())
         others = [name for name in hub if name not in native]
+        hint = near(target, [*native, *hub, ALL_LINEAR])
         hubs = f", the hub's names {', '.join(others)}" if others else ""
         return ValueError(
-            f"LoRA target {target!r} matches no linear layer of {self.model_class.__name__}. Valid are "
+            f"LoRA target {target!r} matches no linear layer of {self.model_class.__name__}.{hint} Valid are "
             f"{', '.join(native)}{hubs}, longer endings of the layers' full names, and {ALL_LINEAR!r}."
         )
 

@@ -2,11 +2,11 @@
 
 The embedded model on synthetic word problems (half a minute on a CPU core):
 
-    python recipes/analyze_trajectories.py
+    trl-diffusion analyze
 
 LLaDA-8B on GSM8K:
 
-    python recipes/analyze_trajectories.py --model_name_or_path GSAI-ML/LLaDA-8B-Instruct --task gsm8k \
+    trl-diffusion analyze GSAI-ML/LLaDA-8B-Instruct --task gsm8k \
         --canvas_length 256 --block_length 32 --denoising_steps 128 --num_selected 8 --batch_size 8
 
 Writes `confusion_zones.png` (curves of entropy, confidence margin and RoEC by outcome, with the steps that ATPO's
@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -27,8 +28,8 @@ from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
-from trl import TrlParser
 
+from trl_diffusion.cli.parsing import Parser, model_first
 from trl_diffusion.credit import SELECTORS, step_signals, taken_steps
 from trl_diffusion.evaluation import load_model
 from trl_diffusion.evaluation.confusion_zones import (
@@ -113,6 +114,7 @@ def sample_signals(model, tokenizer, problems: Dataset, correct, args: AnalysisA
             texts = decode_completions(trajectory.completion_ids, model, tokenizer)
             success = torch.tensor([correct(text, row) for text, row in zip(texts, rows, strict=True)])
             taken = taken_steps(trajectory.unmask_step, args.denoising_steps)
+            assert trajectory.step_entropy is not None and trajectory.step_margin is not None
             signals = trajectory.step_entropy, trajectory.step_margin, trajectory.steps_taken, taken
             parts.append((*(values.cpu() for values in signals), success))
             bar.update(len(rows))
@@ -150,9 +152,20 @@ def summary(frame: pd.DataFrame, args: AnalysisArguments, selected: list[int]) -
     }
 
 
-def main() -> None:
-    for_embedded = embedded_arguments(sys.argv[1:], [], "--block_length", "--adapter")
-    (args,) = TrlParser(AnalysisArguments).parse_args_and_config(for_embedded)  # `None` for the command line's
+SHOWN = ("adapter", "task", "num_completions", "canvas_length", "block_length", "denoising_steps", "num_selected")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Sample, analyse and write figure, steps and summary.
+
+    Args:
+        arguments: of the command line, after `analyze`.
+    """
+    words = model_first(sys.argv[1:] if arguments is None else arguments)
+    parser = Parser(
+        [AnalysisArguments], "trl-diffusion analyze", __doc__, {"Options used most": (*SHOWN, "output_dir")}
+    )
+    (args,) = parser.parse(embedded_arguments(words, [], "--block_length", "--adapter") or words)
     console = Console()
     if args.model_name_or_path is None and args.adapter is None:
         args.model_name_or_path = EMBEDDED_MODEL

@@ -1,11 +1,9 @@
-"""Shared by the recipes: arguments, progress, and the report at the end."""
+"""Shared by the commands that train: arguments, progress, and the report at the end."""
 
 from __future__ import annotations
 
-import difflib
-import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -18,19 +16,43 @@ import matplotlib.pyplot as plt
 from peft import PeftConfig, PeftModel
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback, Trainer
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from trl_diffusion.adapters.renaming import base_of, is_adapter
+from trl_diffusion.cli.names import CONFIGS, check_model_name
+from trl_diffusion.cli.parsing import Parser
 from trl_diffusion.evaluation import AccuracyCallback, ConfusionZoneCallback, evaluate_accuracy
 from trl_diffusion.models.embedded import EMBEDDED_MODELS, embedded_arguments
 from trl_diffusion.sampling import SamplingArguments, SamplingConfig
 from trl_diffusion.sampling.arguments import OPTIONS, with_default
 from trl_diffusion.trainers import DiffusionGRPOConfig, DiffusionGRPOTrainer
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 # Metrics worth a line while training; the rest is in the logs.
 SHOWN = ("reward", "eval_accuracy", "completions/mean_length", "rollout/tokens_per_forward", "entropy", "step_time")
+
+# What the short help of a training command shows.
+USED_MOST = (
+    "task",
+    "dataset_path",
+    "dataset_size",
+    "model_name_or_path",
+    "output_dir",
+    "use_peft",
+    "max_steps",
+    "learning_rate",
+    "per_device_train_batch_size",
+    "num_generations",
+    "max_completion_length",
+    "block_length",
+    "denoising_steps",
+    "temperature",
+    "num_rollouts",
+    "eval_every",
+    "seed",
+    "dry_run",
+    "resume_from_checkpoint",
+)
 
 
 @dataclass
@@ -57,6 +79,10 @@ class RunArguments:
     dry_run: bool = field(
         default=False, metadata={"help": "Load everything, check it, print the start-up report and stop."}
     )
+
+    def decoding(self, training: Any) -> SamplingConfig:
+        """Return how held-out problems are decoded, given the trainer's config."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how held-out problems are decoded.")
 
     def decoding_on(self, canvas_length: int, block_length: int, denoising_steps: int) -> SamplingConfig:
         """Return how held-out problems are decoded, with the other `eval_…` options.
@@ -92,37 +118,67 @@ class RecipeArguments(RunArguments):
         )
 
 
-def parse(
-    script_arguments: type,
-    config: type,
-    embedded: str,
-    overrides: Sequence[str] = (),
-):
-    """Parse script, training and model arguments from the command line and `--config`.
-
-    Without a config and for an embedded model, which is also the default, the config of the embedded models is used,
-    and the console says so. An adapter as the model is trained further, with its own shape.
+@dataclass(frozen=True)
+class Choice:
+    """What a training command trains: its parser's dataclasses, and the settings of the bundled model.
 
     Args:
-        script_arguments: dataclass of the recipe's own arguments.
+        script: dataclass of the command's own arguments.
         config: the trainer's config class.
-        embedded: config file of the embedded model, below `trl_diffusion/configs`.
-        overrides: arguments for the embedded model that win over that file, and lose against the command line.
+        bundled: config of the bundled model, below `trl_diffusion/configs`.
+        adapted: arguments for the bundled model that win over that file, and lose against the command line.
+        command: the words that start the command, for messages and help.
+        description: the text at the top of the help.
+        own: options of the short help in addition to those of every training command.
     """
-    arguments = sys.argv[1:]
-    block = "--block_length" if "block_length" in {field.name for field in fields(config)} else "--eval_block_length"
-    defaults = ["--config", str(CONFIGS / embedded), *overrides]
-    if (for_embedded := embedded_arguments(arguments, defaults, block)) is not None:
-        arguments = for_embedded
-        real = next(CONFIGS.glob(f"*_8b/{Path(embedded).name}"))
-        Console().print(
-            f"No --config: running on the embedded model with trl_diffusion/configs/{embedded}. It is tiny and was trained "
-            "on faulty solutions, so that there is something to repair. For a real run give --config, for example "
-            f"trl_diffusion/configs/{real.relative_to(CONFIGS)}."
+
+    script: type
+    config: type
+    bundled: str
+    adapted: Sequence[str] = ()
+    command: str = "trl-diffusion train"
+    description: str = ""
+    own: Sequence[str] = ()
+
+    def parser(self) -> Parser:
+        """Return the parser of all arguments."""
+        known = {name for each in (self.script, self.config, ModelConfig) for name in _names(each)}
+        shown = {
+            "Options used most": [name for name in USED_MOST if name in known],
+            "Settings of the method": self.own,
+        }
+        return Parser((self.script, self.config, ModelConfig), self.command, self.description, shown)
+
+
+def _names(config: type) -> list[str]:
+    return [field.name for field in fields(config)]
+
+
+def parse(choice: Choice, arguments: Sequence[str]) -> tuple:
+    """Parse script, training and model arguments from the command line and `--config`.
+
+    Without a config and for a bundled model, which is also the default, the config of the bundled models is used, and
+    the console says so. An adapter as the model is trained further, with its own shape.
+
+    Args:
+        choice: what is trained.
+        arguments: of the command line.
+    """
+    parser = choice.parser()
+    block = "--block_length" if "block_length" in _names(choice.config) else "--eval_block_length"
+    defaults = ["--config", str(CONFIGS / choice.bundled), *choice.adapted]
+    for_bundled = embedded_arguments(arguments, defaults, block)
+    parsed = parser.parse(arguments if for_bundled is None else for_bundled)
+    if for_bundled is not None:
+        real = next(CONFIGS.glob(f"*_8b/{Path(choice.bundled).name}"))
+        print(
+            f"No --config: training the bundled model with {choice.bundled}. It is tiny and was trained on faulty "
+            "solutions, so that there is something to repair.\nFor a real run give --config, for example "
+            f"{real.relative_to(CONFIGS).with_suffix('')}."
         )
-    parser = TrlParser((script_arguments, config, ModelConfig))
-    script_args, training_args, model_args = parser.parse_args_and_config(arguments)
+    script_args, training_args, model_args = parsed
     name = model_args.model_name_or_path or "embedded"
+    check_model_name(name)
     model_args.model_name_or_path = EMBEDDED_MODELS.get(name, name)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
@@ -131,14 +187,6 @@ def parse(
         **(training_args.model_init_kwargs or {}),
     }
     return script_args, training_args, model_args, get_quantization_config(model_args)
-
-
-def no_such(kind: str, name: str, choices: Iterable[str]) -> str:
-    """Return an error message that lists the choices, and names the one that was probably meant."""
-    choices = list(choices)
-    close = difflib.get_close_matches(name, choices, n=1)
-    meant = f"; did you mean {close[0]!r}?" if close else "."
-    return f"there is no {kind} {name!r}{meant} Choose one of {', '.join(choices)}."
 
 
 def load_tokenizer(model_args: ModelConfig) -> PreTrainedTokenizerBase:
@@ -246,7 +294,7 @@ class ShortProgress(ProgressCallback):
                 self.training_bar.write(f"update {state.global_step:>4}  " + "  ".join(shown))
 
 
-def report(trainer: Trainer, accuracy: AccuracyCallback, seconds: float, curve: str = "reward") -> None:
+def report(trainer: Any, accuracy: AccuracyCallback, seconds: float, curve: str = "reward") -> None:
     """Print accuracy before and after, and save the curves of reward (or loss) and accuracy as `curves.png`."""
     (_, before), (last, after) = accuracy.history[0], accuracy.history[-1]
     table = Table("", "held-out accuracy", "95 % interval", title=f"{trainer._name}, {last} updates, {seconds:.0f} s")

@@ -1,28 +1,30 @@
-"""Evaluation of a model or an adapter: tasks × canvas lengths × denoising steps, every sample on disk.
+r"""Measure a model or an adapter: tasks × canvas lengths × denoising steps, with every sample on disk.
 
-The embedded model on all tasks that work offline (a minute or two on two CPU cores):
+The bundled model on all tasks that work offline (a minute or two on two CPU cores), and what was trained from it:
 
-    python recipes/evaluate.py
+    trl-diffusion evaluate
+    trl-diffusion evaluate outputs/gsm8k_agrpo --tasks word_problems=embedded
 
-An adapter, on eight GPUs:
+An adapter of LLaDA-8B, on eight GPUs:
 
-    accelerate launch --config_file trl_diffusion/accelerate_configs/multi_gpu.yaml recipes/evaluate.py \
-        --config trl_diffusion/configs/llada_8b/evaluate.yaml --adapter outputs/llada_8b_gsm8k_agrpo
+    trl-diffusion evaluate --config llada_8b/evaluate --accelerate_config multi_gpu \
+        --adapter outputs/llada_8b_gsm8k_agrpo
 
-A run that was stopped continues when the same command is given again, with any number of processes. Everything in a
-config can be overridden on the command line.
+A run that was stopped continues when the same command is given again, with any number of processes.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from pathlib import Path
+from typing import Any
 
 from rich.console import Console
-from trl import TrlParser
 
+from trl_diffusion.cli.names import CONFIGS, check_model_name
+from trl_diffusion.cli.parsing import Parser, model_first
 from trl_diffusion.evaluation import (
     Measurement,
     Problems,
@@ -33,12 +35,32 @@ from trl_diffusion.evaluation import (
     weights_checksum,
     write_results,
 )
-from trl_diffusion.models.embedded import EMBEDDED_MODEL, embedded_arguments
+from trl_diffusion.family import family_of
+from trl_diffusion.models.embedded import EMBEDDED_MODEL, EMBEDDED_MODELS, embedded_arguments
+from trl_diffusion.runtime.recorded_decoding import recorded_decoding
 from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.sampling.arguments import GreedyArguments
 from trl_diffusion.tasks import TASKS, Task
+from trl_diffusion.validation import one_of
 
-EMBEDDED_CONFIG = Path(__file__).parents[1] / "configs" / "embedded" / "evaluate.yaml"
+SHOWN = (
+    "adapter",
+    "tasks",
+    "split",
+    "limit",
+    "prompt",
+    "protocols",
+    "canvas_lengths",
+    "denoising_steps",
+    "block_length",
+    "temperature",
+    "completions_per_prompt",
+    "batch_size",
+    "dtype",
+    "seed",
+    "output_dir",
+)
+LONGEST_CANVAS, LONGEST_BLOCK = 256, 32  # where nothing is given and nothing recorded
 
 
 @dataclass
@@ -77,7 +99,17 @@ class EvaluateArguments(GreedyArguments):
         metadata={"help": "How answers are read: `own`, `d1` (the parsers of 2504.12216), or both."},
     )
 
-    canvas_lengths: list[int] = field(default_factory=lambda: [256], metadata={"help": "Positions to write."})
+    canvas_lengths: list[int] = field(
+        default_factory=list,
+        metadata={
+            "help": "Positions to write. If not given, the canvas that the model or adapter was trained on, or up to "
+            f"{LONGEST_CANVAS}, as the model has positions."
+        },
+    )
+    block_length: int | None = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": f"Positions per block. If not given, as in training, or up to {LONGEST_BLOCK}."},
+    )
     # A list, where other commands have one number: every canvas is decoded with each.
     denoising_steps: list[int] = field(  # type: ignore[assignment]
         default_factory=list, metadata={"help": "Steps per canvas; half of each canvas length if not given."}
@@ -94,42 +126,80 @@ class EvaluateArguments(GreedyArguments):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
 
-    def decodings(self) -> list[SamplingConfig]:
+    def decodings(self, canvas_length: int, block_length: int, denoising_steps: int) -> list[SamplingConfig]:
         """Return the settings for every canvas length with every number of steps.
+
+        Args:
+            canvas_length: positions to write if no canvas is given.
+            block_length: positions per block if not given.
+            denoising_steps: steps on this canvas if neither canvas nor steps are given.
 
         Raises:
             ValueError: if a number of steps cannot be spread over the blocks of a canvas.
         """
+        steps_on = {canvas: self.denoising_steps or [canvas // 2] for canvas in self.canvas_lengths}
+        steps_on = steps_on or {canvas_length: self.denoising_steps or [denoising_steps]}
+        block = self.block_length or block_length
         return [
-            self.sampling_on(canvas, denoising_steps=steps, record_support=False)
-            for canvas in self.canvas_lengths
-            for steps in self.denoising_steps or [canvas // 2]
+            self.sampling_on(canvas, block_length=block, denoising_steps=steps, record_support=False)
+            for canvas, all_steps in steps_on.items()
+            for steps in all_steps
         ]
 
+    @property
+    def trained(self) -> dict[str, int] | None:
+        """The canvas that the model or the adapter was trained on, where it is recorded; see `recorded_decoding`."""
+        name = self.adapter or self.model_name_or_path
+        return recorded_decoding(EMBEDDED_MODELS.get(str(name), str(name)))
 
-def parse(arguments: list[str]) -> tuple[EvaluateArguments, bool]:
-    """Parse the arguments; the second value is true if no model was given and the embedded one is evaluated."""
-    config = ["--config", str(EMBEDDED_CONFIG)]
-    for_embedded = embedded_arguments(arguments, config, "--block_length", "--adapter")
-    arguments = arguments if for_embedded is None else for_embedded
-    (args,) = TrlParser((EvaluateArguments,)).parse_args_and_config(arguments)
+
+def canvas_that_fits(positions: int, longest_prompt: int, attention_block: int | None) -> dict[str, int]:
+    """Return canvas, block and steps for a model of which no training is recorded.
+
+    Args:
+        positions: that the model has.
+        longest_prompt: tokens of the longest prompt.
+        attention_block: as in `DiffusionFamily`.
+
+    Raises:
+        ValueError: if the prompt leaves no room.
+    """
+    room = min(LONGEST_CANVAS, positions - longest_prompt)
+    if room < 1:
+        raise ValueError(f"the longest prompt has {longest_prompt} tokens, and the model {positions} positions.")
+    block = attention_block or min(LONGEST_BLOCK, 2 ** (room.bit_length() - 1))
+    canvas = max(room // block, 1) * block
+    return {"canvas_length": canvas, "block_length": block, "denoising_steps": max(canvas // 2, 1)}
+
+
+def parse(arguments: Sequence[str]) -> tuple[EvaluateArguments, bool]:
+    """Parse the arguments; the second value is true if no model was given and the bundled one is evaluated."""
+    words = model_first(arguments)
+    config = ["--config", str(CONFIGS / "embedded" / "evaluate.yaml")]
+    for_bundled = embedded_arguments(words, config, "--block_length", "--adapter")
+    parser = Parser([EvaluateArguments], "trl-diffusion evaluate", __doc__, {"Options used most": SHOWN})
+    (args,) = parser.parse(words if for_bundled is None else for_bundled)
     by_default = args.model_name_or_path is None and args.adapter is None
     if by_default:
         args.model_name_or_path = EMBEDDED_MODEL
+    elif args.model_name_or_path is not None:
+        check_model_name(args.model_name_or_path)
     return args, by_default
 
 
 def scorer(task: Task, protocols: list[str]):
     """Return one score function for all protocols; the names of d1's scores begin with `d1`."""
-    if unknown := set(protocols) - {"own", "d1"}:
-        raise ValueError(f"Protocols are 'own' and 'd1', got {sorted(unknown)}.")
-    if "d1" in protocols and task.score_d1 is None:
+    for protocol in protocols:
+        one_of("protocols", protocol, ("own", "d1"))
+    score_d1 = task.score_d1
+    if "d1" in protocols and score_d1 is None:
         raise ValueError(f"d1 has no protocol for {task.name}; evaluate it without `d1` in --protocols.")
 
     def score(text: str, row: dict) -> dict[str, float]:
         scores = task.score(text, row) if "own" in protocols else {}
         if "d1" in protocols:
-            scores = scores | {f"d1 {name}": value for name, value in task.score_d1(text, row).items()}
+            assert score_d1 is not None
+            scores = scores | {f"d1 {name}": value for name, value in score_d1(text, row).items()}
         return scores
 
     return score
@@ -140,10 +210,8 @@ def requested(args: EvaluateArguments) -> list[tuple[Task, str | None]]:
     tasks = []
     for specification in args.tasks or [f"{name}=embedded" for name, task in TASKS.items() if task.embedded]:
         name, _, source = specification.partition("=")
-        if name not in TASKS:
-            raise ValueError(f"Unknown task {name!r}; there are {', '.join(TASKS)}.")
-        if args.prompt not in TASKS[name].prompts:
-            raise ValueError(f"{name} has the prompts {', '.join(TASKS[name].prompts)}; got {args.prompt!r}.")
+        one_of("tasks", name, TASKS)
+        one_of(f"prompt (of {name})", args.prompt, TASKS[name].prompts)
         tasks.append((TASKS[name], source or None))
     return tasks
 
@@ -153,14 +221,26 @@ def origin(args: EvaluateArguments, source: str | None) -> dict:
     return {"source": source or "default", **kept}
 
 
-def main() -> None:
-    args, by_default = parse(sys.argv[1:])
+def _room(model: Any, problems: Sequence[Problems]) -> dict[str, int]:
+    longest = max(len(prompt) for each in problems for prompt in each.prompts)
+    return canvas_that_fits(model.config.max_position_embeddings, longest, family_of(model).attention_block)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Evaluate as the command line says.
+
+    Args:
+        arguments: of the command line, after `evaluate`.
+    """
+    args, by_default = parse(sys.argv[1:] if arguments is None else arguments)
     # Everything that needs no model is checked and loaded first.
-    decodings, tasks = args.decodings(), requested(args)
+    tasks, trained = requested(args), args.trained
+    if args.canvas_lengths and args.block_length is not None:
+        args.decodings(0, 0, 0)
     scores = [scorer(task, args.protocols) for task, _ in tasks]
     state = join_processes(args.use_cpu)
     if by_default and state.is_main_process:
-        print("No model given: evaluating the embedded one. It is tiny and was trained on faulty solutions.")
+        print("No model given: evaluating the bundled one. It is tiny and was trained on faulty solutions.")
     with state.main_process_first():  # one process downloads, the others find it in the cache
         rows = [task.load(args.split, source=source, limit=args.limit, prompt=args.prompt) for task, source in tasks]
     model, tokenizer = load_model(
@@ -176,6 +256,7 @@ def main() -> None:
         Problems.encode(task.name, data, score, tokenizer, origin(args, source))
         for (task, source), data, score in zip(tasks, rows, scores, strict=True)
     ]
+    decodings = args.decodings(**(trained or _room(model, problems)))
     model_facts = {
         "model": args.model_name_or_path,
         "revision": args.model_revision,

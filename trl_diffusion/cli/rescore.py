@@ -1,19 +1,19 @@
 """Score completions that are already on disk under d1's protocol and the library's own, and explain every difference.
 
-Samples that `recipes/evaluate.py` wrote, all tasks of its output folder that d1 has a protocol for:
+Samples that `trl-diffusion evaluate` wrote, all tasks of its output folder that d1 has a protocol for:
 
-    python recipes/rescore.py outputs/evaluation
+    trl-diffusion rescore outputs/evaluation
 
 Outputs that d1 publishes in its repository, and GSM8K's gold answers from the repository of that data set:
 
     git clone https://github.com/dllm-reasoning/d1
     git clone https://github.com/openai/grade-school-math
-    python recipes/rescore.py d1/eval/eval_baselines/gsm8k_instruct_128_64_*.json \\
+    trl-diffusion rescore d1/eval/eval_baselines/gsm8k_instruct_128_64_*.json \\
         --gold grade-school-math/grade_school_math/data/test.jsonl --list
 
 The parts of one run of d1's, one per process, are one row of the table. JSON lines with `question`, `generation` and
 `ground_truth` are read too. The task of both is taken from the file's name. No model is needed.
-docs/pages/evaluation_protocols.md shows the result.
+The page "Protocols" of the documentation shows the result.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from trl_diffusion.tasks.sudoku import stated_grid
 # The scores that are compared; Sudoku's number in d1's tables is the share of cells.
 HEADLINES = {"sudoku": "cells_correct"}
 COMPARED = [name for name, task in TASKS.items() if task.score_d1 is not None]
-SAMPLES = "samples.jsonl"  # of recipes/evaluate.py, next to settings.json
+SAMPLES = "samples.jsonl"  # of trl-diffusion evaluate, next to settings.json
 _PART = re.compile(r"(?:_\d+_generations)?\.jsonl?$")  # of d1's files
 
 
@@ -129,7 +129,7 @@ def read_outputs(paths: Sequence[Path], gold: dict[str, str]) -> list[Outputs]:
     """Completions from files and folders; the parts of a run of d1's are put together.
 
     Args:
-        paths: folders that `recipes/evaluate.py` wrote, their `samples.jsonl`, or files of d1's.
+        paths: folders that `trl-diffusion evaluate` wrote, their `samples.jsonl`, or files of d1's.
         gold: GSM8K's answers by question, for d1's files.
 
     Raises:
@@ -146,7 +146,7 @@ def read_outputs(paths: Sequence[Path], gold: dict[str, str]) -> list[Outputs]:
 
 
 def _evaluated(path: Path) -> list[Outputs]:
-    """What `recipes/evaluate.py` wrote into a folder, for the tasks that d1 has a protocol for."""
+    """What `trl-diffusion evaluate` wrote into a folder, for the tasks that d1 has a protocol for."""
     files = sorted([*path.glob(SAMPLES), *path.glob(f"*/{SAMPLES}")]) if path.is_dir() else [path]
     outputs = []
     for file in files:
@@ -157,8 +157,8 @@ def _evaluated(path: Path) -> list[Outputs]:
             outputs.append(Outputs(file.parent.name, TASKS[task], rows))
     if not outputs:
         raise ValueError(
-            f"{path} holds no {SAMPLES} of {', '.join(COMPARED)}; expected the output_dir of recipes/evaluate.py, or "
-            "a file of d1's. d1 has no protocol for other tasks."
+            f"{path} holds no {SAMPLES} of {', '.join(COMPARED)}; expected the output_dir of trl-diffusion evaluate, "
+            "or a file of d1's. d1 has no protocol for other tasks."
         )
     return outputs
 
@@ -274,16 +274,27 @@ def percent(score: float, rows: int) -> str:
     return f"{100 * score / rows:.2f} ({100 * low:.1f} – {100 * high:.1f})"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Score and print what differs.
+
+    Args:
+        arguments: of the command line, after `rescore`.
+    """
+    parser = argparse.ArgumentParser(
+        "trl-diffusion rescore", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "paths", nargs="+", type=Path, metavar="PATH", help="output folders of recipes/evaluate.py, or files of d1's"
+        "paths",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="output folders of trl-diffusion evaluate, or files of d1's",
     )
     parser.add_argument(
         "--gold", type=Path, help="GSM8K's test file, for questions whose answer is missing in d1's files"
     )
     parser.add_argument("--list", action="store_true", help="print every completion that is scored differently")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     results = {outputs.name: rescore(outputs) for outputs in read_outputs(args.paths, gold_answers(args.gold))}
 
     # Where there is no terminal, rich would squeeze the table into 80 columns.

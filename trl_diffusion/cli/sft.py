@@ -1,28 +1,34 @@
 r"""Masked supervised fine-tuning as in d1 (2504.12216), from rows to a trained model or adapter.
 
-The embedded model on right solutions of word problems (about a minute on two CPU cores):
+The bundled model on right solutions of word problems (about a minute on two CPU cores):
 
-    accelerate launch recipes/sft.py
+    trl-diffusion train sft
 
-LLaDA-8B on GSM8K:
+LLaDA-8B on GSM8K, on eight GPUs:
 
-    accelerate launch --config_file trl_diffusion/accelerate_configs/multi_gpu.yaml recipes/sft.py \
-        --config trl_diffusion/configs/llada_8b/sft.yaml
+    trl-diffusion train sft --config llada_8b/sft --accelerate_config multi_gpu
 
 Rows of any kind that have the columns `prompt` and `completion`:
 
-    accelerate launch recipes/sft.py --dataset_path rows.jsonl
+    trl-diffusion train sft --dataset_path rows.jsonl
 
-On a task, held-out accuracy is measured before and after; on other rows, their held-out loss. Everything in a config
-can be overridden on the command line, for example `--seed 1 --max_steps 20`.
+On a task, held-out accuracy is measured before and after; on other rows, their held-out loss.
 """
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from datasets import Dataset
+from rich.console import Console
+from transformers import ProgressCallback
+from transformers.trainer_utils import IntervalStrategy
+
 from trl_diffusion.cli.common import (
+    Choice,
     RunArguments,
     ShortProgress,
     load_tokenizer,
@@ -32,11 +38,7 @@ from trl_diffusion.cli.common import (
     report,
     train_and_save,
 )
-from datasets import Dataset
-from rich.console import Console
-from transformers import ProgressCallback
-from transformers.trainer_utils import IntervalStrategy
-
+from trl_diffusion.cli.names import suggesting
 from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.tasks import TASKS
 from trl_diffusion.tasks.rows import hold_out, read_rows
@@ -107,11 +109,25 @@ def report_loss(trainer: SFTTrainer, seconds: float) -> None:
     )
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train as the command line says.
+
+    Args:
+        arguments: of the command line, after `train sft`.
+    """
     start = time.perf_counter()
-    arguments = parse(SFTArguments, SFTConfig, "embedded/sft.yaml")
-    script_args, training_args, model_args, quantization_config = arguments
-    rows, held_out = load(script_args)
+    choice = Choice(
+        SFTArguments,
+        SFTConfig,
+        "embedded/sft.yaml",
+        command="trl-diffusion train sft",
+        description=__doc__,
+        own=("max_length", "eval_block_length", "eval_denoising_steps"),
+    )
+    parsed = parse(choice, sys.argv[1:] if arguments is None else arguments)
+    script_args, training_args, model_args, quantization_config = parsed
+    with suggesting(script_args.dataset_path, TASKS):
+        rows, held_out = load(script_args)
     if script_args.task is None:
         training_args.eval_on_start = True
         if training_args.eval_strategy == IntervalStrategy.NO:
@@ -132,10 +148,10 @@ def main() -> None:
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LossProgress)
     if script_args.task is None:
-        train_and_save(trainer, arguments, lambda: report_loss(trainer, time.perf_counter() - start))
+        train_and_save(trainer, parsed, lambda: report_loss(trainer, time.perf_counter() - start))
         return
     accuracy = measure_accuracy(trainer, held_out, TASKS[script_args.task].is_correct, script_args)
-    train_and_save(trainer, arguments, lambda: report(trainer, accuracy, time.perf_counter() - start, "loss"))
+    train_and_save(trainer, parsed, lambda: report(trainer, accuracy, time.perf_counter() - start, "loss"))
 
 
 if __name__ == "__main__":

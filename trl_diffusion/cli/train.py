@@ -1,37 +1,42 @@
-r"""Trains a model by any method on any task, from prompts to a trained model or adapter.
+r"""Train a model by any method on any task, from prompts to a trained model or adapter.
 
 The bundled model on generated problems (one to three minutes on two CPU cores):
 
-    accelerate launch recipes/train.py --method dmpo
-    accelerate launch recipes/train.py --task sudoku --method espo
+    trl-diffusion train agrpo
+    trl-diffusion train espo --task sudoku
 
-The same with the process reward of SAPO, Step-Aware Policy Optimization, from three continuations:
+With the process reward of SAPO, Step-Aware Policy Optimization, from three continuations:
 
-    accelerate launch recipes/train.py --task countdown --method diffu_grpo --num_rollouts 3
+    trl-diffusion train diffu_grpo --task countdown --num_rollouts 3
 
-LLaDA-8B on GSM8K (for DiPO, SDAR-8B); the config names the method:
+LLaDA-8B on GSM8K, on eight GPUs; first its cost and memory, which needs none:
 
-    accelerate launch --config_file trl_diffusion/accelerate_configs/zero2.yaml recipes/train.py \
-        --config trl_diffusion/configs/llada_8b/gsm8k_dmpo.yaml
+    trl-diffusion train agrpo --config llada_8b/gsm8k_agrpo --dry_run
+    trl-diffusion train agrpo --config llada_8b/gsm8k_agrpo --accelerate_config zero2
 
-Everything in a config can be overridden on the command line, for example `--seed 1 --max_steps 20`.
-`--method dmpo --help` shows every setting of a method.
+Supervised fine-tuning: `trl-diffusion train sft`.
 """
 
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
-from dataclasses import dataclass, field
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import yaml
-from trl_diffusion.cli.common import CONFIGS, RecipeArguments, no_such, parse, run
 
+from trl_diffusion.cli import sft
+from trl_diffusion.cli.common import USED_MOST, Choice, RecipeArguments, parse, run
+from trl_diffusion.cli.names import CONFIGS, suggesting
+from trl_diffusion.cli.parsing import with_config_path
 from trl_diffusion.credit import StepAwareReward
 from trl_diffusion.tasks import EMBEDDED, TASKS, Task
 from trl_diffusion.tasks.task import Reward
-from trl_diffusion.trainers import METHODS
+from trl_diffusion.trainers import METHODS, DiffusionGRPOConfig
+from trl_diffusion.validation import one_of
 
 GENERATED_ROWS = 4000
 
@@ -68,9 +73,11 @@ class TrainArguments(RecipeArguments):
         """Return the task and the source of its rows, see `Task.load`.
 
         Raises:
-            ValueError: if the data are problems of another task.
+            ValueError: if the data are problems of another task, or of none that there is.
         """
-        named, _, source = self.dataset_path.partition("=")
+        named, equals, source = self.dataset_path.partition("=")
+        if equals:
+            one_of("the task of --dataset_path NAME=SOURCE", named, TASKS)
         if named not in TASKS:
             return TASKS[self.task or "gsm8k"], self.dataset_path or None
         # GSM8K and its generated stand-in, word problems, have the same rewards.
@@ -97,41 +104,46 @@ class TrainArguments(RecipeArguments):
         )
 
 
-def chosen(arguments: list[str], task: str | None = None, method: str | None = None) -> Namespace:
+def chosen(arguments: Sequence[str]) -> Namespace:
     """Return the `task`, `method` and `num_rollouts` that the command line names, or else the config file.
 
     The method decides which settings there are, and all three which config the bundled model gets, so they are read
     before the rest is parsed.
 
     Args:
-        arguments: of the command line.
-        task: the task if neither names one.
-        method: the method if neither names one.
+        arguments: of the command line; the first one may be the method.
+
+    Returns:
+        These, with the `others`, the arguments without the method.
 
     Raises:
-        SystemExit: for an unknown name, or without a method; without one, `--help` prints what this file is for.
+        ValueError: for an unknown name, without a method, and for a method that is not the config's.
     """
-    parser = ArgumentParser(
-        description=__doc__, formatter_class=RawDescriptionHelpFormatter, add_help=False, allow_abbrev=False
-    )
-    parser.add_argument("--task", help=", ".join(TASKS))
-    parser.add_argument("--method", help=", ".join(METHODS))
-    parser.add_argument("--num_rollouts", type=int, help="SAPO's continuations per probed completion")
-    parser.add_argument("--config", help="YAML file with settings, which may name task and method")
-    given, others = parser.parse_known_args(arguments)
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for option in ("--task", "--method", "--config"):
+        parser.add_argument(option)
+    parser.add_argument("--num_rollouts", type=int)
+    words, method = list(arguments), None
+    if words and not words[0].startswith("-"):
+        method, *words = words
+    given, _ = parser.parse_known_args(with_config_path(words))
     in_file = {} if given.config is None else yaml.safe_load(Path(given.config).read_text()) or {}
-    defaults = {"task": task, "method": method, "num_rollouts": 0}
-    for name, default in defaults.items():
+    places = {"METHOD": method, "--method": given.method, str(given.config): in_file.get("method")}
+    named = {place: name for place, name in places.items() if name is not None}
+    methods = {*named.values()}
+    if len(methods) > 1:
+        words_ = " and ".join(f"{name} in {place}" for place, name in named.items())
+        raise ValueError(f"the method is {words_}. Give one of them.")
+    if not methods:
+        raise ValueError(f"no method was given: trl-diffusion train METHOD, with one of {', '.join(METHODS)}, or sft.")
+    for name, default in {"task": None, "num_rollouts": 0}.items():
         if getattr(given, name) is None:
             setattr(given, name, in_file.get(name, default))
-    if given.method is None and {"-h", "--help"} & set(others):
-        parser.print_help()
-        parser.exit()
-    if given.method is None:
-        parser.error(f"no method was given: set --method, or `method` in the config, to one of {', '.join(METHODS)}.")
-    for kind, name, choices in (("method", given.method, METHODS), ("task", given.task, TASKS)):
-        if name is not None and name not in choices:
-            parser.error(no_such(kind, name, choices))
+    (given.method,) = methods
+    one_of("method", given.method, METHODS)
+    if given.task is not None:
+        one_of("task", given.task, TASKS)
+    given.others = words
     return given
 
 
@@ -142,8 +154,10 @@ def bundled_config(task: str | None, method: str, num_rollouts: int = 0) -> tupl
     """
     if task in (None, "gsm8k", "word_problems"):
         own = f"gsm8k_{method}"
+    elif (task, method) == ("countdown", "diffu_grpo"):
+        return "embedded/countdown_sapo.yaml", ["--num_rollouts", str(num_rollouts)]
     else:
-        own = f"{task}_sapo" if num_rollouts and method == "diffu_grpo" else f"{task}_{method}"
+        own = f"{task}_{method}"
     if task is None or (CONFIGS / "embedded" / f"{own}.yaml").is_file():
         return f"embedded/{own}.yaml", []
     found = TASKS[task]
@@ -152,35 +166,49 @@ def bundled_config(task: str | None, method: str, num_rollouts: int = 0) -> tupl
     return f"embedded/gsm8k_{method}.yaml", [*adapted, "--reward_weights", *weights]
 
 
-def main(
-    task: str | None = None,
-    method: str | None = None,
-    config: str | None = None,
-    script_arguments: type[TrainArguments] = TrainArguments,
-) -> None:
+def own_settings(config: type) -> list[str]:
+    """Return the settings that a method adds to those that all methods have, or gives its paper's defaults."""
+    common = {field.name: field.default for field in fields(DiffusionGRPOConfig)}
+    return [
+        field.name
+        for field in fields(config)
+        if common.get(field.name, MISSING) != field.default and field.name not in USED_MOST
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     """Train as the command line says.
 
     Args:
-        task: the task if it names none.
-        method: the method if it names none.
-        config: name of the bundled model's config if it does not depend on them.
-        script_arguments: dataclass of the arguments, with other defaults.
+        arguments: of the command line, after `train`.
     """
-    choice = chosen(sys.argv[1:], task, method)
-    trainer = METHODS[choice.method]
-    file, adapted = bundled_config(choice.task, choice.method, choice.num_rollouts)
-    if config is not None:
-        file, adapted = f"embedded/{config}.yaml", []
-    arguments = parse(script_arguments, trainer.config_class, file, adapted)
-    args, training_args = arguments[:2]
-    args.task = choice.task
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == ["sft"]:
+        sft.main(words[1:])
+        return
+    if {"-h", "--help"} & {*words} and (words[0].startswith("-") and "--method" not in words):
+        print(
+            f"{__doc__}\nMethods: {', '.join(METHODS)}, sft.\n\n`trl-diffusion train METHOD --help` has the options."
+        )
+        return
+    chosen_ = chosen(words)
+    trainer = METHODS[chosen_.method]
+    file, adapted = bundled_config(chosen_.task, chosen_.method, chosen_.num_rollouts)
+    config: Any = trainer.config_class
+    command = f"trl-diffusion train {chosen_.method}"
+    summary = f"{command}: {trainer._name}" + (f" ({trainer._paper['id']})" if trainer._paper else "")
+    choice = Choice(TrainArguments, config, file, adapted, command, summary, own_settings(config))
+    parsed = parse(choice, chosen_.others)
+    args, training_args = parsed[:2]
+    args.task = chosen_.task
     found, source = args.data()
     size = args.dataset_size or (GENERATED_ROWS if found.is_generated(source) else None)
-    rows, held_out = found.training_rows(source, size, args.eval_size, training_args.seed, args.prompt)
+    with suggesting(args.dataset_path, TASKS):
+        rows, held_out = found.training_rows(source, size, args.eval_size, training_args.seed, args.prompt)
     args.dataset_path = args.dataset_path or found.hub_id or found.name  # the model card names it
     run(
         trainer,
-        arguments,
+        parsed,
         train_dataset=rows,
         held_out=held_out,
         reward_funcs=[args.step_aware(found.rewards[0]), *found.rewards[1:]],

@@ -20,6 +20,11 @@ def launched_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_launched() -> bool:
+    """Return whether a launcher (accelerate, torchrun, DeepSpeed's) has started this process."""
+    return "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
 def fit_to_cpu(args: TrainingArguments) -> None:
     """Set what a machine without an accelerator needs, so that the same command runs with and without one.
 
@@ -62,13 +67,14 @@ def check_backend(args: TrainingArguments) -> None:
     if launched and fsdp and started in (DistributedType.NO, DistributedType.MULTI_CPU):
         raise RuntimeError(
             f"FSDP was launched, but accelerate started {started.value}, because it shards on accelerators only. "
-            "Every process would hold the whole model. Launch with trl_diffusion/accelerate_configs/cpu_zero3.yaml on a CPU."
+            "Every process would hold the whole model. On a CPU launch with trl_diffusion/accelerate_configs/"
+            "cpu_zero3.yaml."
         )
     if processes != args.world_size:
         raise RuntimeError(
             f"{processes} processes were launched, but each believes to be one of {args.world_size} and would train "
-            "alone. Launch with a file of trl_diffusion/accelerate_configs, one process per GPU; where there are fewer GPUs "
-            "than processes, pass --use_cpu true for DDP, or --ddp_backend gloo for DeepSpeed."
+            "alone. Launch with a file of trl_diffusion/accelerate_configs, one process per GPU; where there are "
+            "fewer GPUs than processes, pass --use_cpu true for DDP, or --ddp_backend gloo for DeepSpeed."
         )
     if plugin is not None:
         _check_offloaded_optimizer(OptimizerNames(args.optim).value, plugin.deepspeed_config)

@@ -16,6 +16,7 @@ from trl.trainer.utils import get_config_model_id
 
 from trl_diffusion.adapters.coverage import lora_coverage
 from trl_diffusion.models.embedded import EMBEDDED_MODELS
+from trl_diffusion.runtime.recorded_decoding import record_decoding
 
 
 def is_hub_id(name: str | None) -> bool:
@@ -126,6 +127,7 @@ class ModelCards:
 
     def _save(self: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)  # type: ignore[misc]
+        record_decoding(output_dir or self.args.output_dir, self.card_generation())
         card = Path(output_dir or self.args.output_dir) / "README.md"
         if isinstance(self.accelerator.unwrap_model(self.model), PeftModel) and card.is_file():
             make_portable(card, get_config_model_id(self.model.config))

@@ -10,6 +10,8 @@ from typing import Any
 
 from datasets import Dataset, load_dataset
 
+from trl_diffusion.validation import near
+
 FILES = (".jsonl", ".json", ".csv")
 
 
@@ -45,6 +47,7 @@ def read_rows(
         if not Path(source).is_file():
             raise FileNotFoundError(
                 f"No {task} file at {source}; give a JSON-lines or CSV file, or a data set id of the Hub."
+                + near(Path(source).name, (path.name for path in Path(source).parent.glob("*") if is_file(path)))
             )
         rows = _read_csv(source) if str(source).endswith(".csv") else _read_json_lines(source)
     else:

@@ -218,7 +218,8 @@ class SFTTrainer(ModelCards, Checkpoints, GuardedUpdates, _BaseTrainer):  # type
 
     def card_generation(self) -> dict[str, int]:
         """Arguments of `generate` for the example in the model card."""
-        return {"max_new_tokens": self.args.max_completion_length}
+        canvas = self.args.max_completion_length
+        return {"max_new_tokens": canvas, "block_length": min(32, canvas), "denoising_steps": max(canvas // 2, 1)}
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["prompt_ids", "completion_ids", "row"]  # type: ignore[assignment]
