@@ -351,7 +351,7 @@ def test_the_sdar_config_names_dipo_and_keeps_the_papers_settings():
 def test_command_line_and_config_agree_about_the_method():
     path = str(CONFIGS / "llada_8b" / "gsm8k_dmpo.yaml")
     chosen = train.chosen
-    with pytest.raises(ValueError, match="the method is wd1 in --method and dmpo in .*gsm8k_dmpo.yaml"):
+    with pytest.raises(ValueError, match="the method is wd1 in --method and dmpo in "):
         chosen(["--config", path, "--method", "wd1"])
     assert chosen(["--config", path, "--method", "dmpo"]).method == chosen(["dmpo", "--config", path]).method == "dmpo"
     assert chosen(["espo", "--max_steps", "3"]).others == ["--max_steps", "3"]

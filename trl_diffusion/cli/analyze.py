@@ -1,4 +1,4 @@
-"""Find where a model hesitates while it denoises, and how well that predicts failure (ATPO, 2511.15208).
+r"""Find where a model hesitates while it denoises, and how well that predicts failure (ATPO).
 
 The embedded model on synthetic word problems (half a minute on a CPU core):
 
@@ -9,8 +9,9 @@ LLaDA-8B on GSM8K:
     trl-diffusion analyze GSAI-ML/LLaDA-8B-Instruct --task gsm8k \
         --canvas_length 256 --block_length 32 --denoising_steps 128 --num_selected 8 --batch_size 8
 
-Writes `confusion_zones.png` (curves of entropy, confidence margin and RoEC by outcome, with the steps that ATPO's
-selector `roec_cm` would choose), `.parquet` (every completion at every step) and `.json` (AUCs and settings).
+Writes `confusion_zones.png` (curves of entropy, confidence margin and RoEC by outcome, with the
+steps that ATPO's selector `roec_cm` would choose), `.parquet` (every completion at every step) and
+`.json` (AUCs and settings). The signals and the selector are those of 2511.15208.
 """
 
 from __future__ import annotations

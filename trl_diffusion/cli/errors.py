@@ -13,7 +13,7 @@ from rich.console import Console
 
 DEBUG = "--debug"
 # What libraries write into the message when a disk is full: safetensors and torch have errors of their own for it.
-_FULL = ("No space left on device", "PytorchStreamWriter failed")
+_FULL = ("No space left on device", "PytorchStreamWriter failed", ". unexpected pos ")
 _OWN = Path(__file__).parents[1]
 
 

@@ -1,6 +1,7 @@
-r"""Measure a model or an adapter: tasks × canvas lengths × denoising steps, with every sample on disk.
+r"""Measure a model or an adapter: tasks × canvas lengths × denoising steps, every sample on disk.
 
-The bundled model on all tasks that work offline (a minute or two on two CPU cores), and what was trained from it:
+The bundled model on all tasks that work offline (a minute or two on two CPU cores), and a model
+that was trained from it:
 
     trl-diffusion evaluate
     trl-diffusion evaluate outputs/gsm8k_agrpo --tasks word_problems=embedded
@@ -10,7 +11,7 @@ An adapter of LLaDA-8B, on eight GPUs:
     trl-diffusion evaluate --config llada_8b/evaluate --accelerate_config multi_gpu \
         --adapter outputs/llada_8b_gsm8k_agrpo
 
-A run that was stopped continues when the same command is given again, with any number of processes.
+A run that was stopped continues when the same command is given again.
 """
 
 from __future__ import annotations

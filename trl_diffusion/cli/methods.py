@@ -36,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for configuration in configurations(name):
             print(f"{'':<14} --config {configuration}")
     print(
-        "\nsft: supervised fine-tuning, see llada_8b/sft.\nSAPO (2510.01544), a process reward, is added to any method by "
-        "--num_rollouts 3, see llada_8b/countdown_sapo."
+        "\nsft: supervised fine-tuning, see llada_8b/sft.\nSAPO (2510.01544), a process reward, is added to any "
+        "method by --num_rollouts 3, see llada_8b/countdown_sapo."
     )
 
 

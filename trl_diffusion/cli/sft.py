@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "embedded/sft.yaml",
         command="trl-diffusion train sft",
         description=__doc__,
-        own=("max_length", "eval_block_length", "eval_denoising_steps"),
+        own=("num_train_epochs", "min_noise_level", "eval_block_length", "eval_denoising_steps"),
     )
     parsed = parse(choice, sys.argv[1:] if arguments is None else arguments)
     script_args, training_args, model_args, quantization_config = parsed
