@@ -16,6 +16,7 @@ BLOCK = re.compile(
     r"```(?P<language>[^\n ]*)(?P<info>[^\n]*)\n(?P<code>.*?)^```$",
     re.MULTILINE | re.DOTALL,
 )
+TITLE = re.compile(r'title="[^"]+')
 # A command within a sentence; words in capitals stand for something that the reader puts in.
 INLINE = re.compile(r"`((?:python recipes/|accelerate launch |trl-diffusion )[^`…]+)`")
 PLACEHOLDER = re.compile(r"\b(?:[A-Z]{3,}|N)\b")
@@ -31,7 +32,7 @@ class Block:
         marker: `run`, `skip` or `None`.
         note: what follows the marker.
         language: after the fence.
-        title: whether it names the file that it is a part of.
+        title: the file that it is a part of or changes; empty if it names none.
         code: its text.
     """
 
@@ -40,7 +41,7 @@ class Block:
     marker: str | None
     note: str
     language: str
-    title: bool
+    title: str
     code: str
 
     @property
@@ -58,7 +59,7 @@ def blocks_of(page: Path) -> list[Block]:
             match["marker"],
             match["note"] or "",
             match["language"],
-            "title=" in match["info"],
+            (TITLE.search(match["info"]) or [""])[0].removeprefix('title="'),
             match["code"],
         )
         for match in BLOCK.finditer(text)
@@ -74,9 +75,29 @@ def inline_commands(page: Path) -> list[str]:
 
 def commands(code: str) -> list[list[str]]:
     """The words of each command, without comments and assignments of variables."""
-    lines = [shlex.split(line, comments=True) for line in code.replace("\\\n", " ").splitlines()]
+    lines = [shlex.split(line, comments=True) for line in code.replace("\\\n", "").splitlines()]
     return [[*words[_assignments(words) :]] for words in lines if words]
 
 
 def _assignments(words: list[str]) -> int:
     return next(count for count, word in enumerate(words) if not re.fullmatch(r"[A-Z_]+=.*", word))
+
+
+def patched(text: str, diff: str) -> str:
+    """Apply a diff without line numbers: lines that begin with `-` give way to the `+` lines after them.
+
+    A `+` line without a `-` line before it comes after the context line (beginning with a space) before it.
+
+    Raises:
+        AssertionError: if a line to find is not there, or more than once.
+    """
+    lines = text.splitlines()
+    place, replaces = 0, False
+    for mark, line in ((line[:1], line[1:]) for line in diff.splitlines() if line):
+        if mark == "+":
+            lines[place : place + replaces] = [line]
+            place, replaces = place + 1, False
+            continue
+        assert lines.count(line) == 1, f"{line!r} is there {lines.count(line)} times"
+        place, replaces = lines.index(line) + (mark == " "), mark == "-"
+    return "\n".join(lines) + "\n"

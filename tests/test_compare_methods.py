@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))
 
+from comparison import figures  # noqa: E402
 from comparison.arms import ARMS  # noqa: E402
 from comparison.summary import markdown, summarise  # noqa: E402
 from statistics_of_runs import sign_flip_p_value, standard_error  # noqa: E402
@@ -64,6 +66,30 @@ def test_differences_are_paired_by_seed():
     assert sapo["forward_units"] == 1000.5
     table = markdown([base, diffu, sapo])
     assert "| base | 25.0 |" in table and "+12.5 ± 0.0 (0.500)" in table
+    assert max(line.count("|") for line in table.splitlines()) <= 8  # seven columns
+
+
+def test_figures_have_few_lines_whose_names_do_not_touch(tmp_path, monkeypatch):
+    panels = list(figures._panels({*ARMS, "base"}))
+    assert {arm for panel in panels for arm in panel} == {*ARMS}
+    assert max(map(len, panels)) == figures.LINES == 6
+    # two arms that end at the same reward
+    runs = [run_of(arm, seed, 0.5, 0.5) for arm in ("diffu_grpo", "sapo_1", "sapo_3") for seed in (0, 1)]
+    for run in runs:
+        reward = 0.5 + 0.01 * run["seed"] + 0.2 * (run["arm"] == "sapo_3")
+        run |= {"task": "countdown", "curve": [{"forward_units": units, "reward": reward} for units in (10.0, 90.0)]}
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
+    figures.learning_curves(runs, "countdown", tmp_path / "curves.png")
+    (axis,) = drawn[0].axes
+    assert [text.get_text() for text in axis.texts] == ["diffu_grpo", "sapo_1", "sapo_3"]
+    assert len({line.get_color() for line in axis.lines}) == 3
+    drawn[0].canvas.draw()
+    boxes = [text.get_window_extent() for text in axis.texts]
+    assert not any(one.overlaps(other) for one, other in pairwise(boxes))
+    assert all(box.x1 <= axis.bbox.x1 for box in boxes)
+    figures.accuracy({"all": summarise(runs)}, tmp_path / "accuracy.png")
+    assert len(drawn) == 2
 
 
 def test_arms_differ_in_one_thing():

@@ -48,6 +48,6 @@ def test_snippets_are_whole_lines_of_their_file(path, code):
 
 
 def test_the_overview_lists_the_packages_in_the_order_of_their_imports():
-    listed = re.findall(r"^\| `trl_diffusion\.(\w+)` \|", (PAGE.parent / "index.md").read_text(), re.MULTILINE)
+    listed = re.findall(r"^\| `trl_diffusion\.(\w+)` \|", (PAGE.parent / "concepts.md").read_text(), re.MULTILINE)
     assert {*listed} == {part for part in FLOOR if (ROOT / "trl_diffusion" / part).is_dir()}
     assert [FLOOR[part] for part in listed] == sorted(FLOOR[part] for part in listed)

@@ -7,10 +7,11 @@ does not see; a block of Python may have one:
     <!-- run: max_steps=1, bf16=False --> runs with these fields added to the trainer's config (Python)
     <!-- skip: needs a GPU -->            does not run; the reason is for people
 
-Run or not, the arguments of every command are read by the recipe's parser and by that of `accelerate launch`, so an
-unknown option, a missing file or a config with an unknown key is found. Recipes run in this process and as one
-process, whatever the launcher's config says. The blocks of a page share a folder and run in their order, so that
-what one writes meets what the next one writes. `STAND_INS`, `hub_data` and `earlier_runs` replace what CI has not.
+A diff changes the file that its title names. Run or not, the arguments of every command are read by the recipe's
+parser and by that of `accelerate launch`, so an unknown option, a missing file or a config with an unknown key is
+found. Recipes run in this process and as one process, whatever the launcher's config says. The blocks of a page share
+a folder and run in their order, so that what one writes meets what the next one writes. `STAND_INS`, `hub_data` and
+`earlier_runs` replace what CI has not.
 """
 
 from __future__ import annotations
@@ -30,14 +31,16 @@ from unittest import mock
 import pytest
 from accelerate.commands.launch import launch_command_parser
 from datasets import Dataset
-from documentation import MARKER, PAGES, ROOT, Block, blocks_of, commands, inline_commands
+from documentation import MARKER, PAGES, ROOT, Block, blocks_of, commands, inline_commands, patched
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from trl import TrlParser
 
 from trl_diffusion import trainers
+from trl_diffusion.cli.app import COMMANDS
 from trl_diffusion.cli.launching import split
 from trl_diffusion.cli.names import ACCELERATE_CONFIGS, config_file
+from trl_diffusion.cli.parsing import Parser
 from trl_diffusion.models import export_adapter
 from trl_diffusion.models.embedded import EMBEDDED_MODEL
 from trl_diffusion.tasks import countdown, gsm8k, rows
@@ -51,8 +54,10 @@ STAND_INS = {"GSAI-ML/LLaDA-8B-Instruct": EMBEDDED_MODEL}
 CONFIGS = {name for name in dir(trainers) if name.endswith("Config")} | {"SFTConfig"}
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
-# Blocks with a title are parts of the file that they name: tests/test_docs.py compares them.
-CODE = [block for block in BLOCKS if block.language in ("python", "bash") and not block.title]
+# Blocks of Python with a title are parts of the file that they name: tests/test_docs.py compares them.
+CODE = [
+    block for block in BLOCKS if block.language == "diff" or (block.language in ("python", "bash") and not block.title)
+]
 SENTENCES = [(str(page.relative_to(ROOT)), command) for page in PAGES for command in inline_commands(page)]
 
 
@@ -146,12 +151,15 @@ class Parsed(Exception):
 
 
 def stop_after_parsing(monkeypatch) -> None:
-    for parser, name in (TrlParser, "parse_args_and_config"), (argparse.ArgumentParser, "parse_args"):
+    ways = (Parser, "parse"), (TrlParser, "parse_args_and_config"), (argparse.ArgumentParser, "parse_args")
+    for parser, name in ways:
         original = getattr(parser, name)
 
-        def parse(self, *args, original=original, **kwargs):
-            original(self, *args, **kwargs)
-            raise Parsed
+        def parse(self, *args, original=original, parser=parser, **kwargs):
+            parsed = original(self, *args, **kwargs)
+            if type(self) is parser:  # a subclass has something left to check
+                raise Parsed
+            return parsed
 
         monkeypatch.setattr(parser, name, parse)
 
@@ -237,7 +245,9 @@ def run_commands(block: Block, monkeypatch) -> None:
 @pytest.mark.parametrize("block", CODE, ids=lambda block: block.place)
 def test_blocks_run(block, enter, monkeypatch):
     enter(block.page)
-    if block.language == "python":
+    if block.language == "diff":
+        Path(block.title).write_text(patched(Path(block.title).read_text(), block.code))
+    elif block.language == "python":
         run_python(block)
     else:
         run_commands(block, monkeypatch)
@@ -246,6 +256,10 @@ def test_blocks_run(block, enter, monkeypatch):
 @pytest.mark.parametrize(("page", "command"), SENTENCES)
 def test_commands_in_sentences_are_understood(page, command, enter, monkeypatch):
     enter(page)
+    name, *words = command.split()
+    if name == "trl-diffusion" and len(words) == 1:  # the name of a command, not a whole one
+        assert words[0] in COMMANDS
+        return
     for script, arguments in [start for words in commands(command) for start in launched(words)]:
         read_arguments(script, arguments, monkeypatch)
 
@@ -254,9 +268,10 @@ def test_commands_in_sentences_are_understood(page, command, enter, monkeypatch)
 
 
 def test_every_block_is_of_a_known_language_and_every_marker_belongs_to_one():
-    others = [block.place for block in BLOCKS if block.language not in ("python", "bash", "text")]
-    assert not others, f"{others}: write them as python, bash or text, or say here how they are checked"
-    assert {block.page for block in BLOCKS if block.title} == {"docs/pages/adding_a_method.md"}
+    others = [block.place for block in BLOCKS if block.language not in ("python", "bash", "diff", "text")]
+    assert not others, f"{others}: write them as python, bash, diff or text, or say here how they are checked"
+    parts = {block.page for block in BLOCKS if block.title and block.language == "python"}
+    assert parts == {"docs/pages/adding_a_method.md"}
     for page in PAGES:
         text, blocks = page.read_text(), blocks_of(page)
         assert text.count("```") == 2 * len(blocks), f"{page}: a fence is not at the start of a line, or not closed"

@@ -10,7 +10,7 @@ continuations by their own length. Every arm trains until it has spent the budge
 
 Arms with the same seed see the same prompts in the same order and are compared in pairs. Each run is written to
 `OUTPUT/runs/TASK/ARM/SEED.json` when it ends; started again, the script continues with the runs that are missing. It
-ends with `summary.json`, `results.md` (the tables) and a learning-curve plot per task.
+ends with `summary.json`, `results.md` (the tables), and for each task a plot of accuracies and one of learning curves.
 
 A new method joins by an entry in `ARMS`, in `comparison/arms.py`; a task with a generator is among the choices.
 """
@@ -24,8 +24,9 @@ import time
 from pathlib import Path
 
 from comparison.arms import ARMS
+from comparison.figures import accuracy, learning_curves
 from comparison.run import run_all
-from comparison.summary import cells, columns, families, markdown, plot, summarise
+from comparison.summary import families, markdown, summarise, tables
 from rich.console import Console
 from rich.table import Table
 
@@ -52,14 +53,18 @@ def main() -> None:
     rows = summarise(runs)
     spent = f"{args.max_updates} updates" if args.max_updates else f"{args.budget:.0f} forward units"
     for (task, baselines), own in families(rows).items():
-        table = Table(*columns(baselines), title=f"{task}: {spent} per run, seeds {args.seeds}")
-        for row in own:
-            table.add_row(*cells(row, baselines))
-        Console(width=180).print(table)
+        for head, lines in tables(own, baselines):
+            table = Table(*head, title=f"{task}: {spent} per run, seeds {args.seeds}")
+            for line in lines:
+                table.add_row(*line)
+            Console(width=180).print(table)
     (args.output_dir / "summary.json").write_text(json.dumps(rows, indent=1))
     (args.output_dir / "results.md").write_text(markdown(rows))
     for task in args.tasks:
-        plot(runs, task, args.output_dir / f"{task}.png")
+        of_task = {names: own for (name, names), own in families(rows).items() if name == task}
+        panels = {f"compared with {' and '.join(names)}": own for names, own in of_task.items()}
+        accuracy(panels, args.output_dir / f"{task}_accuracy.png")
+        learning_curves(runs, task, args.output_dir / f"{task}.png")
     print(f"{time.perf_counter() - start:.0f} s; tables, plots and runs: {args.output_dir}")
 
 

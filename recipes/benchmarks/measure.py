@@ -278,19 +278,27 @@ def table(title: str, rows: Sequence[dict[str, Any]], yardsticks: Sequence[str])
     return made
 
 
+def _three_digits(value: float) -> str:
+    """Return a number with three digits that count, never with an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def plot(title: str, rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Seconds and peak memory of every mode."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 0.6 + 0.35 * len(rows)), sharey=True, layout="constrained")
     names = [row["name"] + (" (extrapolated)" if row["extrapolated"] else "") for row in rows]
     for axis, key, label in zip(axes, ("median_seconds", "peak_mib"), ("seconds", "peak memory in MiB"), strict=True):
         bars = axis.barh(names, [row[key] for row in rows])
-        axis.bar_label(bars, [f"{row[key]:.3g}" for row in rows], padding=3, fontsize=8)
-        axis.set(xscale="log", xlabel=label)
+        axis.bar_label(bars, [_three_digits(row[key]) for row in rows], padding=3, fontsize=8)
+        # A logarithmic scale writes only powers of ten; within a decade it would write numbers over each other.
+        axis.set(xscale="log", xlabel=f"{label} (logarithmic)")
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.margins(x=0.25)
     axes[0].invert_yaxis()
     figure.suptitle(title)

@@ -98,9 +98,11 @@ class Bernoulli(Noise):
     complements: bool = False
 
     def draw(self, rollout: Rollout, update: int) -> NoisePlan:
-        noise, length = rollout.view_noise(update), rollout.trajectory.completion_ids.size(1)
+        noise = rollout.view_noise(update)
+        length = rollout.trajectory.completion_ids.size(1)
         drawn = self.num_views // 2 if self.complements else self.num_views
-        masks = bernoulli(noise.uniform(drawn), noise.uniform(drawn, length), self.low, self.high)
+        rates, positions = noise.uniform(drawn), noise.uniform(drawn, length)
+        masks = bernoulli(rates, positions, self.low, self.high)
         return with_complements(masks) if self.complements else masks
 
     def estimate(self, logps: torch.Tensor, views: ScoredViews) -> torch.Tensor:

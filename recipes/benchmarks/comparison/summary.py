@@ -1,10 +1,9 @@
-"""Summarises the runs of the comparison: accuracies, paired differences, tables and learning curves."""
+"""Summarises the runs of the comparison: accuracies, paired differences, and tables of both."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,15 +61,21 @@ def _difference(measure: str, baseline: str, arm: dict[int, dict], other: dict[i
     }
 
 
-def columns(baselines: tuple[str, ...]) -> list[str]:
-    """Return the head of the table of a family of arms."""
-    compared = [f"{measure} − {baseline} (p)" for baseline in baselines for measure in ("greedy", "sampled")]
-    return ["arm", "greedy", "std", "greedy S/2", "S/4", "sampled", "std", *compared, "rollouts"]
+# Heads and lines of a table.
+TextTable = tuple[list[str], list[list[str]]]
 
 
-def cells(row: dict[str, Any], baselines: tuple[str, ...]) -> list[str]:
-    """Return a row of that table."""
+def tables(rows: list[dict[str, Any]], baselines: tuple[str, ...]) -> list[TextTable]:
+    """Return two tables of a family of arms: accuracies, and paired differences to the baselines."""
+    accuracies = ["arm", "greedy", "std", "greedy S/2", "S/4", "sampled", "std"]
+    differences = [f"{measure} − {baseline} (p)" for baseline in baselines for measure in ("greedy", "sampled")]
+    return [
+        (accuracies, [_accuracies(row) for row in rows]),
+        (["arm", *differences, "rollouts"], [_differences(row, baselines) for row in rows]),
+    ]
 
+
+def _accuracies(row: dict[str, Any]) -> list[str]:
     def mean(name: str) -> str:
         value = row[name]
         error = "" if math.isnan(value["standard_error"]) else f" ± {value['standard_error']:.1f}"
@@ -79,11 +84,15 @@ def cells(row: dict[str, Any], baselines: tuple[str, ...]) -> list[str]:
     def std(name: str) -> str:
         return "" if math.isnan(row[name]["std"]) else f"{row[name]['std']:.1f}"
 
+    fewer_steps = [mean("greedy_half_steps"), mean("greedy_quarter_steps")]
+    return [row["arm"], mean("greedy"), std("greedy"), *fewer_steps, mean("sampled"), std("sampled")]
+
+
+def _differences(row: dict[str, Any], baselines: tuple[str, ...]) -> list[str]:
     compared = {(d["baseline"], d["measure"]): d for d in row["differences"] if not math.isnan(d["mean"])}
     texts = {key: f"{d['mean']:+.1f} ± {d['standard_error']:.1f} ({d['p_value']:.3f})" for key, d in compared.items()}
-    differences = [texts.get((baseline, measure), "") for baseline in baselines for measure in ("greedy", "sampled")]
-    own = [mean("greedy"), std("greedy"), mean("greedy_half_steps"), mean("greedy_quarter_steps"), mean("sampled")]
-    return [row["arm"], *own, std("sampled"), *differences, f"{row['updates']:.0f}"]
+    cells = [texts.get((baseline, measure), "") for baseline in baselines for measure in ("greedy", "sampled")]
+    return [row["arm"], *cells, f"{row['updates']:.0f}"]
 
 
 def families(rows: list[dict[str, Any]]) -> dict[tuple[str, tuple[str, ...]], list[dict[str, Any]]]:
@@ -97,48 +106,11 @@ def families(rows: list[dict[str, Any]]) -> dict[tuple[str, tuple[str, ...]], li
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
+    """Return the tables of all families as Markdown."""
     parts = []
     for (task, baselines), own in families(rows).items():
-        head = columns(baselines)
-        lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-        lines += ["| " + " | ".join(cells(row, baselines)) + " |" for row in own]
-        parts.append(f"### {task}: against {' and '.join(baselines)}\n\n" + "\n".join(lines) + "\n")
+        parts.append(f"### {task}: against {' and '.join(baselines)}\n")
+        for head, lines in tables(own, baselines):
+            parts += [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines)]
+            parts.append("")
     return "\n".join(parts)
-
-
-def plot(runs: list[dict[str, Any]], task: str, path: Path) -> None:
-    """Plot the mean reward of the rollouts against the compute spent, one panel per family of arms."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    groups = sorted({ARMS[run["arm"]].baselines for run in runs if run["arm"] in ARMS})
-    figure, axes = plt.subplots(
-        1, len(groups), figsize=(8 * len(groups), 4.5), sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, baselines in zip(axes[0], groups, strict=True):
-        axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)
-        for arm in (name for name in ARMS if ARMS[name].baselines == baselines):
-            curves = [run["curve"] for run in runs if run["task"] == task and run["arm"] == arm]
-            if curves:
-                grid = np.linspace(0, max(curve[-1]["forward_units"] for curve in curves), 60)
-                values = np.array([_smooth(curve, grid) for curve in curves])
-                error = values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else np.zeros_like(grid)
-                (line,) = axis.plot(grid, values.mean(0), label=arm, lw=2.5 if arm in baselines else 1.3)
-                axis.fill_between(
-                    grid, values.mean(0) - error, values.mean(0) + error, color=line.get_color(), alpha=0.07
-                )
-        axis.set(xlabel="forward units", title=f"{task}: compared with {' and '.join(baselines)}")
-        axis.legend(fontsize=8, bbox_to_anchor=(1.01, 1), loc="upper left")
-    axes[0][0].set_ylabel("mean reward of the rollouts (± standard error)")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _smooth(curve: list[dict[str, float]], grid: np.ndarray) -> np.ndarray:
-    """Return rewards over the grid, averaged with a Gaussian of a tenth of the budget."""
-    units = np.array([point["forward_units"] for point in curve])
-    rewards = np.array([point["reward"] for point in curve])
-    weights = np.exp(-0.5 * ((grid[:, None] - units) / (grid[-1] / 10)) ** 2)
-    return (weights * rewards).sum(1) / weights.sum(1)
