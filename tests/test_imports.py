@@ -26,8 +26,9 @@ FLOORS = [
     {"likelihood"},
     {"losses"},
     {"runtime"},
-    {"evaluation"},
+    {"evaluation", "viewing"},
     {"trainers"},
+    {"cli"},
 ]
 FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
 # Import paths from before a part moved up: read when somebody asks for them.
@@ -60,7 +61,7 @@ def test_parts_import_only_what_is_above_them():
     found = set()
     for module, imported in imports():
         mine, theirs = part(module), part(imported)
-        if "" in (mine, theirs) or mine == theirs or theirs.startswith("__"):
+        if {mine, theirs} & {"", "__main__"} or mine == theirs or theirs.startswith("__"):
             continue
         assert mine in FLOOR and theirs in FLOOR, f"{module} imports {imported}: give both a floor"
         if FLOOR[theirs] > FLOOR[mine]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from trl_diffusion.registration import register_families
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.2.0"
 
 register_families()
 

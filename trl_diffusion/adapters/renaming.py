@@ -38,11 +38,17 @@ def base_of(adapter: str) -> str | None:
         adapter: on the Hub or in a folder.
 
     Raises:
-        ValueError: if the folder or repository holds no adapter.
+        ValueError: if there is no such folder or repository, or it holds no adapter.
     """
     if Path(adapter).exists() and not (Path(adapter) / CONFIG_NAME).is_file():
         raise ValueError(f"{adapter} holds no adapter: there is no {CONFIG_NAME} in it. Give the folder PEFT wrote.")
-    return PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    try:
+        return PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    except ValueError as error:
+        raise ValueError(
+            f"There is no adapter {adapter!r}: neither a folder of that name nor, as far as it can be reached, a "
+            f"repository on the Hub. PEFT says: {error}"
+        ) from error
 
 
 def load_adapter(model: PreTrainedModel, name: str, adapter: str, *, is_trainable: bool = False) -> PeftModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -13,20 +13,24 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from peft import PeftConfig, PeftModel
+from datasets import Dataset
+from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, ProgressCallback
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from transformers import ProgressCallback
+from trl import ModelConfig, get_quantization_config
 
-from trl_diffusion.adapters.renaming import base_of, is_adapter
+from trl_diffusion.cli.dry_run import DryRunArguments, dry_run, planned
+from trl_diffusion.cli.loading import load_tokenizer, new_adapter
 from trl_diffusion.cli.names import CONFIGS, check_model_name
 from trl_diffusion.cli.parsing import Parser
 from trl_diffusion.evaluation import AccuracyCallback, ConfusionZoneCallback, evaluate_accuracy
 from trl_diffusion.models.embedded import EMBEDDED_MODELS, embedded_arguments
+from trl_diffusion.runtime.forecast import Evaluation
 from trl_diffusion.sampling import SamplingArguments, SamplingConfig
 from trl_diffusion.sampling.arguments import OPTIONS, with_default
 from trl_diffusion.trainers import DiffusionGRPOConfig, DiffusionGRPOTrainer
+from trl_diffusion.trainers.held_out_samples import HeldOutSamples
 
 # Metrics worth a line while training; the rest is in the logs.
 SHOWN = ("reward", "eval_accuracy", "completions/mean_length", "rollout/tokens_per_forward", "entropy", "step_time")
@@ -56,13 +60,16 @@ USED_MOST = (
 
 
 @dataclass
-class RunArguments:
+class RunArguments(DryRunArguments):
     """The data, how held-out accuracy is measured (greedy, by default on the canvas of training), and a dry run."""
 
     dataset_path: str = field(default="", metadata={"help": "The data."})
 
     eval_size: int = field(default=256, metadata={"help": "Held-out problems."})
     eval_every: int = field(default=0, metadata={"help": "Updates between measurements; 0 measures before and after."})
+    eval_size_between: int = field(
+        default=0, metadata={"help": "Held-out problems, the first ones, for measurements in between; 0 for all."}
+    )
     eval_batch_size: int = field(default=64, metadata={"help": "Completions decoded together."})
     eval_canvas_length: int | None = field(default=None, metadata={"help": "Canvas length; training's if not given."})
     eval_block_length: int | None = field(default=None, metadata={"help": "Block length; training's if not given."})
@@ -76,9 +83,15 @@ class RunArguments:
     eval_cache: str = with_default("cache", "auto")
     eval_cache_refresh: int = with_default("cache_refresh", 0)
 
-    dry_run: bool = field(
-        default=False, metadata={"help": "Load everything, check it, print the start-up report and stop."}
-    )
+    def evaluation(self, training: Any, problems: int) -> Evaluation | None:
+        """Return how held-out accuracy is measured; `None` where it is not.
+
+        Args:
+            training: the trainer's config.
+            problems: held-out problems that there are.
+        """
+        between = min(self.eval_size_between or problems, problems)
+        return Evaluation(problems, self.eval_every, between, self.decoding(training))
 
     def decoding(self, training: Any) -> SamplingConfig:
         """Return how held-out problems are decoded, given the trainer's config."""
@@ -147,7 +160,11 @@ class Choice:
             "Options used most": [name for name in USED_MOST if name in known],
             "Settings of the method": self.own,
         }
-        return Parser((self.script, self.config, ModelConfig), self.command, self.description, shown)
+        parser = Parser((self.script, self.config, ModelConfig), self.command, self.description, shown)
+        if issubclass(self.config, DiffusionGRPOConfig):
+            # TRL's defaults are to log no completions and, if they are logged, to print all of them.
+            parser.set_defaults(log_completions=True, num_completions_to_print=1)
+        return parser
 
 
 def _names(config: type) -> list[str]:
@@ -168,7 +185,9 @@ def parse(choice: Choice, arguments: Sequence[str]) -> tuple:
     block = "--block_length" if "block_length" in _names(choice.config) else "--eval_block_length"
     defaults = ["--config", str(CONFIGS / choice.bundled), *choice.adapted]
     for_bundled = embedded_arguments(arguments, defaults, block)
-    parsed = parser.parse(arguments if for_bundled is None else for_bundled)
+    words = arguments if for_bundled is None else for_bundled
+    with planned(words) as launch:
+        parsed = parser.parse(words)
     if for_bundled is not None:
         real = next(CONFIGS.glob(f"*_8b/{Path(choice.bundled).name}"))
         print(
@@ -177,6 +196,7 @@ def parse(choice: Choice, arguments: Sequence[str]) -> tuple:
             f"{real.relative_to(CONFIGS).with_suffix('')}."
         )
     script_args, training_args, model_args = parsed
+    script_args.launch = launch
     name = model_args.model_name_or_path or "embedded"
     check_model_name(name)
     model_args.model_name_or_path = EMBEDDED_MODELS.get(name, name)
@@ -189,43 +209,33 @@ def parse(choice: Choice, arguments: Sequence[str]) -> tuple:
     return script_args, training_args, model_args, get_quantization_config(model_args)
 
 
-def load_tokenizer(model_args: ModelConfig) -> PreTrainedTokenizerBase:
-    """Load the model's tokenizer; for an adapter its base's, as in evaluation."""
-    name = str(model_args.model_name_or_path)
-    return AutoTokenizer.from_pretrained((is_adapter(name) and base_of(name)) or name, padding_side="left")
-
-
-def new_adapter(model_args: ModelConfig) -> PeftConfig | None:
-    """Return the adapter that `--use_peft` asks for; none for a model that is an adapter, which is trained further."""
-    name = str(model_args.model_name_or_path)
-    if not is_adapter(name):
-        return get_peft_config(model_args)
-    print(f"{name} is an adapter of {base_of(name)}: it is trained further as it is, whatever `lora_*` settings say.")
-    return None
-
-
 def run(
     trainer_class: type[DiffusionGRPOTrainer],
     arguments: tuple,
     *,
-    train_dataset,
-    held_out,
+    load_rows: Callable[[], tuple[Dataset, Dataset]],
+    columns: Mapping[str, Any],
     reward_funcs: list[Callable],
     is_correct: Callable[[str, dict[str, Any]], bool],
 ) -> None:
-    """Train, with held-out accuracy before and after; save, report and push. A dry run ends before the first of these.
+    """Train, with held-out accuracy before and after; save, report and push. A dry run reports on it instead.
 
     Args:
         trainer_class: the method's trainer.
         arguments: what `parse` returned.
-        train_dataset: rows to train on.
-        held_out: rows to measure accuracy on.
+        load_rows: reads the rows to train on and those to measure accuracy on.
+        columns: those of the rows that rewards read.
         reward_funcs: as in TRL.
         is_correct: whether a completion is right, given its row.
     """
     start = time.perf_counter()
     script_args, training_args, model_args, quantization_config = arguments
     training_args.record_signals |= script_args.plot_every > 0
+    if script_args.dry_run:
+        needed = training_args.generation_batch_size // training_args.num_generations
+        dry_run(trainer_class, arguments, load_rows, columns, needed, reward_funcs=reward_funcs)
+        return
+    train_dataset, held_out = load_rows()
     trainer = trainer_class(
         model=model_args.model_name_or_path,
         reward_funcs=reward_funcs,
@@ -235,10 +245,6 @@ def run(
         peft_config=new_adapter(model_args),
         quantization_config=quantization_config,
     )
-    if script_args.dry_run:
-        trainer.print_report()
-        trainer.end()
-        return
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(ShortProgress)
     accuracy = measure_accuracy(trainer, held_out, is_correct, script_args)
@@ -256,7 +262,8 @@ def measure_accuracy(trainer, held_out, is_correct: Callable[[str, dict[str, Any
         decoding=script_args.decoding(trainer.args),
         batch_size=script_args.eval_batch_size,
     )
-    accuracy = AccuracyCallback(trainer, held_out, measure, every=script_args.eval_every)
+    samples = HeldOutSamples(trainer.args.output_dir)
+    accuracy = AccuracyCallback(trainer, held_out, measure, script_args.eval_every, samples)
     trainer.add_callback(accuracy)
     return accuracy
 
@@ -295,7 +302,7 @@ class ShortProgress(ProgressCallback):
 
 
 def report(trainer: Any, accuracy: AccuracyCallback, seconds: float, curve: str = "reward") -> None:
-    """Print accuracy before and after, and save the curves of reward (or loss) and accuracy as `curves.png`."""
+    """Print accuracy and held-out samples before and after, and save the curves of reward (or loss) and accuracy."""
     (_, before), (last, after) = accuracy.history[0], accuracy.history[-1]
     table = Table("", "held-out accuracy", "95 % interval", title=f"{trainer._name}, {last} updates, {seconds:.0f} s")
     for name, value in (("before", before), ("after", after)):
@@ -304,6 +311,8 @@ def report(trainer: Any, accuracy: AccuracyCallback, seconds: float, curve: str 
     table.add_row("gain", f"{100 * (after.value - before.value):+.1f} points", "")
     console = Console()
     console.print(table)
+    if accuracy.samples is not None:
+        console.print(accuracy.samples.table())
 
     logged = [(entry["step"], entry[curve]) for entry in trainer.state.log_history if curve in entry]
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from subprocess import CalledProcessError
 
@@ -60,6 +60,8 @@ def launch(command: Sequence[str], arguments: Sequence[str]) -> tuple[list[str],
                 "it to the launcher."
             )
         return others, None
+    if "--dry_run" in others:  # one process reports on the launch
+        return [*others, *_described(given)], None
     if not given and torch.cuda.device_count() > 1 and "--use_cpu" not in others:
         print(f"Starting one process for each of {torch.cuda.device_count()} GPUs (--accelerate_config multi_gpu).")
         given = {"accelerate_config": "multi_gpu", "num_processes": str(torch.cuda.device_count())}
@@ -69,6 +71,12 @@ def launch(command: Sequence[str], arguments: Sequence[str]) -> tuple[list[str],
         config = _resolved(given.pop("accelerate_config", "multi_gpu"), Path(folder))
         flags = [word for name, value in given.items() for word in (f"--{name}", value)]
         return others, _accelerate(["--config_file", str(config), *flags, "-m", "trl_diffusion", *command, *others])
+
+
+def _described(given: Mapping[str, str]) -> list[str]:
+    """Return the options of a dry run for a launch with these options."""
+    names = {"accelerate_config": "accelerate_config", "num_processes": "world_size"}
+    return [word for name, value in given.items() if name in names for word in (f"--{names[name]}", value)]
 
 
 def _resolved(name: str, folder: Path) -> Path:

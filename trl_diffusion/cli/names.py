@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from trl_diffusion.models.embedded import EMBEDDED_MODELS
+from trl_diffusion.tasks.rows import is_file
 from trl_diffusion.validation import near
 
 PACKAGE = Path(__file__).parents[1]
@@ -65,6 +66,6 @@ def suggesting(name: str, choices: Iterable[str]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if hint := near(name, choices):
+        if not is_file(name) and name not in (choices := list(choices)) and (hint := near(name, choices)):
             raise FileNotFoundError(f"{error}{hint}") from error
         raise

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from datasets import Dataset
 from rich.console import Console
@@ -31,14 +32,15 @@ from trl_diffusion.cli.common import (
     Choice,
     RunArguments,
     ShortProgress,
-    load_tokenizer,
     measure_accuracy,
-    new_adapter,
     parse,
     report,
     train_and_save,
 )
+from trl_diffusion.cli.dry_run import dry_run
+from trl_diffusion.cli.loading import load_tokenizer, new_adapter
 from trl_diffusion.cli.names import suggesting
+from trl_diffusion.runtime.forecast import Evaluation
 from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.tasks import TASKS
 from trl_diffusion.tasks.rows import hold_out, read_rows
@@ -75,6 +77,9 @@ class SFTArguments(RunArguments):
         return self.decoding_on(
             canvas, self.eval_block_length or min(32, canvas), self.eval_denoising_steps or canvas // 2
         )
+
+    def evaluation(self, training: SFTConfig, problems: int) -> Evaluation | None:
+        return None if self.task is None else super().evaluation(training, problems)
 
     @property
     def task(self) -> str | None:
@@ -126,12 +131,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parsed = parse(choice, sys.argv[1:] if arguments is None else arguments)
     script_args, training_args, model_args, quantization_config = parsed
-    with suggesting(script_args.dataset_path, TASKS):
-        rows, held_out = load(script_args)
     if script_args.task is None:
         training_args.eval_on_start = True
         if training_args.eval_strategy == IntervalStrategy.NO:
             training_args.eval_strategy = IntervalStrategy.EPOCH
+    load_rows = suggesting(script_args.dataset_path, TASKS)(partial(load, script_args))
+    if script_args.dry_run:
+        needed = training_args.train_batch_size * script_args.launch.processes
+        dry_run(SFTTrainer, parsed, load_rows, {}, needed, evaluates=True)
+        return
+    rows, held_out = load_rows()
     trainer = SFTTrainer(
         model_args.model_name_or_path,
         training_args,
@@ -141,10 +150,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         peft_config=new_adapter(model_args),
         quantization_config=quantization_config,
     )
-    if script_args.dry_run:
-        trainer.print_report()
-        trainer.end()
-        return
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LossProgress)
     if script_args.task is None:

@@ -23,6 +23,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -203,14 +204,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.task = chosen_.task
     found, source = args.data()
     size = args.dataset_size or (GENERATED_ROWS if found.is_generated(source) else None)
-    with suggesting(args.dataset_path, TASKS):
-        rows, held_out = found.training_rows(source, size, args.eval_size, training_args.seed, args.prompt)
+    load_rows = partial(found.training_rows, source, size, args.eval_size, training_args.seed, args.prompt)
+    load_rows = suggesting(args.dataset_path, TASKS)(load_rows)
     args.dataset_path = args.dataset_path or found.hub_id or found.name  # the model card names it
     run(
         trainer,
         parsed,
-        train_dataset=rows,
-        held_out=held_out,
+        load_rows=load_rows,
+        columns=found.columns,
         reward_funcs=[args.step_aware(found.rewards[0]), *found.rewards[1:]],
         is_correct=found.is_correct,
     )

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from trl_diffusion.evaluation.measurement import Measurement, Problems
 from trl_diffusion.evaluation.results import summarise
+from trl_diffusion.evaluation.samples import Sample
 from trl_diffusion.evaluation.statistics import Estimate
 from trl_diffusion.sampling import SamplingConfig
 
@@ -26,6 +27,7 @@ def evaluate_accuracy(
     completions_per_prompt: int = 1,
     seed: int = 0,
     progress: bool = True,
+    on_sample: Callable[[Sample], None] | None = None,
 ) -> Estimate:
     """Decode a completion for every prompt and count the right ones.
 
@@ -42,6 +44,7 @@ def evaluate_accuracy(
         completions_per_prompt: more than one to measure sampling accuracy.
         seed: seed of sampling.
         progress: show a progress bar.
+        on_sample: called with every completion and its row, see `Measurement.decode`; for example to keep some.
 
     Returns:
         The accuracy over all completions. Its interval counts prompts.
@@ -57,4 +60,7 @@ def evaluate_accuracy(
     measurement.check_fits(model)
     batches = tqdm(measurement.batches, desc="Evaluating", disable=not progress, leave=False)
     samples = [sample for batch in batches for sample in measurement.decode(model, tokenizer, batch)]
+    if on_sample is not None:
+        for sample in samples:
+            on_sample(sample)
     return summarise({}, samples).scores["accuracy"]

@@ -90,7 +90,8 @@ def completion_cost(
         old += estimates * (updates_per_rollout(args) if credit.refreshes else 1)
         reference += estimates if credit.needs_reference else 0
         kept += credit.estimates.buffer_bytes(length, 1) if credit.refreshes else 0
-    columns = 1 + likelihood.extra_columns(length) / (prompt_length + length)
+    extra = likelihood.extra_columns(length)
+    columns = 1 + extra / (prompt_length + length)
     return CompletionCost(
         rollout=rollout_units(args.sampling_config(), family, prompt_length, args.num_generations),
         probe=probe,
@@ -98,6 +99,7 @@ def completion_cost(
         reference=reference * columns,
         training=views * columns,
         targets=likelihood.targets_per_view(length),
+        extra_columns=extra,
         buffer_bytes=kept,
     )
 
@@ -258,15 +260,25 @@ class Memory:
     def total(self) -> float:
         return self.weights + self.gradients + (self.optimizer or 0.0) + self.reference + self.buffer
 
+    def parts(self) -> dict[str, float | None]:
+        """Return its parts by their names in the report."""
+        return {
+            "weights": self.weights,
+            "gradients": self.gradients,
+            "optimizer": self.optimizer,
+            "reference": self.reference,
+            "rollout batch": self.buffer,
+        }
+
 
 def memory(run: RolloutRun) -> Memory:
     """Memory on one process; sharded parts as DeepSpeed's stage, or FSDP2, divides them."""
-    reference = 0.0 if run.reference is None else _weight_bytes(run.reference.parameters())
+    reference = 0.0 if run.reference is None else weight_bytes(run.reference.parameters())
     args, cost, canvas = run.args, run.completion, run.args.max_completion_length
     row = 16 * (run.prompt_length + canvas) + 4 * canvas * (cost.old + cost.reference) + cost.buffer_bytes
     return replace(
         policy_memory(run),
-        reference=reference * run.share(3),
+        reference=reference * run.launch.share(3),
         buffer=row * args.per_device_train_batch_size * int(args.steps_per_generation or 1),
     )
 
@@ -274,25 +286,26 @@ def memory(run: RolloutRun) -> Memory:
 def policy_memory(run: TrainingRun) -> Memory:
     """Memory on one process for the model that is trained, and what its training keeps of it."""
     trained = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
-    gradients = _weight_bytes(trained)
+    gradients = weight_bytes(trained)
     count, optimizer = sum(map(numel, trained)), None
     # an optimizer that was handed over is none of those named in the arguments
     name = None if run.own_optimizer else OptimizerNames(run.args.optim).value
     if name in _STATE_SIZES:
         size = _STATE_SIZES[name]
-        optimizer = 4.0 * count * (1 + size) if run.deepspeed else float(gradients * size)
+        optimizer = 4.0 * count * (1 + size) if run.launch.deepspeed else float(gradients * size)
     elif name in _STATE_BYTES:
-        optimizer = float(count * (_STATE_BYTES[name] + (4 if run.deepspeed else 0)))
+        optimizer = float(count * (_STATE_BYTES[name] + (4 if run.launch.deepspeed else 0)))
     return Memory(
-        weights=_weight_bytes(run.model.parameters()) * run.share(3),
-        gradients=gradients * run.share(2),
-        optimizer=None if optimizer is None else optimizer * run.share(1),
+        weights=weight_bytes(run.model.parameters()) * run.launch.share(3),
+        gradients=gradients * run.launch.share(2),
+        optimizer=None if optimizer is None else optimizer * run.launch.share(1),
         reference=0.0,
         buffer=0.0,
     )
 
 
-def _weight_bytes(parameters: Iterable) -> float:
+def weight_bytes(parameters: Iterable) -> float:
+    """Return the bytes of parameters; of those that ZeRO-3 has sharded, all shards."""
     return sum(numel(parameter) * parameter.element_size() for parameter in parameters)
 
 

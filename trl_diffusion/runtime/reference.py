@@ -86,7 +86,9 @@ class ReferenceSource:
             return prepare_deepspeed(self.copied, accelerator)
         if fsdp:
             return prepare_fsdp(self.copied, accelerator)
-        return accelerator.prepare_model(self.copied, evaluation_mode=True)
+        # placed as the policy is, which is nowhere in a dry run
+        placement = args.place_model_on_device  # type: ignore[attr-defined]
+        return accelerator.prepare_model(self.copied, device_placement=placement, evaluation_mode=True)
 
 
 @contextmanager

@@ -1,8 +1,9 @@
-"""The start-up report, one panel: model, method, batch, the cost of an update, and what is off or refused."""
+"""The start-up report, one panel: model, method, data, batch, length, cost, memory, and what is off or refused."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from peft import LoraConfig, PeftModel, PeftType
@@ -12,7 +13,10 @@ from rich.table import Table
 
 from trl_diffusion.adapters.coverage import coverage_table, lora_coverage
 from trl_diffusion.runtime import cost
+from trl_diffusion.runtime.activations import Activations, rollout_activations
+from trl_diffusion.runtime.outlook import Length, outlook_facts, rollout_length
 from trl_diffusion.runtime.run import RolloutRun, TrainingRun
+from trl_diffusion.runtime.text import amount, byte_size, count, plural
 
 _PURPOSES = {
     "rollout": "rollout",
@@ -23,31 +27,68 @@ _PURPOSES = {
 }
 
 
+@dataclass(frozen=True)
+class Figures:
+    """What a report is made of.
+
+    Args:
+        facts: texts by name.
+        costs: what an update costs, by what it is spent on.
+        flop: of an update, on all processes together.
+        length: of the run.
+        memory: of one process.
+        activations: of one process.
+    """
+
+    facts: dict[str, str]
+    costs: Table
+    flop: float
+    length: Length
+    memory: cost.Memory
+    activations: Activations
+
+
 def startup_report(run: RolloutRun) -> Panel:
-    """The panel for a run that is about to begin."""
+    """Return the panel for a run that is about to begin."""
+    figures = rollout_figures(run)
+    return report_panel(run, figures.facts, [figures.costs])
+
+
+def rollout_figures(run: RolloutRun) -> Figures:
+    """Return the figures of a run that learns from rollouts."""
+    length, flop = rollout_length(run), cost.update_flop(run)
+    memory, activations = cost.memory(run), rollout_activations(run)
     facts = {
         **model_facts(run),
         **_method(run),
+        **_data(run),
         **_batch(run),
-        **memory_facts(cost.memory(run)),
+        "run": _run(run, length),
+        **outlook_facts(run, length),
+        **memory_facts(memory, activations),
         **_off(run),
     }
-    return report_panel(run, facts, _cost_table(run))
+    return Figures(facts, _cost_table(run, flop), flop.total, length, memory, activations)
 
 
-def report_panel(run: TrainingRun, facts: dict[str, str], costs: Table) -> Panel:
-    """The panel of any run: facts by name, then the table of costs and, for an adapter, its coverage."""
+def report_panel(run: TrainingRun, facts: Mapping[str, Any], tables: Sequence[Table], kind: str = "") -> Panel:
+    """Return the panel of any run.
+
+    Args:
+        run: the run.
+        facts: texts by name.
+        tables: shown side by side, with the coverage of an adapter after them.
+        kind: of report, for the title.
+    """
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="bold", no_wrap=True)
     rows.add_column()
     for name, text in facts.items():
         rows.add_row(name, text)
-    tables = Table.grid(padding=(0, 4))
-    parts = [costs]
-    if isinstance(run.model, PeftModel):
-        parts.append(coverage_table(lora_coverage(run.model)))
-    tables.add_row(*parts)
-    return Panel(Group(rows, "", tables), title=f"trl_diffusion · {run.name}", expand=False)
+    shown = Table.grid(padding=(0, 4))
+    coverage = [coverage_table(lora_coverage(run.model))] if isinstance(run.model, PeftModel) else []
+    shown.add_row(*tables, *coverage)
+    return Panel(Group(rows, "", shown), title=f"trl_diffusion · {run.name}{kind}", expand=False)
 
 
 def model_facts(run: TrainingRun) -> dict[str, str]:
@@ -58,8 +99,8 @@ def model_facts(run: TrainingRun) -> dict[str, str]:
     trained = sum(cost.numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
     attention = "full" if family.attention_block is None else f"causal over blocks of {family.attention_block}"
     return {
-        "model": f"{base.config._name_or_path or type(base).__name__}, {_count(total)} parameters, "
-        f"{_count(trained)} of them trained",
+        "model": f"{base.config._name_or_path or type(base).__name__}, {count(total)} parameters, "
+        f"{count(trained)} of them trained",
         "family": f"{family.name}: mask id {family.mask_token_id}, end ids {', '.join(map(str, family.end_token_ids))}"
         + (", logits shifted by one" if family.logit_shift else ""),
         "attention": f"{attention}, {base.config._attn_implementation}, {str(base.dtype).removeprefix('torch.')}"
@@ -127,44 +168,57 @@ def _cache(run: RolloutRun) -> str:
     return "keys and values of the prompt and of finished blocks, exact"
 
 
+def _data(run: RolloutRun) -> dict[str, str]:
+    rows = "a stream" if run.rows is None else plural(run.rows, "row")
+    rewards = ", ".join(name if weight == 1 else f"{weight:g} × {name}" for name, weight in run.rewards)
+    return {"data": f"{rows}, prompts padded to {run.prompt_length:.0f} tokens on average", "rewards": rewards}
+
+
+def _run(run: RolloutRun, length: Length) -> str:
+    if length.updates is None:
+        return str(length)
+    completions = length.updates * cost.completions_per_update(run.args)
+    canvas = run.args.max_completion_length
+    return f"{length}: {count(completions)} completions, {count(completions * canvas)} tokens if no text ends early"
+
+
 def _batch(run: RolloutRun) -> dict[str, str]:
-    args, processes, group = run.args, run.processes, run.group
+    args, processes, group = run.args, run.launch.processes, run.group
     completions, updates = int(args.generation_batch_size or 0), cost.updates_per_rollout(args)
     per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     return {
         "rollout": f"{completions // group} prompts × {group} completions = {completions} completions, "
         f"{updates:g} update{'' if updates == 1 else 's'} from each",
         "update": f"{args.per_device_train_batch_size} per device × {args.gradient_accumulation_steps} micro-batches "
-        f"× {processes} process{'' if processes == 1 else 'es'} = {per_update} completions",
+        f"× {plural(processes, 'process')} = {per_update} completions",
     }
 
 
-def _cost_table(run: RolloutRun) -> Table:
-    units, flop = cost.forward_units(run), cost.update_flop(run)
+def _cost_table(run: RolloutRun, flop: cost.UpdateCost) -> Table:
+    units = cost.forward_units(run)
     table = Table("one update, all processes", title="Cost if no text ends early")
     table.add_column("forward units", justify="right")
     table.add_column("TFLOP", justify="right")
-    for purpose, count in asdict(units).items():
-        if count:
-            table.add_row(_PURPOSES[purpose], f"{count:,.0f}", significant(asdict(flop)[purpose] / 1e12))
+    for purpose, passes in asdict(units).items():
+        if passes:
+            table.add_row(_PURPOSES[purpose], f"{passes:,.0f}", amount(asdict(flop)[purpose] / 1e12))
     table.add_section()
-    table.add_row("total", f"{units.total:,.0f}", significant(flop.total / 1e12))
+    table.add_row("total", f"{units.total:,.0f}", amount(flop.total / 1e12))
     return table
 
 
-def memory_facts(memory: cost.Memory) -> dict[str, str]:
-    """Memory of one process, in its parts."""
-    parts = {
-        "weights": memory.weights,
-        "gradients": memory.gradients,
-        "optimizer": memory.optimizer,
-        "reference": memory.reference,
-        "rollout batch": memory.buffer,
-    }
+def memory_facts(memory: cost.Memory, activations: Activations) -> dict[str, str]:
+    """Return the memory of one process, in its parts."""
     listed = " + ".join(
-        f"{name} {'unknown' if size is None else _bytes(size)}" for name, size in parts.items() if size != 0
+        f"{name} {'unknown' if size is None else byte_size(size)}"
+        for name, size in memory.parts().items()
+        if size != 0
     )
-    return {"memory": f"{_bytes(memory.total)} per process without activations: {listed}"}
+    rollout = f", a rollout {byte_size(activations.rollout)}" if activations.rollout else ""
+    return {
+        "memory": f"{byte_size(memory.total)} per process without activations: {listed}",
+        "activations": f"an estimate: forward and backward take {byte_size(activations.training)} more{rollout}",
+    }
 
 
 def _off(run: RolloutRun) -> dict[str, str]:
@@ -183,22 +237,3 @@ def _off(run: RolloutRun) -> dict[str, str]:
         "guards": f"reward_error={args.reward_error}, reward_nonfinite={args.reward_nonfinite}, "
         f"nonfinite_update={args.nonfinite_update}",
     }
-
-
-def _count(number: float) -> str:
-    for size, unit in ((1e9, "billion"), (1e6, "million")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number:,.0f}"
-
-
-def _bytes(number: float) -> str:
-    for size, unit in ((2**30, "GiB"), (2**20, "MiB")):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number / 2**10:.3g} KiB"
-
-
-def significant(number: float) -> str:
-    """A number with three digits, or all of them before the point."""
-    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from datasets import Dataset
 from transformers import Trainer
 
 from trl_diffusion.family import DiffusionFamily
+from trl_diffusion.runtime.planned_launch import Launch
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,11 @@ class TrainingRun:
         args: the settings.
         family: of the model.
         model: what is trained.
-        processes: how many train together.
-        zero_stage: 1 if processes divide the optimizer's state among them, 2 if gradients too, 3 if weights too (also
-            under FSDP), 0 for nothing.
-        deepspeed: whether DeepSpeed keeps the optimizer's state.
+        launch: how many processes train together, and what they divide among them.
+        rows: training rows; `None` where they cannot be counted, as those of a stream.
         mixed_precision: `"no"`, `"bf16"` or `"fp16"`.
         own_optimizer: whether an optimizer was handed over, in place of the one that `args` names.
+        prompt_length: tokens that prompts are padded to, on average.
     """
 
     name: str
@@ -33,34 +34,28 @@ class TrainingRun:
     args: Any
     family: DiffusionFamily
     model: Any
-    processes: int
-    zero_stage: int
-    deepspeed: bool
+    launch: Launch
+    rows: int | None
     mixed_precision: str
     own_optimizer: bool
+    prompt_length: float
 
     @classmethod
     def of(cls, trainer: Trainer, family: DiffusionFamily, **others: Any):
         """The values of a trainer; `others` are the fields that only a subclass has."""
         own: Any = trainer
-        plugin = own.accelerator.state.deepspeed_plugin if own.is_deepspeed_enabled else None
         return cls(
             name=own._name,
             paper=own._paper,
             args=own.args,
             family=family,
             model=own.model,
-            processes=own.accelerator.num_processes,
-            zero_stage=3 if own.is_fsdp_enabled else 0 if plugin is None else plugin.zero_stage,
-            deepspeed=plugin is not None,
+            launch=Launch.of_trainer(own),
+            rows=len(own.train_dataset) if isinstance(own.train_dataset, Dataset) else None,
             mixed_precision=own.accelerator.mixed_precision,
             own_optimizer=own.optimizer is not None,
             **others,
         )
-
-    def share(self, stage: int) -> float:
-        """Share that a process holds of what is divided from a stage of DeepSpeed's on."""
-        return 1 / self.processes if self.zero_stage >= stage else 1.0
 
 
 @dataclass(frozen=True)
@@ -74,6 +69,7 @@ class CompletionCost:
         reference: passes of the reference model.
         training: passes with gradient, in all inner updates together.
         targets: tokens scored in a pass of the last three kinds.
+        extra_columns: columns of such a pass in addition to prompt and canvas.
         buffer_bytes: bytes kept of it until the last inner update, in addition to tokens and the log-probabilities
             that the passes above compute.
     """
@@ -84,6 +80,7 @@ class CompletionCost:
     reference: float
     training: float
     targets: float
+    extra_columns: float = 0.0
     buffer_bytes: float = 0.0
 
 
@@ -95,18 +92,18 @@ class RolloutRun(TrainingRun):
         reference: a separate reference model, or `None`.
         compares: whether the loss has a KL term.
         group: completions per prompt.
-        prompt_length: tokens that a process's prompts are padded to, on average over rollouts.
         completion: what one completion costs.
         views: views per completion and update.
         backwards: backward passes per completion and update.
         step_aware: whether a reward is step-aware (SAPO).
+        rewards: names of the reward functions, with their weights.
     """
 
     reference: Any
     compares: bool
     group: int
-    prompt_length: float
     completion: CompletionCost
     views: int
     backwards: int
     step_aware: bool
+    rewards: tuple[tuple[str, float], ...]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,11 @@ from rich.panel import Panel
 from rich.table import Table
 
 from trl_diffusion.runtime import cost
-from trl_diffusion.runtime.report import memory_facts, model_facts, report_panel, significant
+from trl_diffusion.runtime.activations import Activations, training_bytes
+from trl_diffusion.runtime.outlook import Length, outlook_facts
+from trl_diffusion.runtime.report import Figures, memory_facts, model_facts, report_panel
 from trl_diffusion.runtime.run import TrainingRun
+from trl_diffusion.runtime.text import amount, plural
 
 
 @dataclass(frozen=True)
@@ -20,25 +24,63 @@ class SFTRun(TrainingRun):
     """A run of masked SFT.
 
     Args:
-        rows: training rows, with `prompt_ids` and `completion_ids`.
+        longest_prompt: tokens of the longest prompt.
+        completion_lengths: tokens of every row's completion, its end included.
         evaluates: `True` if there are rows to evaluate on.
     """
 
-    rows: Any
+    longest_prompt: int
+    completion_lengths: Sequence[int]
     evaluates: bool
+
+
+def padded_prompts(prompt_lengths: Sequence[int], batch: int) -> float:
+    """Return the tokens that prompts are padded to, on average: to the longest of their micro-batch."""
+    starts = range(0, len(prompt_lengths), batch)
+    return statistics.mean(max(prompt_lengths[start : start + batch]) for start in starts)
 
 
 def sft_report(run: SFTRun) -> Panel:
     """Return the panel for a run that is about to begin."""
+    figures = sft_figures(run)
+    return report_panel(run, figures.facts, [figures.costs])
+
+
+def sft_figures(run: SFTRun) -> Figures:
+    """Return the figures of a run of masked SFT."""
+    length, (units, flop) = _length(run), update_cost(run)
+    memory, activations = cost.policy_memory(run), _activations(run)
     facts = {
         **model_facts(run),
         **_method(run),
         **_data(run),
         **_batch(run),
-        **memory_facts(cost.policy_memory(run)),
+        "run": str(length),
+        **outlook_facts(run, length),
+        **memory_facts(memory, activations),
         **_off(run),
     }
-    return report_panel(run, facts, _cost_table(run))
+    return Figures(facts, _cost_table(units, flop), flop, length, memory, activations)
+
+
+def _length(run: SFTRun) -> Length:
+    args = run.args
+    if run.rows is None:
+        return Length.of(args, None)
+    batches = run.rows / (args.per_device_train_batch_size * run.launch.processes)
+    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
+    return Length.of(args, math.ceil(batches / args.gradient_accumulation_steps))
+
+
+def _activations(run: SFTRun) -> Activations:
+    args, batch = run.args, run.args.per_device_train_batch_size
+    tokens = run.prompt_length + args.max_completion_length + _context(run)
+    return Activations(training_bytes(run, batch, tokens, scored_positions(args)), rollout=0.0)
+
+
+def _context(run: SFTRun) -> int:
+    """Return the tokens of the finished completion, which block-causal models see in addition to the noised one."""
+    return 0 if run.family.attention_block is None else run.args.max_completion_length
 
 
 def _method(run: SFTRun) -> dict[str, str]:
@@ -51,30 +93,24 @@ def _method(run: SFTRun) -> dict[str, str]:
 
 
 def _data(run: SFTRun) -> dict[str, str]:
-    rows = run.rows
-    prompts, completions = ([len(ids) for ids in rows[f"{part}_ids"]] for part in ("prompt", "completion"))
+    lengths = run.completion_lengths
     return {
-        "data": f"{len(rows):,} rows; prompts of {statistics.mean(prompts):.0f} tokens on average and {max(prompts)} "
-        f"at most, completions of {statistics.mean(completions):.0f} and {max(completions)} with their end"
+        "data": f"{plural(len(lengths), 'row')}; prompts padded to {run.prompt_length:.0f} tokens on average and "
+        f"{run.longest_prompt} at most, completions of {statistics.mean(lengths):.0f} and {max(lengths)}, end included"
     }
 
 
 def _batch(run: SFTRun) -> dict[str, str]:
-    args, processes = run.args, run.processes
-    batches = len(run.rows) / (args.per_device_train_batch_size * processes)
-    batches = math.floor(batches) if args.dataloader_drop_last else math.ceil(batches)
-    an_epoch = math.ceil(batches / args.gradient_accumulation_steps)
-    updates = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * an_epoch)
+    args = run.args
     return {
         "update": f"{args.per_device_train_batch_size} per device × {args.gradient_accumulation_steps} micro-batches "
-        f"× {processes} process{'' if processes == 1 else 'es'} = {_rows_of_update(run)} rows",
-        "run": f"{updates:,} updates, of which {an_epoch:,} make an epoch",
+        f"× {plural(run.launch.processes, 'process')} = {_rows_of_update(run)} rows"
     }
 
 
 def _rows_of_update(run: SFTRun) -> int:
     args = run.args
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * run.processes
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * run.launch.processes
 
 
 def update_cost(run: SFTRun) -> tuple[float, float]:
@@ -83,17 +119,12 @@ def update_cost(run: SFTRun) -> tuple[float, float]:
     A forward unit is a forward pass of one row of prompt and canvas; a backward pass counts as two. Operations are
     those of matrix products, on average over the noise.
     """
-    args, rows, batch = run.args, _rows_of_update(run), run.args.per_device_train_batch_size
-    prompts = [len(ids) for ids in run.rows["prompt_ids"]]
-    # Prompts are padded to the longest of their micro-batch.
-    prompt = statistics.mean(max(prompts[start : start + batch]) for start in range(0, len(prompts), batch))
-    canvas = args.max_completion_length
-    # With block-causal attention the input holds the finished completion in addition to the noised one.
-    context = 0 if run.family.attention_block is None else canvas
-    shape, tokens = cost.network_shape(run.model, args.gradient_checkpointing), prompt + canvas + context
+    args, rows, context = run.args, _rows_of_update(run), _context(run)
+    shape = cost.network_shape(run.model, args.gradient_checkpointing)
+    noised = run.prompt_length + args.max_completion_length
     scored = scored_positions(args)
-    flop = shape.forward_flop(tokens, scored) + shape.backward_flop(tokens, scored)
-    return 3 * rows * (1 + context / (prompt + canvas)), rows * flop
+    flop = shape.forward_flop(noised + context, scored) + shape.backward_flop(noised + context, scored)
+    return 3 * rows * (1 + context / noised), rows * flop
 
 
 def scored_positions(args: Any) -> float:
@@ -106,12 +137,11 @@ def scored_positions(args: Any) -> float:
     return args.max_completion_length * (batch + args.min_noise_level) / (batch + 1)
 
 
-def _cost_table(run: SFTRun) -> Table:
-    units, flop = update_cost(run)
+def _cost_table(units: float, flop: float) -> Table:
     table = Table("one update, all processes", title="Cost of full batches")
     table.add_column("forward units", justify="right")
     table.add_column("TFLOP", justify="right")
-    table.add_row("forward and backward", f"{units:,.0f}", significant(flop / 1e12))
+    table.add_row("forward and backward", f"{units:,.0f}", amount(flop / 1e12))
     return table
 
 

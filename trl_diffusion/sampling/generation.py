@@ -59,7 +59,7 @@ FACTS = ("bos_token_id", "decoder_start_token_id", "transformers_version")
 ADVICE = {
     "inputs": "prompts are `input_ids`",
     "past_key_values": "see `cache`",
-    "streamer": "a text is returned when it is finished; its tokens are not written from left to right",
+    "streamer": "see `observer` of `trl_diffusion.sampling.sample`; tokens are not written from left to right",
     "min_p": "use top_k and top_p",
     "num_beams": "use num_return_sequences with do_sample=True",
     "stop_strings": "cut the decoded text, or pass ids as eos_token_id",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from trl_diffusion.sampling.canvas import CanvasState
 from trl_diffusion.sampling.config import SamplingConfig
 from trl_diffusion.sampling.cost import prompt_share
 from trl_diffusion.sampling.drawing import ScoredTokens, draw_everywhere, draw_scored, score, take
+from trl_diffusion.sampling.observing import Commits, Observer
 from trl_diffusion.sampling.positions import check_fits
 from trl_diffusion.sampling.prompts import checked_prompts
 from trl_diffusion.sampling.trajectory import Trajectory
@@ -35,6 +37,7 @@ def sample(
     any_process: Callable[[bool], bool] | None = None,
     state: CanvasState | None = None,
     end_token_ids: Sequence[int] = (),
+    observer: Observer | None = None,
 ) -> Trajectory:
     """Draw one completion per prompt, block by block, and record its trajectory.
 
@@ -54,6 +57,7 @@ def sample(
             The trajectory records nothing of what was written before, except the tokens. A row whose text has ended
             costs no forward.
         end_token_ids: ids that end a text, in addition to those of the family.
+        observer: called with the tokens of each denoising step, for example to show them. It changes no draw.
 
     Returns:
         The trajectory, on the device of `input_ids`.
@@ -98,6 +102,7 @@ def sample(
                 [generators[row] for row in bucket],
                 CanvasState(state.canvas[rows], state.length[rows]),
                 any_process,
+                None if observer is None else partial(_report, observer, rows),
             )
             rollout.write()
             parts.append(rollout.trajectory())
@@ -125,6 +130,11 @@ def _uncompiled(model: torch.nn.Module) -> AbstractContextManager:
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
+def _report(observer: Observer, rows: torch.Tensor, commits: Commits) -> None:
+    """Call the observer with the rows of the batch in place of those of a bucket; `rows` is long [bucket]."""
+    observer(commits._replace(rows=rows[commits.rows]))
+
+
 class _Rollout:
     """The growing canvases of one batch; rows may be at different blocks.
 
@@ -143,8 +153,9 @@ class _Rollout:
         generators: Sequence[np.random.Generator],
         state: CanvasState,
         any_process: Callable[[bool], bool] | None,
+        observer: Observer | None,
     ):
-        self.family, self.config, self.any_process = family, config, any_process
+        self.family, self.config, self.any_process, self.observer = family, config, any_process, observer
         self.rule = RULES[config.unmasking]
         self.canvas, self.length = state.canvas.clone(), state.length
         self.block, unfinished = state.next_block(family, config.block_length)
@@ -298,6 +309,8 @@ class _Rollout:
         self.entropies[where] = drawn.entropies
         if self.support is not None and drawn.support is not None:
             self.support[where] = drawn.support
+        if self.observer is not None:
+            self.observer(Commits(*where, self.unmask_step[where], drawn.tokens, drawn.logps))
 
     def trajectory(self) -> Trajectory:
         """Return what was written, with the tail id where nothing was."""

@@ -7,17 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 from trl.models import unwrap_model_for_generation
 
 from trl_diffusion.credit.success import check_success, successes
 from trl_diffusion.evaluation.confusion_zones import confusion_zone_figure, failure_auc, signal_frame
+from trl_diffusion.evaluation.samples import Sample
 from trl_diffusion.evaluation.statistics import Estimate
 from trl_diffusion.runtime.zero3 import finish_trace
 from trl_diffusion.sampling.rollout import FinishedBatch
 from trl_diffusion.sampling.trajectory import taken_steps
 from trl_diffusion.trainers.base.trainer import DiffusionGRPOTrainer
+from trl_diffusion.trainers.held_out_samples import HeldOutSample, HeldOutSamples, prompt_text
 from trl_diffusion.trainers.trajectory_grpo import TrajectoryGRPOTrainer
 
 
@@ -34,13 +37,23 @@ class AccuracyCallback(TrainerCallback):
         dataset: the held-out rows.
         measure: `(model, dataset=rows) -> Estimate`, for example `evaluate_accuracy` with its other arguments bound.
         every: updates between measurements; 0 for none in between.
+        samples: keeps completions of the first problems. `measure` then also takes `on_sample`, as
+            `evaluate_accuracy` does.
 
     Attributes:
         history: (update, accuracy) of the run, in the order measured.
     """
 
-    def __init__(self, trainer: Trainer, dataset: Dataset, measure: Callable[..., Estimate], every: int = 0):
+    def __init__(
+        self,
+        trainer: Trainer,
+        dataset: Dataset,
+        measure: Callable[..., Estimate],
+        every: int = 0,
+        samples: HeldOutSamples | None = None,
+    ):
         self.trainer, self.dataset, self.measure, self.every = trainer, dataset, measure, every
+        self.samples = samples
         self.history: list[tuple[int, Estimate]] = []
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -51,6 +64,8 @@ class AccuracyCallback(TrainerCallback):
         ]
         if not self.history:
             self._measure(state.global_step)
+        elif self.samples is not None:
+            self.samples.resume(state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
@@ -68,22 +83,48 @@ class AccuracyCallback(TrainerCallback):
             gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
         ) as model:
             finish_trace(accelerator, model)
-            if accelerator.num_processes == 1 or trainer.is_fsdp_enabled:
-                accuracy = self.measure(model, dataset=self.dataset)
-            else:
-                mine = range(accelerator.process_index, len(self.dataset), accelerator.num_processes)
-                counts = torch.zeros(2, device=accelerator.device)
-                if mine:
-                    own = self.measure(model, dataset=self.dataset.select(mine))
-                    counts += torch.tensor([own.correct, own.total], device=counts.device)
-                correct, total = accelerator.reduce(counts, reduction="sum").tolist()
+            alone = accelerator.num_processes == 1 or trainer.is_fsdp_enabled
+            rows = range(len(self.dataset))
+            if not alone:
+                rows = rows[accelerator.process_index :: accelerator.num_processes]
+            accuracy, seen = self._measure_rows(model, rows)
+            if not alone:
+                counts = [0.0, 0.0] if accuracy is None else [accuracy.correct, accuracy.total]
+                counts = accelerator.reduce(torch.tensor(counts, device=accelerator.device), reduction="sum")
+                correct, total = counts.tolist()
                 accuracy = Estimate.of(correct, int(total))
+        assert accuracy is not None
+        if self.samples is not None:
+            self._keep(self.samples, step, seen)
         self.history.append((step, accuracy))
         # TRL files what is logged under "train" or "eval" by the mode of the model.
         training = trainer.model.training
         trainer.model.eval()
         trainer.log({"eval_accuracy": accuracy.value, "eval_correct": accuracy.correct, "eval_total": accuracy.total})
         trainer.model.train(training)
+
+    def _measure_rows(self, model, rows: range) -> tuple[Estimate | None, dict[int, Sample]]:
+        """Return the accuracy on some rows, `None` if there are none, and the samples to keep by their row."""
+        if not rows:
+            return None, {}
+        dataset = self.dataset if len(rows) == len(self.dataset) else self.dataset.select(rows)
+        if self.samples is None:
+            return self.measure(model, dataset=dataset), {}
+        seen: list[Sample] = []
+        accuracy = self.measure(model, dataset=dataset, on_sample=seen.append)
+        return accuracy, {rows[one["row"]]: one for one in seen if rows[one["row"]] < self.samples.count}
+
+    def _keep(self, samples: HeldOutSamples, step: int, seen: dict[int, Sample]) -> None:
+        """Hand the samples of all processes to `samples` on the first one."""
+        gathered = dict(gather_object([*seen.items()]))  # under FSDP every process has the same
+        if self.trainer.accelerator.is_main_process:
+            prompts = self.dataset["prompt"]
+            samples.add(
+                HeldOutSample(
+                    step, row, prompt_text(prompts[row]), one["completion"], one["scores"]["accuracy"] == 1.0
+                )
+                for row, one in gathered.items()
+            )
 
 
 class ConfusionZoneCallback(TrainerCallback):

@@ -30,10 +30,10 @@ from trl_diffusion.likelihood import noised_views, score_views
 from trl_diffusion.runtime.arguments import check_arguments, check_load_arguments
 from trl_diffusion.runtime.checkpoints import Checkpoints, ResumeConfig
 from trl_diffusion.runtime.guards import UpdateGuardConfig
-from trl_diffusion.runtime.launch import check_backend, check_device_map, fit_to_cpu
+from trl_diffusion.runtime.launch import LaunchedConfig, check_backend, check_device_map, fit_to_cpu
 from trl_diffusion.runtime.meter import Meter
 from trl_diffusion.runtime.model_card import ModelCards
-from trl_diffusion.runtime.sft_report import SFTRun, sft_report
+from trl_diffusion.runtime.sft_report import SFTRun, padded_prompts, sft_figures, sft_report
 from trl_diffusion.runtime.update_guard import GuardedUpdates
 from trl_diffusion.sampling import row_generators
 from trl_diffusion.sampling.positions import check_fits
@@ -45,10 +45,11 @@ from trl_diffusion.validation import at_least
 
 # First element of the key of a noise stream, so that training and evaluation do not share noise.
 _TRAIN, _EVAL = 0, 1
+_PARTS = ("prompt", "completion")
 
 
 @dataclass
-class SFTConfig(UpdateGuardConfig, ResumeConfig, _BaseConfig):
+class SFTConfig(LaunchedConfig, UpdateGuardConfig, ResumeConfig, _BaseConfig):
     """Configuration of [`SFTTrainer`]; defaults are d1's (2504.12216).
 
     It has all fields of `transformers.TrainingArguments`; those below are new or have another default.
@@ -197,9 +198,20 @@ class SFTTrainer(ModelCards, Checkpoints, GuardedUpdates, _BaseTrainer):  # type
         if self.accelerator.is_main_process:
             Console().print(sft_report(self.as_run()))
 
+    figures = staticmethod(sft_figures)  # what a report is made of, from the values below
+
     def as_run(self) -> SFTRun:
         """Return the values from which the start-up report and the estimates of cost are computed."""
-        return SFTRun.of(self, self.family, rows=self.train_dataset, evaluates=self.eval_dataset is not None)
+        rows: Any = self.train_dataset
+        prompts, completions = ([len(ids) for ids in rows[f"{part}_ids"]] for part in _PARTS)
+        return SFTRun.of(
+            self,
+            self.family,
+            prompt_length=padded_prompts(prompts, self.args.per_device_train_batch_size),
+            longest_prompt=max(prompts),
+            completion_lengths=completions,
+            evaluates=self.eval_dataset is not None,
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as transformers does, with the means of the guards' metrics since the last log added."""

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ from trl_diffusion.runtime.loss_inputs import collect_loss_inputs
 from trl_diffusion.runtime.meter import Meter
 from trl_diffusion.runtime.model_card import ModelCards
 from trl_diffusion.runtime.reference import ReferenceSource, reference_policy
-from trl_diffusion.runtime.report import startup_report
+from trl_diffusion.runtime.report import rollout_figures, startup_report
 from trl_diffusion.runtime.reward_guard import RewardGuard
 from trl_diffusion.runtime.rollout_checkpoints import RolloutCheckpoints
 from trl_diffusion.runtime.rollouts import RolloutEngine, RolloutFigures
@@ -273,6 +274,8 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
         if self.accelerator.is_main_process:
             Console().print(startup_report(self.as_run()))
 
+    figures = staticmethod(rollout_figures)  # what a report is made of, from the values below
+
     def as_run(self) -> RolloutRun:
         """Return the values from which the start-up report and the estimates of cost are computed."""
         return RolloutRun.of(
@@ -286,6 +289,7 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
             views=self.choices.likelihood.num_views,
             backwards=self.num_backwards(),
             step_aware=self._probe is not None,
+            rewards=tuple(zip(self.reward_func_names, self.args.reward_weights or repeat(1.0), strict=False)),
         )
 
     def prompt_length(self) -> float:

@@ -1,0 +1,85 @@
+"""The sizes of published checkpoints, for estimates where the Hub cannot be reached."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from trl_diffusion.models.dream import DreamConfig
+from trl_diffusion.models.llada import LLaDAConfig
+from trl_diffusion.models.sdar import SDARConfig
+
+_LLADA_8B: dict[str, Any] = {
+    "d_model": 4096,
+    "n_layers": 32,
+    "n_heads": 32,
+    "n_kv_heads": 32,
+    "mlp_hidden_size": 12288,
+    "max_sequence_length": 4096,
+    "vocab_size": 126464,
+    "embedding_size": 126464,
+    "rope_theta": 500000.0,
+    "eos_token_id": 126081,
+    "pad_token_id": 126081,
+    "mask_token_id": 126336,
+}
+_DREAM_7B: dict[str, Any] = {
+    "hidden_size": 3584,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 131072,
+    "vocab_size": 152064,
+    "rope_theta": 1000000.0,
+    "rms_norm_eps": 1e-6,
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+    "pad_token_id": 151643,
+    "mask_token_id": 151666,
+}
+_SDAR_8B: dict[str, Any] = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 12288,
+    "max_position_embeddings": 32768,
+    "vocab_size": 151936,
+    "rope_theta": 1000000.0,
+    "rms_norm_eps": 1e-6,
+    "eos_token_id": 151643,
+    "block_size": 4,
+}
+# Checkpoints on the Hub: the config class and the sizes of each.
+PUBLISHED: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
+    "GSAI-ML/LLaDA-8B-Base": (LLaDAConfig, _LLADA_8B),
+    "GSAI-ML/LLaDA-8B-Instruct": (LLaDAConfig, _LLADA_8B),
+    "GSAI-ML/LLaDA-1.5": (LLaDAConfig, _LLADA_8B),
+    "Dream-org/Dream-v0-Base-7B": (DreamConfig, _DREAM_7B),
+    "Dream-org/Dream-v0-Instruct-7B": (DreamConfig, _DREAM_7B),
+    "JetLM/SDAR-8B-Chat": (SDARConfig, _SDAR_8B),
+}
+
+
+def published_config(name: str) -> PreTrainedConfig:
+    """Return the config of a published checkpoint, from the sizes above.
+
+    Args:
+        name: id on the Hub.
+
+    Raises:
+        ValueError: if its sizes do not come with this library.
+    """
+    if name not in PUBLISHED:
+        raise ValueError(
+            f"The config of {name} cannot be read, because the Hub cannot be reached, and its sizes do not come with "
+            f"trl_diffusion as those of {', '.join(PUBLISHED)} do. Give a folder with its config.json, or connect to "
+            "the Hub once, so that it is in the cache."
+        )
+    config_class, sizes = PUBLISHED[name]
+    config = config_class.from_dict(dict(sizes))
+    config._name_or_path = name
+    return config
