@@ -24,10 +24,16 @@ def accuracy(panels: dict[str, list[dict[str, Any]]], path: Path) -> None:
         panels: rows of `summarise` by the title of their panel; the arm `base` becomes two vertical lines.
         path: of the image.
     """
-    most = max(map(len, panels.values()))
-    size = (5.4 * len(panels) + 1, 0.7 + 0.3 * most)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
-    for axis, (title, rows) in zip(axes[0], panels.items(), strict=True):
+    heights = [1 + 0.28 * len(rows) for rows in panels.values()]
+    figure, axes = plt.subplots(
+        len(panels),
+        1,
+        figsize=(6.4, 0.4 + sum(heights)),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, (title, rows) in zip(axes[:, 0], panels.items(), strict=True):
         base = next((row for row in rows if row["arm"] == "base"), None)
         arms = sorted((row for row in rows if row["arm"] != "base"), key=lambda row: row["greedy"]["mean"])
         names = [row["arm"].removesuffix("_tuned") for row in arms]
