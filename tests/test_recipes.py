@@ -10,6 +10,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from launching import accelerate_launch
@@ -58,8 +59,11 @@ def test_without_arguments_the_embedded_model_trains_and_says_so(tmp_path):
         "\n", ""
     )  # long paths wrap
     assert "training the bundled model" in output
-    for word in ("before", "after", "gain", "curves.png"):
+    for word in ("before", "after", "gain", "curves.png", "Held-out problems", "Step 2"):
         assert word in output
+    assert output.count("✓ ") + output.count("✗ ") == 6  # three problems, before and after
+    completions = pd.read_parquet(tmp_path / "completions" / "completions_00002.parquet")
+    assert len(completions) == 64 and {"prompt", "completion", "correctness_reward"} <= {*completions.columns}
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     assert "2510.04019" in (tmp_path / "README.md").read_text()
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)).__name__ == "LLaDAModelLM"
@@ -78,7 +82,7 @@ def test_without_arguments_the_embedded_model_trains_and_says_so(tmp_path):
 def test_other_methods_train_the_embedded_model(recipe, paper, arguments, tmp_path, monkeypatch, capsys):
     run_recipe(recipe, monkeypatch, *QUICK, *arguments, "--save_steps", "2", "--output_dir", str(tmp_path))
     output = capsys.readouterr().out
-    assert "running on the embedded model" in output and "gain" in output
+    assert "training the bundled model" in output and "gain" in output
     assert paper in (tmp_path / "README.md").read_text()
     assert any("forward_units" in entry for entry in history(tmp_path))
     if recipe == "gsm8k_atpo":
@@ -101,7 +105,7 @@ def test_other_methods_train_the_embedded_model(recipe, paper, arguments, tmp_pa
     ],
 )
 def test_two_processes_train_like_one(recipe, processes, arguments, tmp_path, monkeypatch):
-    """Same rewards and held-out accuracy, with half the rows on each process."""
+    """Same rewards, held-out accuracy and held-out samples, with half the rows on each process."""
     small = [*QUICK, "--save_steps", "2", "--max_grad_norm", "1.0", "--num_iterations", "1"]
     size = "--per_device_train_batch_size"
     run_recipe(recipe, monkeypatch, *small, size, "16", "--output_dir", str(tmp_path / "one"))
@@ -115,6 +119,8 @@ def test_two_processes_train_like_one(recipe, processes, arguments, tmp_path, mo
     assert any("reward" in entry for entry in one)
     for alone, together in zip(one, two, strict=True):
         assert together == pytest.approx(alone, abs=1e-5)
+    kept = [(tmp_path / folder / "held_out_samples.jsonl").read_text() for folder in ("one", "two")]
+    assert kept[0] == kept[1] and [json.loads(line)["row"] for line in kept[0].splitlines()] == [0, 1, 2] * 2
 
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason="GSM8K is not beside the project")
