@@ -95,7 +95,7 @@ def _method(run: SFTRun) -> dict[str, str]:
 def _data(run: SFTRun) -> dict[str, str]:
     lengths = run.completion_lengths
     return {
-        "data": f"{plural(len(lengths), 'row')}; prompts padded to {run.prompt_length:.0f} tokens on average and "
+        "data": f"{plural(len(lengths), 'row')}; prompts of {run.prompt_length:.0f} tokens on average and "
         f"{run.longest_prompt} at most, completions of {statistics.mean(lengths):.0f} and {max(lengths)}, end included"
     }
 
