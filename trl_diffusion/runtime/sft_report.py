@@ -103,8 +103,9 @@ def _data(run: SFTRun) -> dict[str, str]:
 def _batch(run: SFTRun) -> dict[str, str]:
     args = run.args
     return {
-        "update": f"{args.per_device_train_batch_size} per device × {args.gradient_accumulation_steps} micro-batches "
-        f"× {plural(run.launch.processes, 'process')} = {_rows_of_update(run)} rows"
+        "update": f"{args.per_device_train_batch_size} per device × "
+        f"{plural(args.gradient_accumulation_steps, 'micro-batch')} × {plural(run.launch.processes, 'process')} = "
+        f"{_rows_of_update(run)} rows"
     }
 
 
