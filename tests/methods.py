@@ -31,6 +31,8 @@ from trl_diffusion.trainers import (
     DMPOTrainer,
     ESPOConfig,
     ESPOTrainer,
+    GDPOConfig,
+    GDPOTrainer,
     SPGConfig,
     SPGTrainer,
     TraceRLConfig,
@@ -68,8 +70,8 @@ class Method:
         wrap: turns the reward function into another one, as a `StepAwareReward` does.
         views: what its views show, and so what they must cover: `drawn` denoising steps, steps `chosen` or `sampled`
             by a selector, the `masked` canvas, masks at a random `rate`, complementary `pairs`, `coupled` pairs
-            besides the masked canvas, random `blocks` or subsets of the `text`, `groups` of denoising steps, or groups
-            of those `within` every block.
+            besides the masked canvas, subsets of fixed `sizes`, random `blocks` or subsets of the `text`, `groups` of
+            denoising steps, or groups of those `within` every block.
         fresh_views: every inner update has views of its own.
         credit: what it makes of the rewards: the `outcome`, the outcome `by_length` of the text, the outcome and a
             `process_reward`, the `leave_one_out` advantage, the `z_score`, or weights, a `softmax` or an
@@ -202,6 +204,7 @@ METHODS = [
         compares={"beta": 0.1},
         **IN_PAIRS,
     ),
+    Method("gdpo", GDPOTrainer, GDPOConfig, ONE_UPDATE, views="sizes", compares={"beta": 0.1}),
     Method("wd1", WD1Trainer, WD1Config, ONE_UPDATE, views="masked", credit="opposed_softmax", **OWN_LOSS),
     Method("spg", SPGTrainer, SPGConfig, PAIR, views="blocks", credit="by_length", **OWN_LOSS),
     Method(

@@ -35,6 +35,7 @@ from trl_diffusion.trainers import (
     DiffuGRPOConfig,
     DMPOConfig,
     ESPOConfig,
+    GDPOConfig,
     SPGConfig,
     TraceRLConfig,
     UniGRPOConfig,
@@ -183,6 +184,7 @@ GROUP_CREDIT: dict[str, tuple[dict[str, Any], list[float]]] = {
     "atpo": ({}, [0, 1.147053, -0.458821, -0.688232]),
     "spg": ({}, [0, 5, -2, -3]),
     "espo": ({}, [0, 7.5, -3, -4.5]),
+    "gdpo": ({}, [0, 5, -2, -3]),
     "coupled_grpo": ({}, [0, 7.5, -3, -4.5]),
     "tracerl": ({}, [0, 1.404879, -0.561951, -0.842927]),
     "dipo": ({}, [0, 1.404879, -0.561951, -0.842927]),
@@ -469,6 +471,20 @@ def espo(batch: Batch) -> torch.Tensor:
     return sum(terms) / len(terms)
 
 
+def gdpo(batch: Batch) -> torch.Tensor:
+    """The rule with three times has the weights 5/18, 8/18 and 5/18."""
+    elbos = [torch.zeros(len(batch.ids))] * 3
+    for weight, (targets, *logps) in zip((5, 8, 5), batch.views(), strict=True):
+        scale = weight / 18 * 8 / targets.sum(1)
+        elbos = [total + scale * (own * targets).sum(1) for total, own in zip(elbos, logps, strict=True)]
+    now, old, reference = elbos
+    terms = [
+        -ppo(((now[i] - old[i]) / 8).exp(), advantage, 0.5) + 0.1 * (now[i] - reference[i]) ** 2 / 16
+        for i, advantage in enumerate(batch.centred)
+    ]
+    return sum(terms) / len(terms)
+
+
 def coupled(batch: Batch) -> torch.Tensor:
     (_, *full), *pairs = list(batch.views())
     share = batch.rows["mask_rate"][:, batch.update].tolist()
@@ -586,6 +602,7 @@ MORE_WORDS = {"prompt_mask_probability": 0.3}  # short prompts: so that masks di
 WRITTEN_OUT: dict[str, tuple[str, Callable[[Batch], torch.Tensor], dict[str, Any]]] = {
     "trajectory_grpo": ("trajectory_grpo", trajectory_grpo, {"scale_rewards": "none"}),
     "espo": ("espo", espo, {"beta": 0.1}),
+    "gdpo": ("gdpo", gdpo, {"beta": 0.1}),
     "coupled_grpo": ("coupled_grpo", coupled, {"num_mc_samples": 4}),
     "uni_grpo": ("uni_grpo", uni_grpo, {"num_mc_samples": 2}),
     "tracerl": ("tracerl", tracerl, {"beta": 0.1}),
@@ -788,6 +805,7 @@ def test_dmpo_model_baseline_is_the_policys_own_change_before_each_update(tmp_pa
 CONFIGS: dict[str, Any] = {
     "dmpo": DMPOConfig,
     "espo": ESPOConfig,
+    "gdpo": GDPOConfig,
     "coupled": CoupledGRPOConfig,
     "wd1": WD1Config,
     "spg": SPGConfig,
@@ -836,6 +854,9 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("wd1", {"beta": 0.04}, NO_EFFECT.format("beta", r"0\.04", "WD1Config", r"0\.0")),
     ("dmpo", {"beta": 0.1}, NO_EFFECT.format("beta", r"0\.1", "DMPOConfig", r"0\.0")),
     ("dmpo", {"epsilon_high": 0.3}, NO_EFFECT.format("epsilon_high", r"0\.3", "DMPOConfig", "None")),
+    ("gdpo", {"num_mc_samples": 0}, "num_mc_samples must be at least 1, got 0"),
+    ("gdpo", {"loss_type": "grpo"}, NO_EFFECT.format("loss_type", "'grpo'", "GDPOConfig", "'dapo'")),
+    ("gdpo", {"prompt_mask_probability": 1.0}, r"prompt_mask_probability must lie in \[0, 1\), got 1\.0"),
     ("espo", {"loss_type": "grpo"}, NO_EFFECT.format("loss_type", "'grpo'", "ESPOConfig", "'dapo'")),
     ("espo", {"use_bias_correction_kl": True}, "use_bias_correction_kl=True would have no effect"),
     ("spg", {"beta": 0.1}, NO_EFFECT.format("beta", r"0\.1", "SPGConfig", r"0\.0")),
@@ -941,6 +962,15 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         epsilon=0.2,
         beta=1e-3,
     ),
+    "gdpo": dict(
+        num_iterations=12,
+        num_mc_samples=3,
+        prompt_mask_probability=0.15,
+        learning_rate=3e-7,
+        epsilon=0.5,
+        epsilon_high=None,
+        beta=0.0,
+    ),
     "coupled": dict(
         num_generations=10,
         num_iterations=2,
@@ -992,6 +1022,7 @@ def test_defaults_are_the_papers(name):
     [
         ("dmpo", "DMPO", "2510.08233"),
         ("espo", "ESPO", "2512.03759"),
+        ("gdpo", "GDPO", "2510.08554"),
         ("coupled_grpo", "coupled-GRPO", "2506.20639"),
         ("wd1", "wd1", "2507.08838"),
         ("spg", "SPG", "2510.09541"),

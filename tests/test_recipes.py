@@ -290,6 +290,7 @@ def test_the_atpo_config_selects_eight_steps_by_the_hybrid_rule():
 SHARED = {
     "dmpo": ("2510.08233", dict(alpha=0.04, temperature=0.2, num_generations=16, num_iterations=8, num_mc_samples=4)),
     "espo": ("2512.03759", dict(epsilon=0.2, beta=1e-3, denoising_steps=256, num_generations=6, num_iterations=8)),
+    "gdpo": ("2510.08554", dict(epsilon=0.5, beta=0.0, learning_rate=3e-7, num_mc_samples=3, num_iterations=12)),
     "coupled_grpo": ("2506.20639", dict(learning_rate=1e-6, beta=0.01, num_generations=10, num_iterations=2)),
     "wd1": ("2507.08838", dict(learning_rate=3e-6, temperature=0.9, num_generations=6, num_iterations=8)),
     "spg": ("2510.09541", dict(bound_power=1.5, mix_weight=0.5, num_mc_samples=2, num_iterations=4)),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from trl_diffusion.sampling.trajectory import taken_steps
@@ -78,6 +79,32 @@ def stratified_counts(offsets: torch.Tensor, rows: torch.Tensor, num_rows: int, 
     # halves up: `round` takes them to even numbers, which would fill every other stratum three times and the rest once
     step = (rows.double() * (length + 1) / num_rows + 0.5).floor().long()
     return (offsets + step.unsqueeze(1)) % (length + 1)
+
+
+def gauss_legendre(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the times and the weights of a Gauss–Legendre rule on [0, 1], float64 [count] each.
+
+    The rule integrates polynomials of degree up to 2 · count − 1 exactly.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(count)
+    return torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2)
+
+
+def rounded_counts(times: torch.Tensor, noise: torch.Tensor, length: int) -> torch.Tensor:
+    """Turn times into numbers of masked positions (GDPO, 2510.08554; the rounding is ours).
+
+    t L + ½ is rounded up or down at random, so that its mean is kept. Times that lie symmetrically about ½ then have
+    the mean count (L + 1) / 2, as the counts 1..L of the ELBO have. Rounding t L down instead would mask too little.
+
+    Args:
+        times: float [V] in [0, 1].
+        noise: uniform [B, V].
+        length: canvas length L.
+
+    Returns:
+        Long [B, V] in 1..L.
+    """
+    return (times * length + 0.5 + noise).floor().long().clamp(1, length)
 
 
 def random_subsets(counts: torch.Tensor, noise: torch.Tensor, allowed: torch.Tensor | None = None) -> NoisePlan:

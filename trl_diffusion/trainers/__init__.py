@@ -9,6 +9,7 @@ from trl_diffusion.trainers.diffu_grpo import DiffuGRPOConfig, DiffuGRPOTrainer
 from trl_diffusion.trainers.dipo import DiPOConfig, DiPOTrainer
 from trl_diffusion.trainers.dmpo import DMPOConfig, DMPOTrainer
 from trl_diffusion.trainers.espo import ESPOConfig, ESPOTrainer
+from trl_diffusion.trainers.gdpo import GDPOConfig, GDPOTrainer
 from trl_diffusion.trainers.sft import SFTConfig, SFTTrainer
 from trl_diffusion.trainers.spg import SPGConfig, SPGTrainer
 from trl_diffusion.trainers.tracerl import TraceRLConfig, TraceRLTrainer
@@ -24,6 +25,7 @@ METHODS: dict[str, type[DiffusionGRPOTrainer]] = {
     "diffu_grpo": DiffuGRPOTrainer,
     "dmpo": DMPOTrainer,
     "espo": ESPOTrainer,
+    "gdpo": GDPOTrainer,
     "coupled_grpo": CoupledGRPOTrainer,
     "wd1": WD1Trainer,
     "spg": SPGTrainer,
@@ -49,6 +51,8 @@ __all__ = [
     "DiffusionGRPOTrainer",
     "ESPOConfig",
     "ESPOTrainer",
+    "GDPOConfig",
+    "GDPOTrainer",
     "SFTConfig",
     "SFTTrainer",
     "SPGConfig",

@@ -75,5 +75,4 @@ class ESPOTrainer(DiffusionGRPOTrainer):
         return MaskedViews(SubsetPairs(self.args.num_mc_samples // 2), loss_mask="canvas")  # the ELBO is the canvas's
 
     def loss(self) -> Loss:
-        high = self.args.epsilon if self.args.epsilon_high is None else self.args.epsilon_high
-        return SequenceRatio(self.args.epsilon, high, self.args.beta)
+        return SequenceRatio(*self.args.clip_range, self.args.beta)

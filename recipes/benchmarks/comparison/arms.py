@@ -123,6 +123,7 @@ ARMS: dict[str, Arm] = {
     "coupled_grpo": _tuned("coupled_grpo", 1e-4, **NOISED, epsilon=0.5, beta=0.01),
     "espo": _tuned("espo", 3e-5, **NOISED, num_mc_samples=2, epsilon=0.2, beta=1e-3),
     "espo_4_views": _tuned("espo", 3e-5, **NOISED, num_mc_samples=4, epsilon=0.2, beta=1e-3),
+    "gdpo": _tuned("gdpo", 3e-5, **NOISED, num_mc_samples=3, epsilon=0.5, beta=0.0),
     "wd1": _tuned("wd1", 1e-4, **NOISED),
     "spg": _tuned("spg", 1e-4, **NOISED),
     "spg_random": _tuned("spg", 1e-4, **NOISED, noise="random"),

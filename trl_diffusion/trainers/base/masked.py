@@ -106,6 +106,11 @@ class CompletionLossConfig(NoisedGRPOConfig):
         refuse_unread(self, self.reads, type(self).__name__)
         super().__post_init__()
 
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """How far below and above 1 a ratio may be: `epsilon` and `epsilon_high`, which is `epsilon` if not given."""
+        return self.epsilon, self.epsilon if self.epsilon_high is None else self.epsilon_high
+
     def require_plain_rewards(self) -> None:
         """For methods whose weights are a softmax of the rewards over a prompt's completions.
 
