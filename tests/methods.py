@@ -211,6 +211,15 @@ METHODS = [
         "spg, random", SPGTrainer, SPGConfig, PAIR | {"noise": "random"}, views="text", credit="by_length", **OWN_LOSS
     ),
     Method(
+        "spg, informed",
+        SPGTrainer,
+        SPGConfig,
+        PAIR | {"mask_bias": "informed", "mask_window": 2, "denoising_steps": 8},
+        views="blocks",
+        credit="by_length",
+        **OWN_LOSS,
+    ),
+    Method(
         "tracerl",
         TraceRLTrainer,
         TraceRLConfig,

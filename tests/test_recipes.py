@@ -305,7 +305,7 @@ def test_every_method_has_its_configs():
         for folder in ("embedded", "llada_8b", "sdar_8b")
     }
     methods = METHODS
-    expected = {*methods, "agrpo_qlora"}
+    expected = {*methods, "agrpo_qlora", "spg_informed"}
     assert named == {"embedded": expected, "llada_8b": expected - {"dipo"}, "sdar_8b": {"dipo"}}
     own_script = {path.stem.removeprefix("gsm8k_") for path in (ROOT / "recipes").glob("gsm8k_*.py")}
     assert {*SHARED, "dipo"} == set(methods) - own_script

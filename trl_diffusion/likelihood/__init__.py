@@ -8,6 +8,7 @@ from trl_diffusion.likelihood.estimates import (
     quadrature_elbo,
     upper_bound_per_token,
 )
+from trl_diffusion.likelihood.informed import InformedMasking
 from trl_diffusion.likelihood.masked_views import MaskedViews
 from trl_diffusion.likelihood.noises import Bernoulli, FullMask, Noise, QuadratureSubsets, SubsetPairs, TextSubsets
 from trl_diffusion.likelihood.plans import NoisePlan
@@ -19,6 +20,7 @@ from trl_diffusion.likelihood.views import Views, noised_views, stack_views, tra
 __all__ = [
     "Bernoulli",
     "FullMask",
+    "InformedMasking",
     "Likelihood",
     "MaskedViews",
     "Noise",

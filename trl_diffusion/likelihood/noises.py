@@ -13,12 +13,14 @@ import torch
 
 from trl_diffusion.likelihood.base import ScoredViews
 from trl_diffusion.likelihood.estimates import elbo_of_pairs, mean_of_targets, quadrature_elbo
+from trl_diffusion.likelihood.informed import InformedMasking
 from trl_diffusion.likelihood.plans import (
     NoisePlan,
     bernoulli,
     block_random,
     full_mask,
     gauss_legendre,
+    opposed_subsets,
     prompt_noise,
     random_subsets,
     random_text,
@@ -38,12 +40,14 @@ class Noise:
         partial: a view scores a part of the text.
         random_subsets: see `Likelihood`.
         independent_halves: see `Likelihood`.
+        informed: how masks are biased, if they are; of noises that can be.
     """
 
     num_views: int
     partial: bool = True
     random_subsets: bool = True
     independent_halves: bool = False
+    informed: InformedMasking | None = None
 
     def draw(self, rollout: Rollout, update: int) -> NoisePlan:
         """The views of one inner update."""
@@ -120,13 +124,15 @@ class SubsetPairs(Noise):
 
     Args:
         pairs: V / 2.
+        informed: bias of the masks. The second of a pair is then biased alike, and no complement.
     """
 
     pairs: int
+    informed: InformedMasking | None = None
 
     def __post_init__(self) -> None:
         self.num_views = 2 * self.pairs
-        self.independent_halves = self.pairs % 2 == 0
+        self.independent_halves = self.pairs % 2 == 0 and self.informed is None
 
     def draw(self, rollout: Rollout, update: int) -> NoisePlan:
         length = rollout.trajectory.completion_ids.size(1)
@@ -135,7 +141,10 @@ class SubsetPairs(Noise):
         offsets = (shared * (length + 1)).long()
         counts = stratified_counts(offsets, rollout.global_rows, rollout.num_rows, length)
         noise = rollout.view_noise(update).uniform(self.pairs, length)
-        return with_complements(random_subsets(counts, noise))
+        if self.informed is None:
+            return with_complements(random_subsets(counts, noise))
+        everywhere = torch.ones_like(rollout.text)
+        return opposed_subsets(counts, noise, self.informed.logits(rollout, everywhere, length))
 
     def estimate(self, logps: torch.Tensor, views: ScoredViews) -> torch.Tensor:
         return elbo_of_pairs(logps, views.targets)
@@ -153,10 +162,12 @@ class QuadratureSubsets(Noise):
     Args:
         num_views: views, one at each time of the rule.
         prompt_probability: of masking each token of the prompt.
+        informed: bias of the masks.
     """
 
     num_views: int
     prompt_probability: float = 0.0
+    informed: InformedMasking | None = None
 
     def __post_init__(self) -> None:
         self.times, self.weights = gauss_legendre(self.num_views)
@@ -165,7 +176,8 @@ class QuadratureSubsets(Noise):
         noise, views = rollout.view_noise(update), self.num_views
         length = rollout.trajectory.completion_ids.size(1)
         counts = rounded_counts(self.times.to(rollout.device), noise.uniform(views), length)
-        plan = random_subsets(counts, noise.uniform(views, length))
+        logits = None if self.informed is None else self.informed.logits(rollout, torch.ones_like(rollout.text), length)
+        plan = random_subsets(counts, noise.uniform(views, length), logits=logits)
         return replace(plan, prompt_masked=masked_prompt(rollout, noise, views, self.prompt_probability))
 
     def estimate(self, logps: torch.Tensor, views: ScoredViews) -> torch.Tensor:
@@ -186,23 +198,27 @@ class TextSubsets(Noise):
         block_length: length of the blocks; `None` for subsets of the whole text.
         prompt_probability: of masking each token of the prompt, and of the blocks before.
         all_masked: score every masked token, those of later blocks too, as the release does; else the subset alone.
+        informed: bias of the subsets.
     """
 
     num_views: int
     block_length: int | None = None
     prompt_probability: float = 0.0
     all_masked: bool = False
+    informed: InformedMasking | None = None
 
     def draw(self, rollout: Rollout, update: int) -> NoisePlan:
         noise, views = rollout.view_noise(update), self.num_views
         completions = rollout.trajectory.completion_ids
         length = rollout.family.effective_length(completions)
         counts, positions = noise.uniform(views), noise.uniform(views, completions.size(1))
+        region = self.block_length or completions.size(1)
+        logits = None if self.informed is None else self.informed.logits(rollout, rollout.text, region)
         if self.block_length is None:
-            plan = random_text(counts, positions, length)
+            plan = random_text(counts, positions, length, logits)
         else:
             blocks = noise.uniform(views)
-            plan = block_random(blocks, counts, positions, length, self.block_length, self.prompt_probability)
+            plan = block_random(blocks, counts, positions, length, region, self.prompt_probability, logits)
         prompts = masked_prompt(rollout, noise, views, self.prompt_probability)
         return replace(plan, targets=plan.masked if self.all_masked else plan.targets, prompt_masked=prompts)
 

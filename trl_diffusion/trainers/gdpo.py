@@ -17,12 +17,12 @@ from typing import ClassVar
 
 from trl_diffusion.likelihood import Likelihood, MaskedViews, QuadratureSubsets
 from trl_diffusion.losses import Loss, SequenceRatio
-from trl_diffusion.trainers.base.masked import CompletionLossConfig, PromptNoiseConfig
+from trl_diffusion.trainers.base.masked import CompletionLossConfig, MaskBiasConfig, PromptNoiseConfig
 from trl_diffusion.trainers.base.trainer import DiffusionGRPOTrainer
 
 
 @dataclass
-class GDPOConfig(CompletionLossConfig, PromptNoiseConfig):
+class GDPOConfig(CompletionLossConfig, PromptNoiseConfig, MaskBiasConfig):
     """The defaults of GDPO (2510.08554), which is not NVIDIA's GDPO for several rewards (2601.05242).
 
     `num_mc_samples` is the number of times in the Gauss–Legendre rule. The views of a completion are scored in one
@@ -65,7 +65,7 @@ class GDPOTrainer(DiffusionGRPOTrainer):
 
     def likelihood(self) -> Likelihood:
         args = self.args
-        noise = QuadratureSubsets(args.num_mc_samples, args.prompt_mask_probability)
+        noise = QuadratureSubsets(args.num_mc_samples, args.prompt_mask_probability, args.informed_masking())
         return MaskedViews(noise, loss_mask="canvas")  # the ELBO is the canvas's
 
     def loss(self) -> Loss:

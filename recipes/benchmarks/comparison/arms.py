@@ -128,6 +128,7 @@ ARMS: dict[str, Arm] = {
     "spg": _tuned("spg", 1e-4, **NOISED),
     "spg_random": _tuned("spg", 1e-4, **NOISED, noise="random"),
     "spg_elbo": _tuned("spg", 1e-4, **NOISED, negative_bound="lower"),
+    "spg_informed": _tuned("spg", 1e-4, **NOISED, mask_bias="informed"),
     "dmpo": _tuned("dmpo", 3e-5, **DMPO),
     "dmpo_individual": _tuned("dmpo", 3e-5, **DMPO, weight_baseline="individual"),
     "dmpo_none": _tuned("dmpo", 3e-5, **DMPO, weight_baseline="none"),

@@ -55,6 +55,8 @@ class DiffusionGRPOConfig(SamplingArguments, GuardConfig, ResumeConfig, GRPOConf
             "num_generations_eval (or num_generations) up to 8 completions, at least one group."
         },
     )
+    # What the likelihood needs recorded; the trainer sets it.
+    shift_window: int = field(default=0, init=False)
     disable_dropout: bool = field(
         default=True,
         metadata={"help": "Turn dropout off, so that ratios start at 1; with dropout they measure its noise."},
@@ -84,7 +86,8 @@ class DiffusionGRPOConfig(SamplingArguments, GuardConfig, ResumeConfig, GRPOConf
 
     def sampling_config(self) -> SamplingConfig:
         """Return how completions are drawn; with the fields as they are now, since they may be changed later."""
-        return self.sampling_on(self.max_completion_length, record_signals=self.record_signals)
+        recorded = {"record_signals": self.record_signals, "shift_window": self.shift_window}
+        return self.sampling_on(self.max_completion_length, **recorded)
 
     def _refuse_what_cannot_work(self) -> None:
         autoregressive = "it generates one token after the other; completions here are drawn by diffusion"

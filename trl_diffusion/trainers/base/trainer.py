@@ -198,6 +198,7 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
             args,
         )
         args.record_signals = args.record_signals or self.choices.likelihood.needs_signals
+        args.shift_window = self.choices.likelihood.shift_window
 
     def _check_loaded_model(self, datasets: dict[str, Any]) -> None:
         """Refuse a model that cannot be sampled or scored with these settings, and prompts too long for it."""
