@@ -37,7 +37,15 @@ from trl_diffusion.likelihood import (
     TextSubsets,
     TrajectoryViews,
 )
-from trl_diffusion.losses import Contrast, Loss, SandwichedBound, SequenceRatio, TokenRatio, WeightedLikelihood
+from trl_diffusion.losses import (
+    Contrast,
+    LogRatioRegression,
+    Loss,
+    SandwichedBound,
+    SequenceRatio,
+    TokenRatio,
+    WeightedLikelihood,
+)
 from trl_diffusion.runtime.earlier_buffers import upgrade
 from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.trainers import DiffusionGRPOConfig, DiffusionGRPOTrainer
@@ -69,6 +77,7 @@ LOSSES: dict[str, Callable[[], Loss]] = {
     "mean likelihood": lambda: WeightedLikelihood("mean"),
     "bounds": SandwichedBound,
     "contrast": Contrast,
+    "log-ratio regression": lambda: LogRatioRegression(1.0, 0.5, 0.5),
 }
 NO_ESTIMATE = "gives none: it averages over chosen steps"
 NO_SUBSETS = "masks what the denoising steps left"
@@ -77,6 +86,8 @@ REFUSED = {
     ("drawn steps, mean", "sequence ratio"): NO_ESTIMATE,
     ("selected steps", "sequence ratio"): NO_ESTIMATE,
     **{(name, "bounds"): NO_SUBSETS for name in LIKELIHOODS if "steps" in name or name == "replay"},
+    ("drawn steps, mean", "log-ratio regression"): NO_ESTIMATE,
+    ("selected steps", "log-ratio regression"): NO_ESTIMATE,
     **{(name, "contrast"): NO_HALVES for name in LIKELIHOODS if name != "subset pairs"},
 }
 
@@ -232,6 +243,12 @@ def test_sequence_ratio_on_the_rollouts_own_steps_is_its_formula(model, views, l
             {"epsilon": 0.3},
             ValueError,
             "epsilon=0.3 would have no effect: the loss of SequenceRatio",
+        ),
+        (
+            {"likelihood": MaskedViews(QuadratureSubsets(8)), "loss": LogRatioRegression(samples=2)},
+            {},
+            ValueError,
+            r"divides the views into 2 parts .* MaskedViews\(noise=QuadratureSubsets.* has 1\. Set samples=1",
         ),
         (
             {"likelihood": TrajectoryViews(DrawnSteps(2), SAMPLING)},

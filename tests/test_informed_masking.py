@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from itertools import combinations, permutations
+from itertools import combinations, pairwise, permutations
 from typing import Any
 
 import pytest
@@ -61,7 +61,7 @@ def shifts_by_hand(config: SamplingConfig, trajectory, ids, mask, model, late: i
         for start in range(0, config.canvas_length, config.block_length):
             block = range(start, start + config.block_length)
             taken = sorted({steps[i] for i in block} - {-1})
-            for step, following in zip(taken, taken[1:], strict=False):
+            for step, following in pairwise(taken):
                 change = (confidence(following + late) - confidence(step)).abs()
                 for i in (i for i in block if steps[i] == step):
                     near = [j for j in block if abs(j - i) <= config.shift_window and steps[j] >= following]
@@ -223,7 +223,8 @@ def test_at_sharpness_zero_it_is_the_host_bit_for_bit(name, tmp_path):
     """Sizes and shares are those of the host at every sharpness."""
     settings = {"denoising_steps": 8, "num_iterations": 2} | HOSTS[name]
     updates, plans = {}, {}
-    for case, more in {"host": {}, "0": INFORMED | {"mask_sharpness": 0.0}, "2": INFORMED | {"mask_sharpness": 2}}.items():
+    sharpness = {case: INFORMED | {"mask_sharpness": float(case)} for case in ("0", "2")}
+    for case, more in {"host": {}, **sharpness}.items():
         trainer = method_named(name).make(tmp_path / case, **settings | more)
         assert (trainer.args.sampling_config().shift_window > 0) == (case != "host")
         plans[case] = rollout_of(trainer, "a b b a", "b a a")
@@ -281,7 +282,7 @@ def test_a_run_resumed_within_a_rollout_batch_ends_in_the_same_weights(tmp_path)
     again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
     assert torch.equal(parameters_of(again), parameters_of(whole))
     other = method.make(tmp_path / "other", **settings, mask_sharpness=0.5)
-    with pytest.raises(ValueError, match="`mask_sharpness` was 1.5 and is 0.5"):
+    with pytest.raises(ValueError, match=r"`mask_sharpness` was 1\.5 and is 0\.5"):
         other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
 
 

@@ -39,13 +39,15 @@ class InformedMasking:
         at_least("mask_sharpness", self.sharpness, 0)
         at_least("mask_window", self.window, 1)
 
-    def logits(self, rollout: Rollout, positions: torch.Tensor, region: int) -> torch.Tensor:
+    def logits(
+        self, rollout: Rollout, positions: torch.Tensor | None = None, region: int | None = None
+    ) -> torch.Tensor:
         """Return the logits of the positions of a rollout's completions.
 
         Args:
             rollout: whose sampler recorded confidence shifts.
-            positions: bool [B, L], positions that masks may be drawn from.
-            region: length of the regions that masks are drawn within; divides L.
+            positions: bool [B, L], positions that masks may be drawn from; the whole canvas if not given.
+            region: length of the regions that masks are drawn within, which divides L; L if not given.
 
         Returns:
             Float64 [B, 1, L], for all views.
@@ -60,7 +62,8 @@ class InformedMasking:
                 f"with SamplingConfig(shift_window={self.window})."
             )
         shift = filled_shifts(shift, rollout.sampling.block_length)
-        return mask_logits(shift, positions, region, self.sharpness).unsqueeze(1)
+        positions = torch.ones_like(shift, dtype=torch.bool) if positions is None else positions
+        return mask_logits(shift, positions, region or shift.size(1), self.sharpness).unsqueeze(1)
 
 
 def filled_shifts(shift: torch.Tensor, block_length: int) -> torch.Tensor:

@@ -39,6 +39,7 @@ class Noise:
         num_views: V, views per completion and inner update.
         partial: a view scores a part of the text.
         random_subsets: see `Likelihood`.
+        samples: see `Likelihood`.
         independent_halves: see `Likelihood`.
         informed: how masks are biased, if they are; of noises that can be.
     """
@@ -46,6 +47,7 @@ class Noise:
     num_views: int
     partial: bool = True
     random_subsets: bool = True
+    samples: int = 1
     independent_halves: bool = False
     informed: InformedMasking | None = None
 
@@ -125,14 +127,17 @@ class SubsetPairs(Noise):
     Args:
         pairs: V / 2.
         informed: bias of the masks. The second of a pair is then biased alike, and no complement.
+        elbo: the estimate is that of the ELBO; else the sum of the tokens' log-probabilities, each once (GDSD,
+            2605.29398).
     """
 
     pairs: int
     informed: InformedMasking | None = None
+    elbo: bool = True
 
     def __post_init__(self) -> None:
-        self.num_views = 2 * self.pairs
-        self.independent_halves = self.pairs % 2 == 0 and self.informed is None
+        self.num_views, self.samples = 2 * self.pairs, self.pairs
+        self.independent_halves = self.pairs % 2 == 0 and self.informed is None and self.elbo
 
     def draw(self, rollout: Rollout, update: int) -> NoisePlan:
         length = rollout.trajectory.completion_ids.size(1)
@@ -143,11 +148,11 @@ class SubsetPairs(Noise):
         noise = rollout.view_noise(update).uniform(self.pairs, length)
         if self.informed is None:
             return with_complements(random_subsets(counts, noise))
-        everywhere = torch.ones_like(rollout.text)
-        return opposed_subsets(counts, noise, self.informed.logits(rollout, everywhere, length))
+        return opposed_subsets(counts, noise, self.informed.logits(rollout))
 
     def estimate(self, logps: torch.Tensor, views: ScoredViews) -> torch.Tensor:
-        return elbo_of_pairs(logps, views.targets)
+        """The mean over pairs of the ELBO's estimate, or of Σ log p."""
+        return elbo_of_pairs(logps, views.targets) if self.elbo else 2 * logps.sum(-1).mean(1)
 
     def scored_share(self, length: int) -> float:
         return 0.5  # a pair scores the canvas once
@@ -176,7 +181,7 @@ class QuadratureSubsets(Noise):
         noise, views = rollout.view_noise(update), self.num_views
         length = rollout.trajectory.completion_ids.size(1)
         counts = rounded_counts(self.times.to(rollout.device), noise.uniform(views), length)
-        logits = None if self.informed is None else self.informed.logits(rollout, torch.ones_like(rollout.text), length)
+        logits = None if self.informed is None else self.informed.logits(rollout)
         plan = random_subsets(counts, noise.uniform(views, length), logits=logits)
         return replace(plan, prompt_masked=masked_prompt(rollout, noise, views, self.prompt_probability))
 
@@ -212,13 +217,12 @@ class TextSubsets(Noise):
         completions = rollout.trajectory.completion_ids
         length = rollout.family.effective_length(completions)
         counts, positions = noise.uniform(views), noise.uniform(views, completions.size(1))
-        region = self.block_length or completions.size(1)
-        logits = None if self.informed is None else self.informed.logits(rollout, rollout.text, region)
+        logits = None if self.informed is None else self.informed.logits(rollout, rollout.text, self.block_length)
         if self.block_length is None:
             plan = random_text(counts, positions, length, logits)
         else:
             blocks = noise.uniform(views)
-            plan = block_random(blocks, counts, positions, length, region, self.prompt_probability, logits)
+            plan = block_random(blocks, counts, positions, length, self.block_length, self.prompt_probability, logits)
         prompts = masked_prompt(rollout, noise, views, self.prompt_probability)
         return replace(plan, targets=plan.masked if self.all_masked else plan.targets, prompt_masked=prompts)
 

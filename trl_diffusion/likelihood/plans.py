@@ -125,8 +125,8 @@ def random_subsets(
         logits: float [B, V or 1, L]; uniform subsets if not given.
     """
     if logits is not None:
-        # The smallest of −(logit + Gumbel noise), in logarithms so that no sharpness overflows. It grows with the uniform
-        # noise, so equal logits give the uniform subsets of the same noise.
+        # −(logit + Gumbel noise), of which the smallest are masked. It grows with the uniform noise, so equal logits
+        # give the uniform subsets of the same noise. Exponentials in place of their logarithms would overflow.
         noise = (-torch.log1p(-noise)).log() - logits
     if allowed is not None:
         noise = noise.masked_fill(~allowed, torch.inf)

@@ -1,4 +1,4 @@
-"""Record how far each written token shifts the network's confidence at its neighbours (Informed Masking, 2609.25927)."""
+"""Record how far each token shifts the network's confidence at its neighbours (Informed Masking, 2609.25927)."""
 
 from __future__ import annotations
 

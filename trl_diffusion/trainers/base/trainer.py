@@ -458,7 +458,7 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
         if self.choices.credit.refreshes and first_of_update and (update, micro_batch) != (0, 0):
             assert self._buffered_inputs is not None
             batches: list[Rows] = self._buffered_inputs
-            self._credit.refresh(batches, self.group_size("train"))
+            self.meter.add("train", self._credit.refresh(batches, self.group_size("train")))
 
     # ---------------------------------------------------------------- likelihood
 
