@@ -28,7 +28,7 @@ class DiffusionGRPOConfig(SamplingArguments, GuardConfig, ResumeConfig, GRPOConf
             `num_generations`: as many as 8 completions hold, at least one.
         per_device_eval_batch_size: the same for evaluations, with `num_generations_eval` if that is given.
         num_mc_samples: Monte-Carlo views per completion and update. Memory does not grow with it, but for methods
-            that need a completion's views together (ESPO, coupled-GRPO, SPG, WDDO).
+            that need a completion's views together (ESPO, GDPO, GDSD, coupled-GRPO, SPG, StableDRL, WDDO).
 
     Raises:
         ValueError: if settings do not fit together, or one cannot work with diffusion sampling.
