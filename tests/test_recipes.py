@@ -298,9 +298,13 @@ def test_the_atpo_config_selects_eight_steps_by_the_hybrid_rule():
 SHARED = {
     "dmpo": ("2510.08233", dict(alpha=0.04, temperature=0.2, num_generations=16, num_iterations=8, num_mc_samples=4)),
     "espo": ("2512.03759", dict(epsilon=0.2, beta=1e-3, denoising_steps=256, num_generations=6, num_iterations=8)),
+    "gdpo": ("2510.08554", dict(epsilon=0.5, beta=0.0, learning_rate=3e-7, num_mc_samples=3, num_iterations=12)),
+    "gdsd": ("2605.29398", dict(psi=10.0, epsilon=4e-4, beta=1e-3, num_generations=16, denoising_steps=256)),
     "coupled_grpo": ("2506.20639", dict(learning_rate=1e-6, beta=0.01, num_generations=10, num_iterations=2)),
     "wd1": ("2507.08838", dict(learning_rate=3e-6, temperature=0.9, num_generations=6, num_iterations=8)),
     "spg": ("2510.09541", dict(bound_power=1.5, mix_weight=0.5, num_mc_samples=2, num_iterations=4)),
+    "stable_drl": ("2603.06743", dict(epsilon=0.2, num_iterations=2, num_generations=16, learning_rate=2e-6)),
+    "stable_espo": ("2603.06743", dict(epsilon=0.2, beta=1e-3, denoising_steps=256, num_iterations=8)),
     "uni_grpo": ("2505.15809", dict(epsilon=0.2, min_mask_rate=0.1, max_mask_rate=0.9, num_mc_samples=1)),
     "tracerl": ("2509.06949", dict(shrink=8, num_mc_samples=16, epsilon=0.2, beta=0.01)),
 }
@@ -312,7 +316,7 @@ def test_every_method_has_its_configs():
         for folder in ("embedded", "llada_8b", "sdar_8b")
     }
     methods = METHODS
-    expected = {*methods, "agrpo_qlora"}
+    expected = {*methods, "agrpo_qlora", "spg_informed"}
     assert named == {"embedded": expected, "llada_8b": expected - {"dipo"}, "sdar_8b": {"dipo"}}
     own_script = {path.stem.removeprefix("gsm8k_") for path in (ROOT / "recipes").glob("gsm8k_*.py")}
     assert {*SHARED, "dipo"} == set(methods) - own_script
@@ -341,7 +345,9 @@ def test_llada_configs_of_the_shared_recipe_name_their_method_and_keep_the_paper
     expected = SHARED[name][1]
     assert {field: getattr(config, field) for field in expected} == expected
     assert (config.max_completion_length, config.block_length, config.unmasking) == (256, 32, "low_confidence")
-    assert (config.max_grad_norm, model.lora_r, model.lora_alpha, model.lora_dropout) == (0.2, 128, 64, 0.0)
+    assert config.max_grad_norm == 0.2 and model.use_peft == (name != "stable_drl")  # which trains all weights
+    if model.use_peft:
+        assert (model.lora_r, model.lora_alpha, model.lora_dropout) == (128, 64, 0.0)
 
 
 def test_the_sdar_config_names_dipo_and_keeps_the_papers_settings():
