@@ -53,6 +53,7 @@ class RunArguments:
     eval_entropy_bound: float | None = with_default("entropy_bound", None)
     eval_cache: str = with_default("cache", "auto")
     eval_cache_refresh: int = with_default("cache_refresh", 0)
+    eval_fallback: str = with_default("fallback", "surest")
 
     dry_run: bool = field(
         default=False, metadata={"help": "Load everything, check it, print the start-up report and stop."}

@@ -326,6 +326,7 @@ class DiffusionLM(HasFamily, WholeWeights):
             entropy_bound: commit positions up to this much entropy, in nats.
             cache: keys and values to reuse between steps.
             cache_refresh: steps between two full forwards with an approximate cache.
+            fallback: what commits where nothing reaches `confidence_threshold`, `surest` or `leftmost`.
 
         Returns:
             Long [B · n, P + L], prompts followed by their completions (the pad id after the id that ends a text), or

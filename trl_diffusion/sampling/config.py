@@ -10,6 +10,7 @@ from trl_diffusion.sampling.unmasking import RULES
 from trl_diffusion.validation import one_of
 
 CACHES = ("auto", "none", "prefix", "dual", "block")
+FALLBACKS = ("surest", "leftmost")
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,10 @@ class SamplingConfig:
         record_support: record the ids that each token could be drawn from. Turn it off only where completions are all
             that is kept: without them a trajectory drawn with `top_k` or `top_p` cannot be scored again.
         confidence_threshold: commit every position whose largest probability (temperature 1, full vocabulary) reaches
-            this, and at least as many as the schedule demands; needs `unmasking="max_prob"`. A block then ends as
-            soon as it is written, and `denoising_steps` is the most that is taken; with as many steps as positions,
-            the schedule demands one token a step (2505.22618).
+            this, and at least as many as the schedule demands; needs `unmasking="max_prob"`, or `low_confidence`,
+            which looks at the probability of the drawn token instead. A block then ends as soon as it is written, and
+            `denoising_steps` is the most that is taken; with as many steps as positions, the schedule demands one
+            token a step (2505.22618).
         entropy_bound: commit the positions of lowest entropy as long as the entropies of all but the largest add up
             to at most this, in nats, and at least as many as the schedule demands; needs `unmasking="entropy"`
             (2505.24857).
@@ -48,6 +50,8 @@ class SamplingConfig:
             to the end of the canvas (`prefix`) or those of the block alone (`dual`).
         cache_refresh: with `prefix` and `dual`, compute all columns again every `cache_refresh` steps of a block; 0
             computes them at the first step only.
+        fallback: with `confidence_threshold`, the positions that commit where fewer reach it than the schedule
+            demands: the `surest` of the others, or the `leftmost` (2609.39859).
 
     Raises:
         ValueError: if a setting is out of its range, or one rules out another.
@@ -66,6 +70,7 @@ class SamplingConfig:
     entropy_bound: float | None = None
     cache: str = "auto"
     cache_refresh: int = 0
+    fallback: str = "surest"
 
     def __post_init__(self) -> None:
         if min(self.canvas_length, self.denoising_steps, self.block_length) < 1:
@@ -100,15 +105,22 @@ class SamplingConfig:
         self._check_cache()
 
     def _check_parallel(self) -> None:
-        rules = {rule.parallel: name for name, rule in RULES.items() if rule.parallel is not None}
-        given = [name for name in rules if vars(self)[name] is not None]
+        bounds = dict.fromkeys(rule.parallel for rule in RULES.values() if rule.parallel is not None)
+        given = [name for name in bounds if vars(self)[name] is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are two rules for the same thing: set one.")
         for name in given:
-            if self.unmasking != rules[name]:
+            rules = [repr(rule) for rule in RULES if RULES[rule].parallel == name]
+            if repr(self.unmasking) not in rules:
                 raise ValueError(
-                    f"{name} commits positions in the order of unmasking={rules[name]!r}; got {self.unmasking!r}."
+                    f"{name} commits positions in the order of unmasking={' or '.join(rules)}; got {self.unmasking!r}."
                 )
+        one_of("fallback", self.fallback, FALLBACKS)
+        if self.fallback == "leftmost" and self.confidence_threshold is None:
+            raise ValueError(
+                "fallback='leftmost' says which position commits where none reaches the confidence_threshold, and "
+                "there is none. Set confidence_threshold, or leave fallback out."
+            )
         if self.confidence_threshold is not None and not 0 < self.confidence_threshold <= 1:
             raise ValueError(f"confidence_threshold must lie in (0, 1], got {self.confidence_threshold}.")
         if self.entropy_bound is not None and not self.entropy_bound >= 0:

@@ -171,6 +171,9 @@ class _Rollout:
             self.support = torch.full((batch, length, config.top_k), -1, dtype=torch.int32, device=device)
         self.step_entropy: torch.Tensor | None = None
         self.step_margin: torch.Tensor | None = None
+        self.forced: torch.Tensor | None = None
+        if config.parallel:
+            self.forced = torch.zeros(batch, config.denoising_steps, dtype=torch.bool, device=device)
         if config.record_signals:
             self.step_entropy = torch.zeros(batch, config.denoising_steps, device=device)
             self.step_margin = torch.zeros(batch, config.denoising_steps, device=device)
@@ -255,6 +258,7 @@ class _Rollout:
                 order_noise=self.order_noise[rows, self.block[rows]].gather(1, offsets),
                 logits=logits,
                 bound=self.config.parallel_bound,
+                leftmost=self.config.fallback == "leftmost",
                 draw=lambda logits: draw_everywhere(logits, self._noise(rows, step, offsets), self.config),
             )
         )
@@ -262,9 +266,11 @@ class _Rollout:
         # Without logits of all candidates the LM head runs at the chosen positions only.
         at_chosen = self._logits(rows, chosen) if logits is None else take(logits, choice.slots)
         self._commit(rows, step, chosen, choice.counts, self._tokens_at(rows, chosen, at_chosen, choice))
+        at = (rows, self.block[rows] * self.config.steps_per_block + step)
+        if self.forced is not None:
+            self.forced[at] = choice.forced
         if self.step_entropy is not None and self.step_margin is not None:
             assert logits is not None
-            at = (rows, self.block[rows] * self.config.steps_per_block + step)
             self.step_entropy[at], self.step_margin[at] = step_signals(logits, is_masked)
 
     def _tokens_at(
@@ -317,4 +323,5 @@ class _Rollout:
             forwards=self.forwards.forwards,
             sync_forwards=self.forwards.sync_forwards,
             prompt_columns=torch.full_like(self.row_forwards, self.forwards.input_ids.size(1)),
+            forced=self.forced,
         )

@@ -36,6 +36,8 @@ class Trajectory:
             if they are not known.
         given: bool [B, L], text that was put on the canvas beforehand: shown in every view, never a target; `None` for
             none.
+        forced: bool [B, S], steps at which fewer positions reached the confidence threshold (or entropy bound) than
+            the schedule demands, so that others committed; `None` without one.
     """
 
     completion_ids: torch.Tensor
@@ -52,6 +54,7 @@ class Trajectory:
     sync_forwards: int
     prompt_columns: torch.Tensor | None = None
     given: torch.Tensor | None = None
+    forced: torch.Tensor | None = None
 
     @classmethod
     def gather(cls, parts: Sequence[Trajectory], rows: torch.Tensor) -> Trajectory:

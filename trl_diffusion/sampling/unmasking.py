@@ -38,11 +38,14 @@ class Candidates:
     """The masked positions of R rows from which one denoising step chooses, m per row.
 
     Args:
-        is_masked: bool [R, m], false where a row has fewer than m masked positions.
+        is_masked: bool [R, m], false where a row has fewer than m masked positions, which come first and from left to
+            right.
         min_commits: long [R], tokens that each row must commit at this step.
         order_noise: float64 [R, m], uniform; the same at every step of a block.
         logits: float32 [R, m, V]; `None` if the rule does not read them and no signals are recorded.
         bound: value of the setting that `Rule.parallel` names; `None` if it is not set.
+        leftmost: where fewer positions reach the bound than must commit, the leftmost ones fill up, and not those that
+            come nearest to it.
         draw: draws a token at every candidate.
     """
 
@@ -51,6 +54,7 @@ class Candidates:
     order_noise: torch.Tensor
     logits: torch.Tensor | None
     bound: float | None
+    leftmost: bool
     draw: Callable[[torch.Tensor], Draws]
 
     def read_logits(self) -> torch.Tensor:
@@ -66,11 +70,13 @@ class Choice(NamedTuple):
         slots: long [R, n], indices of candidates, the first to commit first.
         counts: long [R], how many of a row's n slots are committed.
         draws: the tokens, if the rule has drawn them to choose; else they are drawn at the chosen positions.
+        forced: bool [R], fewer positions reached the bound than had to commit; `None` without a bound.
     """
 
     slots: torch.Tensor
     counts: torch.Tensor
     draws: Draws | None = None
+    forced: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -124,13 +130,12 @@ def margin(candidates: Candidates) -> Choice:
 def low_confidence(candidates: Candidates) -> Choice:
     """LLaDA's rule (2502.09992): draw a token everywhere and commit those with the largest probability.
 
-    The choice of positions depends on the tokens, so committed tokens are mostly modes, and the recorded
-    log-probability is not that of the policy.
+    With a bound, commit all tokens whose probability reaches it. The choice of positions depends on the tokens, so
+    committed tokens are mostly modes, and the recorded log-probability is not that of the policy.
     """
     draws = candidates.draw(candidates.read_logits())
-    confidence = draws.confidence.masked_fill(~candidates.is_masked, -1.0)
-    slots = confidence.topk(int(candidates.min_commits.max()), dim=1).indices
-    return Choice(slots, candidates.min_commits, draws)
+    choice = _most_certain(candidates, draws.confidence, lambda sorted_, bound: (sorted_ >= bound).sum(1))
+    return choice._replace(draws=draws)
 
 
 RULES: dict[str, Rule] = {
@@ -138,7 +143,7 @@ RULES: dict[str, Rule] = {
     "max_prob": Rule(max_prob, "largest top probability", parallel="confidence_threshold"),
     "entropy": Rule(entropy, "lowest entropy", parallel="entropy_bound"),
     "margin": Rule(margin, "largest gap between the two largest probabilities"),
-    "low_confidence": Rule(low_confidence, "LLaDA's rule, biased", redraws=True),
+    "low_confidence": Rule(low_confidence, "LLaDA's rule, biased", redraws=True, parallel="confidence_threshold"),
 }
 
 
@@ -161,8 +166,12 @@ def _most_certain(
         return Choice(slots, candidates.min_commits)
     # The bound can let any number of positions commit, so all are sorted.
     certainty, slots = certainty.sort(dim=1, descending=True)
-    counts = candidates.min_commits.maximum(count(certainty, candidates.bound))
-    return Choice(slots[:, : int(counts.max())], counts)
+    reached = count(certainty, candidates.bound)
+    counts = candidates.min_commits.maximum(reached)
+    if candidates.leftmost:
+        reaches = slots.argsort(1) < reached.unsqueeze(1)
+        slots = (~reaches).int().argsort(dim=1, stable=True)  # candidates come from left to right
+    return Choice(slots[:, : int(counts.max())], counts, forced=reached < candidates.min_commits)
 
 
 def _within_entropy(certainty: torch.Tensor, bound: float) -> torch.Tensor:

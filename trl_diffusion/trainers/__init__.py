@@ -9,6 +9,8 @@ from trl_diffusion.trainers.diffu_grpo import DiffuGRPOConfig, DiffuGRPOTrainer
 from trl_diffusion.trainers.dipo import DiPOConfig, DiPOTrainer
 from trl_diffusion.trainers.dmpo import DMPOConfig, DMPOTrainer
 from trl_diffusion.trainers.espo import ESPOConfig, ESPOTrainer
+from trl_diffusion.trainers.fork_grpo import ForkGRPOConfig, ForkGRPOTrainer
+from trl_diffusion.trainers.just_grpo import JustGRPOConfig, JustGRPOTrainer
 from trl_diffusion.trainers.sft import SFTConfig, SFTTrainer
 from trl_diffusion.trainers.spg import SPGConfig, SPGTrainer
 from trl_diffusion.trainers.tracerl import TraceRLConfig, TraceRLTrainer
@@ -29,6 +31,8 @@ METHODS: dict[str, type[DiffusionGRPOTrainer]] = {
     "spg": SPGTrainer,
     "uni_grpo": UniGRPOTrainer,
     "tracerl": TraceRLTrainer,
+    "just_grpo": JustGRPOTrainer,
+    "fork_grpo": ForkGRPOTrainer,
 }
 
 __all__ = [
@@ -49,6 +53,10 @@ __all__ = [
     "DiffusionGRPOTrainer",
     "ESPOConfig",
     "ESPOTrainer",
+    "ForkGRPOConfig",
+    "ForkGRPOTrainer",
+    "JustGRPOConfig",
+    "JustGRPOTrainer",
     "SFTConfig",
     "SFTTrainer",
     "SPGConfig",
