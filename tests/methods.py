@@ -35,6 +35,8 @@ from trl_diffusion.trainers import (
     ForkGRPOTrainer,
     JustGRPOConfig,
     JustGRPOTrainer,
+    MAPGConfig,
+    MAPGTrainer,
     SPGConfig,
     SPGTrainer,
     TraceRLConfig,
@@ -172,6 +174,8 @@ WITHIN_BLOCKS = {"denoising_steps": 8, "num_mc_samples": 0, "num_iterations": 1}
 LEFT_TO_RIGHT = {"block_length": 1, "denoising_steps": 8, "num_mc_samples": 0}
 FORKS = {"denoising_steps": 8, "num_mc_samples": 8}
 EVERY_STEP: dict[str, Any] = {"views": "every", "fresh_views": False}
+POSITIONS = {"denoising_steps": 8, "num_mc_samples": 8, "num_iterations": 1}
+LEFT_OUT: dict[str, Any] = {"credit": "leave_one_out", "compares": {"beta": 0.1}}
 OWN_LOSS: dict[str, Any] = {"applies": ALL_PROPERTIES - {1}, "compares": {}}  # without ratios
 
 METHODS = [
@@ -198,6 +202,16 @@ METHODS = [
         applies=frozenset({2, 4}),  # the choice of steps; all else is as above
     ),
     Method("fork_grpo", ForkGRPOTrainer, ForkGRPOConfig, FORKS, any_rollout=False, **EVERY_STEP),
+    Method("mapg", MAPGTrainer, MAPGConfig, POSITIONS, **EVERY_STEP, **LEFT_OUT),
+    Method(
+        "mapg, merged",
+        MAPGTrainer,
+        MAPGConfig,
+        POSITIONS | {"merged_steps": 2, "num_mc_samples": 4, "unmasking": "low_confidence"},
+        **EVERY_STEP,
+        **LEFT_OUT,
+        many_views={"num_mc_samples": 4},
+    ),
     Method("diffu_grpo", DiffuGRPOTrainer, DiffuGRPOConfig, ONE_UPDATE, views="masked"),
     Method(
         "sapo", DiffuGRPOTrainer, DiffuGRPOConfig, ONE_UPDATE, wrap=step_aware, views="masked", credit="process_reward"

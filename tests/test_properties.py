@@ -167,12 +167,14 @@ def every_step_covers(method: Method, folder) -> None:
     trainer = method.make(folder)
     rows = rollout_of(trainer, "a b", "b a a")
     trajectory, _ = trainer.last_rollout
-    eligible, steps = rows["completion_mask"].bool(), torch.arange(8)
-    learns = (steps < committed_steps(rows)) & taken_steps(trajectory.unmask_step, 8)
+    likelihood = trainer.choices.likelihood
+    eligible, steps = rows["completion_mask"].bool(), torch.arange(8 // likelihood.merge)
+    unmask_step = trajectory.unmask_step // likelihood.merge
+    learns = (steps < committed_steps(rows)) & taken_steps(unmask_step, len(steps))
     if trajectory.forced is not None:
         assert (learns & ~trajectory.forced).any()
         learns &= trajectory.forced
-    if trainer.args.step_share is not None:
+    if likelihood.steps.share is not None:
         of_step = trajectory.entropies  # one token a step, from left to right
         for row in range(len(learns)):
             count = -(-int(learns[row].sum()) // 2)
@@ -180,10 +182,11 @@ def every_step_covers(method: Method, folder) -> None:
             learns[row] = torch.isin(steps, torch.tensor(order[:count]))
     assert learns.any(1).all() and len(learns.sum(1).unique()) > 1
     views = torch.stack([view_of(trainer, rows, 0, view).targets for view in range(num_views(trainer))], 1)
-    of_token = learns.gather(1, trajectory.unmask_step.clamp(min=0).long()) & eligible
+    of_token = learns.gather(1, unmask_step.clamp(min=0).long()) & eligible
     assert torch.equal(views.sum(1), of_token.long())
-    covered, _ = coverage(rows | {"unmask_step": trajectory.unmask_step})
-    claim = 1 / learns.sum(1, keepdim=True) if trainer.args.step_reduction == "mean" else torch.ones(len(learns), 1)
+    assert of_token[unmask_step == 0].any()  # the tokens of the first step too
+    covered, _ = coverage(rows | {"unmask_step": unmask_step})
+    claim = 1 / learns.sum(1, keepdim=True) if likelihood.steps.reduction == "mean" else torch.ones(len(learns), 1)
     torch.testing.assert_close(covered, of_token * claim)
 
 

@@ -303,6 +303,11 @@ SHARED = {
         dict(block_length=1, unmasking="random", max_grad_norm=1.0, num_mc_samples=256, learning_rate=5e-6)
         | dict(num_generations=16, temperature=1.0, weight_decay=0.0, beta=0.0, max_steps=125),
     ),
+    "mapg": (
+        "2607.15200",
+        dict(unmasking="plackett_luce", num_generations=4, num_iterations=12, num_mc_samples=12, denoising_steps=128)
+        | dict(epsilon=3e-4, epsilon_high=4e-4, beta=0.0, temperature=0.9, learning_rate=3e-6),
+    ),
     "fork_grpo": (
         "2609.39859",
         dict(unmasking="max_prob", max_grad_norm=0.5, confidence_threshold=0.8, fallback="leftmost", temperature=0.8)

@@ -54,6 +54,7 @@ class RunArguments:
     eval_cache: str = with_default("cache", "auto")
     eval_cache_refresh: int = with_default("cache_refresh", 0)
     eval_fallback: str = with_default("fallback", "surest")
+    eval_position_temperature: float = with_default("position_temperature", 0.5)
 
     dry_run: bool = field(
         default=False, metadata={"help": "Load everything, check it, print the start-up report and stop."}

@@ -69,6 +69,10 @@ class SamplingArguments:
         default=SamplingConfig.fallback,
         metadata={"help": "What commits where nothing reaches the confidence_threshold: surest or leftmost."},
     )
+    position_temperature: float = field(
+        default=SamplingConfig.position_temperature,
+        metadata={"help": "Temperature at which unmasking=plackett_luce draws positions."},
+    )
 
     def sampling_on(self, canvas_length: int, **others: Any) -> SamplingConfig:
         """Return the checked settings for a canvas; the same settings give the same object.

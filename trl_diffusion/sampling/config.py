@@ -30,6 +30,8 @@ class SamplingConfig:
             `max_prob`, `entropy`, `margin`: where the network's distribution (temperature 1, full vocabulary) has the
             largest top probability, the lowest entropy, the largest gap between its two largest probabilities. The
             token is drawn after its position is chosen, so the recorded log-probability is that of the policy.
+            `plackett_luce`: one after the other, in proportion to the largest probability to the power of
+            1 / `position_temperature`; the trajectory records the log-probability of this choice.
             `low_confidence` is LLaDA's rule: draw a token everywhere and commit those with the largest probability.
             It is biased: committed tokens are mostly modes, and the recorded log-probability is not the policy's.
         record_signals: also record `step_entropy` and `step_margin`; needs the LM head at every masked position of
@@ -52,6 +54,7 @@ class SamplingConfig:
             computes them at the first step only.
         fallback: with `confidence_threshold`, the positions that commit where fewer reach it than the schedule
             demands: the `surest` of the others, or the `leftmost` (2609.39859).
+        position_temperature: τ of `plackett_luce`, > 0. The smaller, the nearer to `max_prob`.
 
     Raises:
         ValueError: if a setting is out of its range, or one rules out another.
@@ -71,6 +74,7 @@ class SamplingConfig:
     cache: str = "auto"
     cache_refresh: int = 0
     fallback: str = "surest"
+    position_temperature: float = 0.5
 
     def __post_init__(self) -> None:
         if min(self.canvas_length, self.denoising_steps, self.block_length) < 1:
@@ -101,6 +105,13 @@ class SamplingConfig:
                 "top_k=150 with top_p=0.99. Where completions are all that is kept, set record_support=False."
             )
         one_of("unmasking", self.unmasking, RULES)
+        if not 0 < self.position_temperature < math.inf:
+            raise ValueError(f"position_temperature must be positive and finite, got {self.position_temperature}.")
+        if self.position_temperature != SamplingConfig.position_temperature and not self.draws_positions:
+            raise ValueError(
+                f"position_temperature={self.position_temperature} would have no effect: unmasking="
+                f"{self.unmasking!r} does not draw positions. Set unmasking='plackett_luce', or leave it out."
+            )
         self._check_parallel()
         self._check_cache()
 
@@ -189,6 +200,11 @@ class SamplingConfig:
     def parallel(self) -> bool:
         """True if the network decides how many tokens a step commits."""
         return self.parallel_bound is not None
+
+    @property
+    def draws_positions(self) -> bool:
+        """True if positions are drawn with a probability that depends on the network."""
+        return RULES[self.unmasking].draws_positions
 
     @property
     def reads_every_mask(self) -> bool:

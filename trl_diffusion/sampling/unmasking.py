@@ -13,10 +13,13 @@ from typing import NamedTuple
 
 import torch
 
-from trl_diffusion.distribution import sum_before
+from trl_diffusion.distribution import ordered_choice, sum_before
 
 # Sums of entropies are multiples of this, in nats: as integers they do not depend on the order of addition.
 _NATS = 2.0**-40
+
+# A uniform of 0 would make its Gumbel noise −∞, and of a masked position one that cannot be chosen.
+_SMALLEST_UNIFORM = 2.0**-54
 
 
 class Draws(NamedTuple):
@@ -44,6 +47,8 @@ class Candidates:
         order_noise: float64 [R, m], uniform; the same at every step of a block.
         logits: float32 [R, m, V]; `None` if the rule does not read them and no signals are recorded.
         bound: value of the setting that `Rule.parallel` names; `None` if it is not set.
+        position_noise: float64 [R, m], uniform and new at every step; `None` unless the rule draws positions.
+        position_temperature: divides the scores that positions are drawn by.
         leftmost: where fewer positions reach the bound than must commit, the leftmost ones fill up, and not those that
             come nearest to it.
         draw: draws a token at every candidate.
@@ -55,6 +60,8 @@ class Candidates:
     logits: torch.Tensor | None
     bound: float | None
     leftmost: bool
+    position_noise: torch.Tensor | None
+    position_temperature: float
     draw: Callable[[torch.Tensor], Draws]
 
     def read_logits(self) -> torch.Tensor:
@@ -71,12 +78,15 @@ class Choice(NamedTuple):
         counts: long [R], how many of a row's n slots are committed.
         draws: the tokens, if the rule has drawn them to choose; else they are drawn at the chosen positions.
         forced: bool [R], fewer positions reached the bound than had to commit; `None` without a bound.
+        logps: float32 [R, n], log-probability of choosing each slot after those before it; `None` if the rule does not
+            draw positions with a probability that depends on the network.
     """
 
     slots: torch.Tensor
     counts: torch.Tensor
     draws: Draws | None = None
     forced: torch.Tensor | None = None
+    logps: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,7 @@ class Rule:
         reads_logits: the rule reads the logits of every candidate, so the LM head runs at all of them. If not, it runs
             at the chosen positions only, which is cheaper for large vocabularies.
         redraws: the rule draws tokens that it does not commit, so a position needs new noise at every step.
+        draws_positions: the rule draws positions with probabilities that depend on the network, which it returns.
         parallel: name of the setting of `SamplingConfig` that lets this rule commit more than `min_commits`.
     """
 
@@ -96,6 +107,7 @@ class Rule:
     words: str
     reads_logits: bool = True
     redraws: bool = False
+    draws_positions: bool = False
     parallel: str | None = None
 
 
@@ -127,6 +139,22 @@ def margin(candidates: Candidates) -> Choice:
     return _most_certain(candidates, top[..., 0] - top[..., 1])
 
 
+def plackett_luce(candidates: Candidates) -> Choice:
+    """Draw positions one after the other, each in proportion to its largest probability to the power of 1/τ.
+
+    Adding Gumbel noise to the scores and sorting them draws such an order (1903.06059). Positions are drawn before
+    tokens, so the log-probability of a step is that of its positions plus that of its tokens.
+    """
+    logits, noise = candidates.read_logits(), candidates.position_noise
+    assert noise is not None
+    scores = (logits.amax(-1) - logits.logsumexp(-1)) / candidates.position_temperature
+    gumbel = -(-noise.clamp(min=_SMALLEST_UNIFORM).log()).log()
+    order = (scores + gumbel).masked_fill(~candidates.is_masked, -torch.inf).argsort(dim=1, descending=True)
+    logps = ordered_choice(scores.gather(1, order), candidates.is_masked.gather(1, order))
+    most = int(candidates.min_commits.max())
+    return Choice(order[:, :most], candidates.min_commits, logps=logps[:, :most])
+
+
 def low_confidence(candidates: Candidates) -> Choice:
     """LLaDA's rule (2502.09992): draw a token everywhere and commit those with the largest probability.
 
@@ -143,6 +171,7 @@ RULES: dict[str, Rule] = {
     "max_prob": Rule(max_prob, "largest top probability", parallel="confidence_threshold"),
     "entropy": Rule(entropy, "lowest entropy", parallel="entropy_bound"),
     "margin": Rule(margin, "largest gap between the two largest probabilities"),
+    "plackett_luce": Rule(plackett_luce, "drawn in proportion to the largest probability", draws_positions=True),
     "low_confidence": Rule(low_confidence, "LLaDA's rule, biased", redraws=True, parallel="confidence_threshold"),
 }
 

@@ -11,6 +11,7 @@ from trl_diffusion.trainers.dmpo import DMPOConfig, DMPOTrainer
 from trl_diffusion.trainers.espo import ESPOConfig, ESPOTrainer
 from trl_diffusion.trainers.fork_grpo import ForkGRPOConfig, ForkGRPOTrainer
 from trl_diffusion.trainers.just_grpo import JustGRPOConfig, JustGRPOTrainer
+from trl_diffusion.trainers.mapg import MAPGConfig, MAPGTrainer
 from trl_diffusion.trainers.sft import SFTConfig, SFTTrainer
 from trl_diffusion.trainers.spg import SPGConfig, SPGTrainer
 from trl_diffusion.trainers.tracerl import TraceRLConfig, TraceRLTrainer
@@ -33,6 +34,7 @@ METHODS: dict[str, type[DiffusionGRPOTrainer]] = {
     "tracerl": TraceRLTrainer,
     "just_grpo": JustGRPOTrainer,
     "fork_grpo": ForkGRPOTrainer,
+    "mapg": MAPGTrainer,
 }
 
 __all__ = [
@@ -57,6 +59,8 @@ __all__ = [
     "ForkGRPOTrainer",
     "JustGRPOConfig",
     "JustGRPOTrainer",
+    "MAPGConfig",
+    "MAPGTrainer",
     "SFTConfig",
     "SFTTrainer",
     "SPGConfig",

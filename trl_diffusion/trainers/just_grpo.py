@@ -64,9 +64,12 @@ class JustGRPOConfig(TrajectoryGRPOConfig):
             shares = {"all": 1.0, "top_entropy": self.step_share or FAST_SHARE}
             self.num_mc_samples = math.ceil(shares.get(self.step_draws, FAST_SHARE) * self.max_completion_length)
         super().__post_init__()
-        leftwards = {"block_length": 1, "denoising_steps": self.max_completion_length}
-        leftwards |= {"confidence_threshold": None, "entropy_bound": None}
-        for name, needed in leftwards.items():
+        for name, needed in (
+            ("block_length", 1),
+            ("denoising_steps", self.max_completion_length),
+            ("confidence_threshold", None),
+            ("entropy_bound", None),
+        ):
             if getattr(self, name) != needed:
                 raise ValueError(
                     f"JustGRPO writes one token a step from left to right, which needs {name}={needed}; got "

@@ -45,6 +45,7 @@ DMPO = NOISED | dict(num_mc_samples=2, alpha=0.5)
 
 # One token a step, so more steps than the others take.
 LEFT_TO_RIGHT = dict(num_iterations=2, block_length=1, denoising_steps=CANVAS_LENGTH)
+POSITIONS = dict(num_iterations=2, num_mc_samples=4, epsilon=0.2, epsilon_high=0.2)
 FORKS = dict(num_iterations=2, num_mc_samples=8, denoising_steps=CANVAS_LENGTH)
 
 
@@ -140,6 +141,8 @@ ARMS: dict[str, Arm] = {
     "just_grpo_drawn": _tuned("just_grpo", 1e-4, **LEFT_TO_RIGHT, step_draws="entropy"),
     "fork_grpo": _tuned("fork_grpo", 1e-4, **FORKS),
     "fork_grpo_drawn_token": _tuned("fork_grpo", 1e-4, **FORKS, unmasking="low_confidence"),
+    "mapg": _tuned("mapg", 1e-4, **POSITIONS),
+    "mapg_step_merge": _tuned("mapg", 1e-4, **POSITIONS, merged_steps=2, unmasking="low_confidence"),
     "agrpo_prefix": _cached("prefix", "recompute"),
     "agrpo_dual": _cached("dual", "recompute"),
     "agrpo_prefix_behaviour": _cached("prefix", "behaviour"),
