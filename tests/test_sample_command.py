@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from documentation import ROOT, blocks_of, commands
+from PIL import Image, ImageChops, ImageStat
 from rich.console import Console
 from tiny import tiny_model, tiny_sdar, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -55,7 +56,7 @@ def cpu(monkeypatch):
     ],
 )
 def test_words_are_model_and_prompt(line, model, prompt, monkeypatch):
-    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.chdir(ROOT)
     args = sample.parse(line)
     assert (args.model_name_or_path, args.prompt) == (model, prompt)
     assert args.save == [word for word in line if word.endswith((".gif", ".HTML"))]
@@ -233,3 +234,26 @@ def test_a_conversation(monkeypatch, capsys, tmp_path):
     for problem in ("no answer to keep yet", "canvas of 32 does not fit", "There is no /sav;", "got 'a.png'"):
         assert problem in shown.out.replace("\n", " ")
     assert (tmp_path / "a.html").is_file()
+
+
+# ---------------------------------------------------------------- the animation of the documentation
+
+
+def test_the_animation_is_made_by_the_command_beside_it(tmp_path):
+    (command,) = [
+        words
+        for block in blocks_of(ROOT / "docs" / "pages" / "viewing.md")
+        if block.language == "bash"
+        for words in commands(block.code)
+        if "docs/pages/images/denoising.gif" in words
+    ]
+    made, shown = tmp_path / "made.gif", ROOT / "docs" / "pages" / "images" / "denoising.gif"
+    sample.main([str(made) if word.endswith(".gif") else word for word in command[2:]])
+    with Image.open(made) as new, Image.open(shown) as old:
+        assert (new.n_frames, new.size) == (old.n_frames, old.size) and new.n_frames == 17
+        for number in range(new.n_frames):
+            new.seek(number), old.seek(number)
+            assert new.info["duration"] == old.info["duration"]
+            difference = ImageChops.difference(new.convert("RGB"), old.convert("RGB"))
+            assert max(ImageStat.Stat(difference).mean) < 1  # fonts and palettes may differ a little
+    assert shown.stat().st_size <= 400_000
