@@ -87,12 +87,10 @@ class GroupCredit(Credit):
     Args:
         centring: see `Credit.centre`; `None` keeps TRL's advantages.
         weighing: see `Credit.weigh`; `None` keeps the advantages.
-        only_scored: see `Credit`.
     """
 
     centring: GroupFunction | None = None
     weighing: GroupFunction | None = None
-    only_scored: bool = False
 
     def centre(self, advantages: torch.Tensor) -> torch.Tensor:
         return advantages if self.centring is None else self.centring(advantages)

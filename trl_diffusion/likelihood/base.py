@@ -69,7 +69,7 @@ class Likelihood:
         independent_halves: the first and the second half of the views are two independent, unbiased ELBO estimates.
         estimates: `estimate` gives the log-likelihood of a completion.
         needs_signals: the rollout must record entropy and confidence margin of every denoising step.
-        shift_window: the rollout must record confidence shifts within so many positions; 0 for none.
+        shift_window: the rollout must record confidence shifts within so many positions; `None` for none.
     """
 
     num_views: int
@@ -84,7 +84,7 @@ class Likelihood:
     independent_halves: bool = False
     estimates: bool = True
     needs_signals: bool = False
-    shift_window: int = 0
+    shift_window: int | None = None
 
     def check_family(self, family: DiffusionFamily, name: str) -> None:
         """Refuse a model whose attention does not go with the views.

@@ -129,17 +129,14 @@ class SubsetPairs(Noise):
     Args:
         pairs: V / 2.
         informed: bias of the masks. The second of a pair is then biased alike, and no complement.
-        elbo: the estimate is that of the ELBO; else the sum of the tokens' log-probabilities, each once (GDSD,
-            2605.29398).
     """
 
     pairs: int
     informed: InformedMasking | None = None
-    elbo: bool = True
 
     def __post_init__(self) -> None:
         self.num_views, self.samples = 2 * self.pairs, self.pairs
-        self.independent_halves = self.pairs % 2 == 0 and self.informed is None and self.elbo
+        self.independent_halves = self.pairs % 2 == 0 and self.informed is None
 
     def draw(self, rollout: Rollout, update: int) -> NoisePlan:
         length = rollout.trajectory.completion_ids.size(1)
@@ -153,8 +150,7 @@ class SubsetPairs(Noise):
         return opposed_subsets(counts, noise, self.informed.logits(rollout))
 
     def estimate(self, logps: torch.Tensor, views: ScoredViews) -> torch.Tensor:
-        """The mean over pairs of the ELBO's estimate, or of Σ log p."""
-        return elbo_of_pairs(logps, views.targets) if self.elbo else 2 * logps.sum(-1).mean(1)
+        return elbo_of_pairs(logps, views.targets)
 
     def scored_share(self, length: int) -> float:
         return 0.5  # a pair scores the canvas once

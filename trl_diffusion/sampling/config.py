@@ -53,8 +53,8 @@ class SamplingConfig:
         cache_refresh: with `prefix` and `dual`, compute all columns again every `cache_refresh` steps of a block; 0
             computes them at the first step only.
         shift_window: record how far each token shifts the confidence at masked positions of its block that are at
-            most so far away, see `Trajectory.confidence_shift`; 0 records none. It costs no forward, but the LM head
-            then runs at every masked position of the block.
+            most so far away, see `Trajectory.confidence_shift`; `None` records none. It costs no forward, but the LM
+            head then runs at every masked position of the block.
         fallback: with `confidence_threshold`, the positions that commit where fewer reach it than the schedule
             demands: the `surest` of the others, or the `leftmost` (2609.39859).
         position_temperature: τ of `plackett_luce`, > 0. The smaller, the nearer to `max_prob`.
@@ -76,7 +76,7 @@ class SamplingConfig:
     entropy_bound: float | None = None
     cache: str = "auto"
     cache_refresh: int = 0
-    shift_window: int = 0
+    shift_window: int | None = None
     fallback: str = "surest"
     position_temperature: float = 0.5
 
@@ -108,7 +108,8 @@ class SamplingConfig:
                 f"top_p={self.top_p} needs top_k > 0, so that the recorded support stays small; the AGRPO paper uses "
                 "top_k=150 with top_p=0.99. Where completions are all that is kept, set record_support=False."
             )
-        at_least("shift_window", self.shift_window, 0)
+        if self.shift_window is not None:
+            at_least("shift_window", self.shift_window, 1)
         one_of("unmasking", self.unmasking, RULES)
         if not 0 < self.position_temperature < math.inf:
             raise ValueError(f"position_temperature must be positive and finite, got {self.position_temperature}.")
@@ -214,7 +215,7 @@ class SamplingConfig:
     @property
     def reads_every_mask(self) -> bool:
         """True if a step needs the logits of every masked position of the block, not of those alone it commits."""
-        return self.record_signals or self.shift_window > 0 or RULES[self.unmasking].reads_logits
+        return self.record_signals or self.shift_window is not None or RULES[self.unmasking].reads_logits
 
     @property
     def num_blocks(self) -> int:

@@ -198,7 +198,7 @@ class _Rollout:
         if config.record_signals:
             self.step_entropy = torch.zeros(batch, config.denoising_steps, device=device)
             self.step_margin = torch.zeros(batch, config.denoising_steps, device=device)
-        self.shifts = ShiftRecorder(batch, config, device) if config.shift_window else None
+        self.shifts = None if config.shift_window is None else ShiftRecorder(batch, config, device)
 
     def _any_rank(self, here: bool) -> bool:
         """All-reduced "any" over the ranks that share the weights; `here` alone if none do."""
