@@ -13,7 +13,7 @@ import faulthandler
 import gc
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -38,6 +38,7 @@ from trl_diffusion.models import LLaDAModelLM
 from trl_diffusion.runtime import rollouts as engine
 from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.trainers import TrajectoryGRPOTrainer
+from trl_diffusion.trainers.held_out_samples import HeldOutSamples
 
 
 @dataclass(frozen=True)
@@ -235,8 +236,9 @@ def run(name: str, case: Case, backend: str, model: str, out: Path) -> None:
         close(first, backend)
     trainer = make_trainer(case, backend, model, folder)
     check_processes(trainer, backend)
+    held_out = Dataset.from_dict({"prompt": PROMPTS[: case.held_out]})
     accuracy = AccuracyCallback(
-        trainer, Dataset.from_dict({"prompt": PROMPTS[: case.held_out]}), accuracy_of_one_step, every=1
+        trainer, held_out, accuracy_of_one_step, every=1, samples=HeldOutSamples(folder, count=2)
     )
     if case.held_out:
         trainer.add_callback(accuracy)
@@ -258,6 +260,7 @@ def run(name: str, case: Case, backend: str, model: str, out: Path) -> None:
         "backward_passes_and_updates": len(snapshots) - 1,
         "passes": trainer.num_backwards(),
         "accuracy": [(step, measured.correct, measured.total) for step, measured in accuracy.history],
+        "held-out samples": [*accuracy.samples.kept],
         "changes": sum(differ(a, b) for a, b in pairwise(snapshots)),
         "trainer_steps": trainer.state.global_step,
         "engine_steps": trainer.model_wrapped.global_steps if zero else None,
@@ -302,7 +305,7 @@ def changed(checkpoint: str) -> LLaDAModelLM:
     return model
 
 
-def accuracy_of_one_step(model, dataset: Dataset) -> Estimate:
+def accuracy_of_one_step(model, dataset: Dataset, on_sample: Callable) -> Estimate:
     """Measure accuracy on canvases that a single forward writes, the fewest there can be."""
     return evaluate_accuracy(
         model,
@@ -311,6 +314,7 @@ def accuracy_of_one_step(model, dataset: Dataset) -> Estimate:
         lambda text, row: True,
         decoding=SamplingConfig(4, 1, 4, temperature=0.0, unmasking="max_prob"),
         progress=False,
+        on_sample=on_sample,
     )
 
 

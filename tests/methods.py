@@ -31,8 +31,16 @@ from trl_diffusion.trainers import (
     DMPOTrainer,
     ESPOConfig,
     ESPOTrainer,
+    GDPOConfig,
+    GDPOTrainer,
+    GDSDConfig,
+    GDSDTrainer,
     SPGConfig,
     SPGTrainer,
+    StableDRLConfig,
+    StableDRLTrainer,
+    StableESPOConfig,
+    StableESPOTrainer,
     TraceRLConfig,
     TraceRLTrainer,
     TrajectoryGRPOConfig,
@@ -68,8 +76,8 @@ class Method:
         wrap: turns the reward function into another one, as a `StepAwareReward` does.
         views: what its views show, and so what they must cover: `drawn` denoising steps, steps `chosen` or `sampled`
             by a selector, the `masked` canvas, masks at a random `rate`, complementary `pairs`, `coupled` pairs
-            besides the masked canvas, random `blocks` or subsets of the `text`, `groups` of denoising steps, or groups
-            of those `within` every block.
+            besides the masked canvas, subsets of fixed `sizes`, random `blocks` or subsets of the `text`, `groups` of
+            denoising steps, or groups of those `within` every block.
         fresh_views: every inner update has views of its own.
         credit: what it makes of the rewards: the `outcome`, the outcome `by_length` of the text, the outcome and a
             `process_reward`, the `leave_one_out` advantage, the `z_score`, or weights, a `softmax` or an
@@ -202,10 +210,51 @@ METHODS = [
         compares={"beta": 0.1},
         **IN_PAIRS,
     ),
+    Method("gdpo", GDPOTrainer, GDPOConfig, ONE_UPDATE, views="sizes", compares={"beta": 0.1}),
+    Method(
+        "gdsd",
+        GDSDTrainer,
+        GDSDConfig,
+        # the release's range of 4e-4 would leave a second update of a rollout nothing to learn at this learning rate
+        PAIRS | {"psi": 1.0, "epsilon": 0.5},
+        views="pairs",
+        credit="leave_one_out",
+        compares={"beta": 0.1},
+        **IN_PAIRS,
+    ),
     Method("wd1", WD1Trainer, WD1Config, ONE_UPDATE, views="masked", credit="opposed_softmax", **OWN_LOSS),
     Method("spg", SPGTrainer, SPGConfig, PAIR, views="blocks", credit="by_length", **OWN_LOSS),
     Method(
         "spg, random", SPGTrainer, SPGConfig, PAIR | {"noise": "random"}, views="text", credit="by_length", **OWN_LOSS
+    ),
+    Method(
+        "spg, informed",
+        SPGTrainer,
+        SPGConfig,
+        PAIR | {"mask_bias": "informed", "mask_window": 2, "denoising_steps": 8},
+        views="blocks",
+        credit="by_length",
+        **OWN_LOSS,
+    ),
+    Method(
+        "stable_drl",
+        StableDRLTrainer,
+        StableDRLConfig,
+        # two updates a rollout, so that weights change where backends are compared over three updates
+        {"num_mc_samples": 2, "num_iterations": 2},
+        views="blocks",
+        **OWN_LOSS,
+    ),
+    Method(
+        "stable_espo",
+        StableESPOTrainer,
+        StableESPOConfig,
+        PAIR | {"num_iterations": 2},
+        views="pairs",
+        credit="leave_one_out",
+        applies=ALL_PROPERTIES - {1},
+        compares={"beta": 0.1},
+        **IN_PAIRS,
     ),
     Method(
         "tracerl",

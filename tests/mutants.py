@@ -63,6 +63,13 @@ MUTANTS = [
         f"{LOSSES} -k left_out_of_its_group",
     ),
     Mutant(
+        "credit: weights of completions are clipped above alone",
+        "credit/stable_weights.py",
+        ".clamp(1 - low, 1 + high)",
+        ".clamp(max=1 + high)",
+        "tests/test_stable_drl.py -k weights_by_hand",
+    ),
+    Mutant(
         "credit: one step too many may learn",
         "credit/step_choice.py",
         "steps < self.count.unsqueeze(1)",
@@ -119,6 +126,27 @@ MUTANTS = [
         "tests/test_likelihood_enumeration.py -k every_noise",
     ),
     Mutant(
+        "likelihood: sizes of a quadrature's subsets are rounded down",
+        "likelihood/plans.py",
+        "(times * length + 0.5 + noise)",
+        "(times * length + 0.0 * noise)",
+        "tests/test_gdpo.py -k rounding",
+    ),
+    Mutant(
+        "likelihood: informed masks hide the tokens that shifted most",
+        "likelihood/informed.py",
+        "scaled = (high - parts)",
+        "scaled = (parts - low)",
+        "tests/test_informed_masking.py -k by_hand",
+    ),
+    Mutant(
+        "likelihood: the second mask of an informed pair is the complement",
+        "likelihood/plans.py",
+        "masked = _in_pairs(first.masked, second.masked)",
+        "masked = _in_pairs(first.masked, ~first.masked)",
+        "tests/test_informed_masking.py -k biased_alike",
+    ),
+    Mutant(
         "likelihood: SPG scores the other set of tokens",
         "likelihood/noises.py",
         "plan.masked if self.all_masked else plan.targets",
@@ -159,6 +187,13 @@ MUTANTS = [
         "((elbo - old) / length).exp()",
         "(elbo - old).exp()",
         f"{COMPOSED} -k own_steps_is_its_formula",
+    ),
+    Mutant(
+        "loss: the log-ratio that is fitted is that of the whole completion",
+        "losses/log_ratio_regression.py",
+        " / inputs.logps.size(-1)",
+        "",
+        "tests/test_gdsd.py -k per_token",
     ),
     Mutant(
         "loss: clipped to the wrong side",
@@ -271,6 +306,13 @@ MUTANTS = [
         "baseline = weights(-group.advantages)",
         "baseline = weights(group.advantages)",
         f"{LOSSES} -k baselines_by_hand",
+    ),
+    Mutant(
+        "sampling: tokens just written count among those that a shift is seen at",
+        "sampling/shifts.py",
+        "(confidence - before).abs() * masked",
+        "(confidence - before).abs()",
+        "tests/test_informed_masking.py -k stored_canvases",
     ),
     Mutant(
         "sampling: positions of lowest probability are committed first",

@@ -31,12 +31,21 @@ from trl_diffusion.likelihood import (
     FullMask,
     Likelihood,
     MaskedViews,
+    QuadratureSubsets,
     ReplayViews,
     SubsetPairs,
     TextSubsets,
     TrajectoryViews,
 )
-from trl_diffusion.losses import Contrast, Loss, SandwichedBound, SequenceRatio, TokenRatio, WeightedLikelihood
+from trl_diffusion.losses import (
+    Contrast,
+    LogRatioRegression,
+    Loss,
+    SandwichedBound,
+    SequenceRatio,
+    TokenRatio,
+    WeightedLikelihood,
+)
 from trl_diffusion.runtime.earlier_buffers import upgrade
 from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.trainers import DiffusionGRPOConfig, DiffusionGRPOTrainer
@@ -56,6 +65,7 @@ LIKELIHOODS: dict[str, Callable[[], Likelihood]] = {
     "masks and complements": lambda: MaskedViews(Bernoulli(4, 0.1, 0.9, complements=True), "canvas"),
     "subset pair": lambda: MaskedViews(SubsetPairs(1), "canvas"),
     "subset pairs": lambda: MaskedViews(SubsetPairs(2), "canvas"),
+    "subsets of fixed sizes": lambda: MaskedViews(QuadratureSubsets(3, 0.15), "canvas"),
     "subsets of a block": lambda: MaskedViews(TextSubsets(2, 4, 0.15)),
     "subsets of the text": lambda: MaskedViews(TextSubsets(2)),
     "coupled": lambda: CoupledViews(CoupledMasks(1, 0.2, 0.8)),
@@ -67,6 +77,7 @@ LOSSES: dict[str, Callable[[], Loss]] = {
     "mean likelihood": lambda: WeightedLikelihood("mean"),
     "bounds": SandwichedBound,
     "contrast": Contrast,
+    "log-ratio regression": lambda: LogRatioRegression(1.0, 0.5, 0.5),
 }
 NO_ESTIMATE = "gives none: it averages over chosen steps"
 NO_SUBSETS = "masks what the denoising steps left"
@@ -75,6 +86,8 @@ REFUSED = {
     ("drawn steps, mean", "sequence ratio"): NO_ESTIMATE,
     ("selected steps", "sequence ratio"): NO_ESTIMATE,
     **{(name, "bounds"): NO_SUBSETS for name in LIKELIHOODS if "steps" in name or name == "replay"},
+    ("drawn steps, mean", "log-ratio regression"): NO_ESTIMATE,
+    ("selected steps", "log-ratio regression"): NO_ESTIMATE,
     **{(name, "contrast"): NO_HALVES for name in LIKELIHOODS if name != "subset pairs"},
 }
 
@@ -230,6 +243,12 @@ def test_sequence_ratio_on_the_rollouts_own_steps_is_its_formula(model, views, l
             {"epsilon": 0.3},
             ValueError,
             "epsilon=0.3 would have no effect: the loss of SequenceRatio",
+        ),
+        (
+            {"likelihood": MaskedViews(QuadratureSubsets(8)), "loss": LogRatioRegression(samples=2)},
+            {},
+            ValueError,
+            r"divides the views into 2 parts .* MaskedViews\(noise=QuadratureSubsets.* has 1\. Set samples=1",
         ),
         (
             {"likelihood": TrajectoryViews(DrawnSteps(2), SAMPLING)},

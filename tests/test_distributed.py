@@ -212,8 +212,11 @@ def test_a_process_with_nothing_to_probe_waits_for_nobody(backend, launched):
 
 @on(CASES["accuracy on one process"].backends)
 def test_a_process_without_held_out_rows_waits_for_nobody(backend, launched):
-    for rank in launched(backend).ranks("accuracy on one process"):
+    first, *others = launched(backend).ranks("accuracy on one process")
+    for rank in (first, *others):
         assert rank["accuracy"] == [(0, 1, 1), (1, 1, 1), (2, 1, 1)]
+    assert first["held-out samples"] == [(0, 0), (1, 0), (2, 0)]
+    assert all(rank["held-out samples"] == [] for rank in others)
 
 
 def reference_drift(ranks: list[dict[str, Any]], rollout: int) -> float:

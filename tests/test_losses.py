@@ -29,13 +29,18 @@ from trl_diffusion.likelihood import elbo_of_pairs, mean_of_targets, upper_bound
 from trl_diffusion.losses import WeightedLikelihood
 from trl_diffusion.losses.bounds import sandwiched_bound
 from trl_diffusion.losses.contrast import wddo_loss
-from trl_diffusion.losses.sequence_ratio import clipped_loss, quadratic_kl, sequence_ratio
+from trl_diffusion.losses.estimate_loss import quadratic_kl
+from trl_diffusion.losses.sequence_ratio import clipped_loss, sequence_ratio
 from trl_diffusion.trainers import (
     CoupledGRPOConfig,
     DiffuGRPOConfig,
     DMPOConfig,
     ESPOConfig,
+    GDPOConfig,
+    GDSDConfig,
     SPGConfig,
+    StableDRLConfig,
+    StableESPOConfig,
     TraceRLConfig,
     UniGRPOConfig,
     WD1Config,
@@ -182,7 +187,11 @@ GROUP_CREDIT: dict[str, tuple[dict[str, Any], list[float]]] = {
     # standard deviation √(38/2)
     "atpo": ({}, [0, 1.147053, -0.458821, -0.688232]),
     "spg": ({}, [0, 5, -2, -3]),
+    "stable_drl": ({}, [0, 5, -2, -3]),
+    "stable_espo": ({}, [0, 7.5, -3, -4.5]),
     "espo": ({}, [0, 7.5, -3, -4.5]),
+    "gdpo": ({}, [0, 5, -2, -3]),
+    "gdsd": ({}, [0, 7.5, -3, -4.5]),
     "coupled_grpo": ({}, [0, 7.5, -3, -4.5]),
     "tracerl": ({}, [0, 1.404879, -0.561951, -0.842927]),
     "dipo": ({}, [0, 1.404879, -0.561951, -0.842927]),
@@ -226,7 +235,7 @@ def test_a_completion_without_a_reward_is_left_out_of_its_group(name, tmp_path):
         assert size == approx([1 / sum(weight**2 for weight in SOFTMAX)], 1e-4)  # of the group that has any
 
 
-@pytest.mark.parametrize("name", ["wd1", "dmpo", "dmpo, wddo", "spg"])
+@pytest.mark.parametrize("name", ["wd1", "dmpo", "dmpo, wddo", "spg", "stable_drl", "gdsd"])
 def test_a_completion_without_a_reward_learns_nothing(name, tmp_path):
     trainer = method_named(name).make(tmp_path, reward=lambda completions, **kwargs: SCORED * 2)
     rows = rollout_of(trainer, "a b b a b", "b a a b a")
@@ -235,7 +244,8 @@ def test_a_completion_without_a_reward_learns_nothing(name, tmp_path):
     shape = targets.shape
     logps = (-torch.rand(shape, generator=torch.Generator().manual_seed(0)) * targets).requires_grad_()
     inputs = loss_inputs(logps, targets, rows["advantages"], lengths=rows["completion_mask"].sum(1))
-    inputs = replace(inputs, old=torch.zeros_like(logps), estimate=trainer.choices.likelihood.estimate)
+    compared = torch.zeros_like(logps)
+    inputs = replace(inputs, old=compared, reference=compared, estimate=trainer.choices.likelihood.estimate)
     losses = trainer.choices.loss(inputs).loss
     (slopes,) = torch.autograd.grad(losses.sum(), logps)
     slopes = (slopes * targets).abs().amax((1, 2))
@@ -469,6 +479,36 @@ def espo(batch: Batch) -> torch.Tensor:
     return sum(terms) / len(terms)
 
 
+def gdpo(batch: Batch) -> torch.Tensor:
+    """The rule with three times has the weights 5/18, 8/18 and 5/18."""
+    elbos = [torch.zeros(len(batch.ids))] * 3
+    for weight, (targets, *logps) in zip((5, 8, 5), batch.views(), strict=True):
+        scale = weight / 18 * 8 / targets.sum(1)
+        elbos = [total + scale * (own * targets).sum(1) for total, own in zip(elbos, logps, strict=True)]
+    now, old, reference = elbos
+    terms = [
+        -ppo(((now[i] - old[i]) / 8).exp(), advantage, 0.5) + 0.1 * (now[i] - reference[i]) ** 2 / 16
+        for i, advantage in enumerate(batch.centred)
+    ]
+    return sum(terms) / len(terms)
+
+
+def gdsd(batch: Batch) -> torch.Tensor:
+    """The views 2 i and 2 i + 1 are a sample: each token once, or with the ELBO's weights (L + 1)/k and halved."""
+    views, losses = list(batch.views()), []
+    for pair in (views[:2], views[2:]):
+        weights = [torch.ones(8, 1)] * 2
+        if batch.trainer.args.token_weights == "elbo":
+            weights = [9 / 2 / view[0].sum(1, keepdim=True).clamp(min=1) for view in pair]
+        now, old, reference = (
+            sum((weight * view[0] * view[which]).sum(1) for weight, view in zip(weights, pair, strict=True))
+            for which in (1, 2, 3)
+        )
+        wanted = 2 * torch.tensor(batch.left_out)
+        losses.append((((now - old) / 8).clamp(log(0.5), log(3)) - wanted) ** 2 + 0.1 * (now - reference) ** 2 / 16)
+    return sum(losses).mean() / 2
+
+
 def coupled(batch: Batch) -> torch.Tensor:
     (_, *full), *pairs = list(batch.views())
     share = batch.rows["mask_rate"][:, batch.update].tolist()
@@ -566,8 +606,9 @@ def wddo(batch: Batch) -> torch.Tensor:
     return -(weights * first.log() + (1 - second).log()).sum() / len(batch.ids)
 
 
-def spg(batch: Batch) -> torch.Tensor:
-    args, views, total = batch.trainer.args, list(batch.views()), 0.0
+def spg_bounds(batch: Batch) -> list[torch.Tensor]:
+    """Per token, of every completion."""
+    args, views, bounds = batch.trainer.args, list(batch.views()), []
     upper_weight = {"mix": 0.5, "upper": 1.0, "lower": 0.0}[args.negative_bound]
     for i, advantage in enumerate(batch.centred):
         scored = [[j for j in range(8) if view[0][i, j]] for view in views]
@@ -577,15 +618,50 @@ def spg(batch: Batch) -> torch.Tensor:
             for j in own:
                 inner[j] = inner.get(j, 0.0) + (args.bound_power * view[1][i, j]).exp() / (len(own) / batch.n[i]) / 2
         upper = sum(value.log() for value in inner.values()) / len(inner) / args.bound_power
-        bound = lower if advantage > 0 else upper_weight * upper + (1 - upper_weight) * lower
-        total = total - advantage * bound * batch.n[i]
-    return total / sum(batch.n)
+        bounds.append(lower if advantage > 0 else upper_weight * upper + (1 - upper_weight) * lower)
+    return bounds
+
+
+def spg(batch: Batch) -> torch.Tensor:
+    terms = zip(batch.centred, spg_bounds(batch), batch.n, strict=True)
+    return -sum(advantage * bound * n for advantage, bound, n in terms) / sum(batch.n)
+
+
+def stable_weights(batch: Batch, log_ratios: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Clipped to 1 ± 0.2 and divided by their sum over the prompt's four completions."""
+    ratios = torch.stack(log_ratios).detach().exp().clamp(0.8, 1.2).view(-1, 4)
+    assert (
+        (ratios == 1).all() or (ratios == 0.8).any() or (ratios == 1.2).any()
+    )  # as the policy wrote them, or clipped
+    return list((ratios / ratios.sum(1, keepdim=True)).flatten())
+
+
+def stable_drl(batch: Batch) -> torch.Tensor:
+    """The ELBO per token is estimated on the views that would come after the last update's."""
+    log_ratios = [torch.zeros(())] * len(batch.n)
+    views = list(batch.views(batch.trainer.num_iterations))
+    for targets, now, old, _ in views:
+        means = ((now - old) * targets).sum(1) / targets.sum(1) / len(views)
+        log_ratios = [total + own for total, own in zip(log_ratios, means, strict=True)]
+    terms = zip(stable_weights(batch, log_ratios), batch.centred, spg_bounds(batch), strict=True)
+    return -sum(weight * advantage * bound for weight, advantage, bound in terms) / len(batch.groups)
+
+
+def stable_espo(batch: Batch) -> torch.Tensor:
+    then_now, then_old, _ = batch.elbos(batch.trainer.num_iterations)
+    weights = stable_weights(batch, list((then_now - then_old) / 8))
+    now, _, reference = batch.elbos()
+    gains = [weight * a * elbo / 8 for weight, a, elbo in zip(weights, batch.left_out, now, strict=True)]
+    return -sum(gains) / len(batch.groups) + 0.1 * ((now - reference) ** 2).mean() / 16
 
 
 MORE_WORDS = {"prompt_mask_probability": 0.3}  # short prompts: so that masks differ between updates
 WRITTEN_OUT: dict[str, tuple[str, Callable[[Batch], torch.Tensor], dict[str, Any]]] = {
     "trajectory_grpo": ("trajectory_grpo", trajectory_grpo, {"scale_rewards": "none"}),
     "espo": ("espo", espo, {"beta": 0.1}),
+    "gdpo": ("gdpo", gdpo, {"beta": 0.1}),
+    "gdsd": ("gdsd", gdsd, {"beta": 0.1, "psi": 2.0, "epsilon_high": 2.0}),
+    "gdsd, elbo": ("gdsd", gdsd, {"beta": 0.1, "psi": 2.0, "epsilon_high": 2.0, "token_weights": "elbo"}),
     "coupled_grpo": ("coupled_grpo", coupled, {"num_mc_samples": 4}),
     "uni_grpo": ("uni_grpo", uni_grpo, {"num_mc_samples": 2}),
     "tracerl": ("tracerl", tracerl, {"beta": 0.1}),
@@ -600,6 +676,8 @@ WRITTEN_OUT: dict[str, tuple[str, Callable[[Batch], torch.Tensor], dict[str, Any
     "spg, lower": ("spg", spg, MORE_WORDS | {"negative_bound": "lower"}),
     "spg, hidden": ("spg", spg, MORE_WORDS | {"scored": "hidden"}),
     "spg, random": ("spg, random", spg, MORE_WORDS),
+    "stable_drl": ("stable_drl", stable_drl, MORE_WORDS),
+    "stable_espo": ("stable_espo", stable_espo, {"beta": 0.1}),
 }
 
 
@@ -622,7 +700,7 @@ def test_the_trainers_loss_is_the_written_out_one(name, tmp_path):
     with torch.no_grad():
         for parameter in trainer.model.parameters():
             parameter.mul_(moved)
-    if settings.get("weight_baseline") == "model":
+    if trainer.choices.credit.refreshes:
         trainer._credit.refresh([rows], 4)
     losses = []
     for update in range(2):
@@ -713,7 +791,13 @@ def _regrouped(rows: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return rows | {"global_row": (rows["global_row"] + 1) % 12}
 
 
-MODEL_BASELINE = {"weight_baseline": "model", "num_iterations": 3, "max_steps": 3}
+THREE_UPDATES = {"num_iterations": 3, "max_steps": 3}
+# Methods whose weights may follow the policy from update to update: settings with which they do, and settings with
+# which they do not.
+REFRESHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "dmpo": ({"weight_baseline": "model"}, {}),
+    "stable_drl": ({"epsilon": 0.9, "epsilon_high": 5.0}, {"epsilon": 0.0}),
+}
 
 
 @pytest.mark.thorough
@@ -727,24 +811,27 @@ MODEL_BASELINE = {"weight_baseline": "model", "num_iterations": 3, "max_steps": 
     ],
     ids=["one update per pass", "two updates per pass"],
 )
-def test_dmpo_model_baseline_does_not_depend_on_the_micro_batches(splits, settings, tmp_path):
+@pytest.mark.parametrize("name", REFRESHED)
+def test_weights_of_the_moment_do_not_depend_on_the_micro_batches(name, splits, settings, tmp_path):
+    own, fixed = (THREE_UPDATES | more for more in REFRESHED[name])
     updates = [
-        trained("dmpo", tmp_path / str(split[0]), *split, **MODEL_BASELINE, **more)[1]
+        trained(name, tmp_path / str(split[0]), *split, **own, **more)[1]
         for split, more in zip(splits, settings, strict=True)
     ]
     for update in updates[1:]:
         assert (update - updates[0]).norm() <= 1e-4 * updates[0].norm()
-    other = MODEL_BASELINE | {"weight_baseline": "group"} | settings[0]
-    group = trained("dmpo", tmp_path / "group", *splits[0], **other)[1]
-    assert (group - updates[0]).norm() > 1e-2 * updates[0].norm()  # negative control
+    other = trained(name, tmp_path / "fixed", *splits[0], **fixed, **settings[0])[1]
+    assert (other - updates[0]).norm() > 1e-2 * updates[0].norm()  # negative control
 
 
 @pytest.mark.slow
-def test_dmpo_model_baseline_does_not_depend_on_the_order_of_rows(tmp_path, monkeypatch):
-    expected = trained("dmpo", tmp_path / "shuffled", 4, 3, **MODEL_BASELINE)[1]
+@pytest.mark.parametrize("name", REFRESHED)
+def test_weights_of_the_moment_do_not_depend_on_the_order_of_rows(name, tmp_path, monkeypatch):
+    settings = THREE_UPDATES | REFRESHED[name][0]
+    expected = trained(name, tmp_path / "shuffled", 4, 3, **settings)[1]
     shuffle = "trl.trainer.grpo_trainer.shuffle_sequence_dict"
     monkeypatch.setattr(shuffle, lambda rows: {k: v.flip(0) if v.dim() else v for k, v in rows.items()})
-    found = trained("dmpo", tmp_path / "reversed", 4, 3, **MODEL_BASELINE)[1]
+    found = trained(name, tmp_path / "reversed", 4, 3, **settings)[1]
     assert (found - expected).norm() <= 1e-4 * expected.norm()
 
 
@@ -752,7 +839,12 @@ def test_dmpo_model_baseline_does_not_depend_on_the_order_of_rows(tmp_path, monk
 def test_dmpo_model_baseline_is_the_policys_own_change_before_each_update(tmp_path, monkeypatch):
     method = method_named("dmpo")
     trainer = method.make(
-        tmp_path, num_generations=3, per_device_train_batch_size=4, gradient_accumulation_steps=3, **MODEL_BASELINE
+        tmp_path,
+        num_generations=3,
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=3,
+        **THREE_UPDATES,
+        weight_baseline="model",
     )
     seen: list[tuple[int, dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
     losses = trainer._loss_inputs
@@ -788,9 +880,13 @@ def test_dmpo_model_baseline_is_the_policys_own_change_before_each_update(tmp_pa
 CONFIGS: dict[str, Any] = {
     "dmpo": DMPOConfig,
     "espo": ESPOConfig,
+    "gdpo": GDPOConfig,
+    "gdsd": GDSDConfig,
     "coupled": CoupledGRPOConfig,
     "wd1": WD1Config,
     "spg": SPGConfig,
+    "stable": StableDRLConfig,
+    "stable espo": StableESPOConfig,
     "uni": UniGRPOConfig,
     "tracerl": TraceRLConfig,
     "diffu": DiffuGRPOConfig,
@@ -836,6 +932,13 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("wd1", {"beta": 0.04}, NO_EFFECT.format("beta", r"0\.04", "WD1Config", r"0\.0")),
     ("dmpo", {"beta": 0.1}, NO_EFFECT.format("beta", r"0\.1", "DMPOConfig", r"0\.0")),
     ("dmpo", {"epsilon_high": 0.3}, NO_EFFECT.format("epsilon_high", r"0\.3", "DMPOConfig", "None")),
+    ("gdsd", {"num_mc_samples": 3}, f"GDSDConfig takes its views in {ODD}"),
+    ("gdsd", {"psi": 0.0}, r"psi must be positive, so that good completions become more likely; got 0\.0"),
+    ("gdsd", {"token_weights": "tlc"}, "token_weights must be one of equal, elbo; got 'tlc'"),
+    ("gdsd", {"epsilon": 1.0}, r"epsilon must lie in \[0, 1\) and epsilon_high be at least 0; got 1\.0 and 1\.0"),
+    ("gdpo", {"num_mc_samples": 0}, "num_mc_samples must be at least 1, got 0"),
+    ("gdpo", {"loss_type": "grpo"}, NO_EFFECT.format("loss_type", "'grpo'", "GDPOConfig", "'dapo'")),
+    ("gdpo", {"prompt_mask_probability": 1.0}, r"prompt_mask_probability must lie in \[0, 1\), got 1\.0"),
     ("espo", {"loss_type": "grpo"}, NO_EFFECT.format("loss_type", "'grpo'", "ESPOConfig", "'dapo'")),
     ("espo", {"use_bias_correction_kl": True}, "use_bias_correction_kl=True would have no effect"),
     ("spg", {"beta": 0.1}, NO_EFFECT.format("beta", r"0\.1", "SPGConfig", r"0\.0")),
@@ -849,6 +952,10 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("spg", {"negative_bound": "none"}, r"negative_bound must be one of mix, upper, lower; got 'none'"),
     ("spg", {"bound_power": 0.0}, r"bound_power must be positive and mix_weight lie in \[0, 1\]; got 0\.0 and 0\.5"),
     ("spg", {"mix_weight": 1.5}, r"mix_weight lie in \[0, 1\]; got 1\.5 and 1\.5"),
+    ("stable", {"epsilon": 1.0}, r"epsilon must lie in \[0, 1\) and epsilon_high be at least 0; got 1\.0 and 1\.0"),
+    ("stable espo", {"epsilon_high": -0.1}, r"and epsilon_high be at least 0; got 0\.2 and -0\.1"),
+    ("stable", {"beta": 0.1}, NO_EFFECT.format("beta", r"0\.1", "StableDRLConfig", r"0\.0")),
+    ("stable espo", {"loss_type": "grpo"}, NO_EFFECT.format("loss_type", "'grpo'", "StableESPOConfig", "'dapo'")),
     ("uni", {"min_mask_rate": 0.0}, r"0 < min_mask_rate <= max_mask_rate <= 1; got 0\.0 and 0\.9"),
     ("uni", {"min_mask_rate": 0.6, "max_mask_rate": 0.4}, r"got 0\.6 and 0\.4"),
     ("dmpo", {"max_mask_rate": 1.1}, r"got 0\.1 and 1\.1"),
@@ -879,6 +986,7 @@ def test_bad_settings_are_refused_with_the_reason(name, settings, message):
         ("coupled", {"num_mc_samples": 4, "max_mask_rate": 0.99}),
         ("diffu", SEQUENCE),
         ("spg", {"noise_block_length": 64}),
+        ("stable", {"epsilon": 0.99, "epsilon_high": 4.0}),
         ("tracerl", {"shrink": 1, "num_mc_samples": 128}),
         ("uni", {"min_mask_rate": 0.5, "max_mask_rate": 0.5}),
     ],
@@ -941,6 +1049,28 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         epsilon=0.2,
         beta=1e-3,
     ),
+    "gdpo": dict(
+        num_iterations=12,
+        num_mc_samples=3,
+        prompt_mask_probability=0.15,
+        learning_rate=3e-7,
+        epsilon=0.5,
+        epsilon_high=None,
+        beta=0.0,
+    ),
+    "gdsd": dict(
+        num_generations=16,
+        num_iterations=8,
+        num_mc_samples=4,
+        denoising_steps=256,
+        temperature=1.0,
+        weight_decay=0.01,
+        psi=10.0,
+        token_weights="equal",
+        epsilon=4e-4,
+        epsilon_high=None,
+        beta=1e-3,
+    ),
     "coupled": dict(
         num_generations=10,
         num_iterations=2,
@@ -962,6 +1092,21 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         noise="block_random",
         noise_block_length=None,
         scored="block",
+        negative_bound="mix",
+        bound_power=1.5,
+        mix_weight=0.5,
+        beta=0.0,
+    ),
+    "stable": dict(
+        num_generations=16,
+        num_iterations=2,
+        num_mc_samples=2,
+        learning_rate=2e-6,
+        lr_scheduler_type="linear",
+        epsilon=0.2,
+        epsilon_high=None,
+        prompt_mask_probability=0.15,
+        noise="block_random",
         negative_bound="mix",
         bound_power=1.5,
         mix_weight=0.5,
@@ -992,9 +1137,13 @@ def test_defaults_are_the_papers(name):
     [
         ("dmpo", "DMPO", "2510.08233"),
         ("espo", "ESPO", "2512.03759"),
+        ("gdpo", "GDPO", "2510.08554"),
+        ("gdsd", "GDSD", "2605.29398"),
         ("coupled_grpo", "coupled-GRPO", "2506.20639"),
         ("wd1", "wd1", "2507.08838"),
         ("spg", "SPG", "2510.09541"),
+        ("stable_drl", "StableDRL", "2603.06743"),
+        ("stable_espo", "StableDRL on ESPO", "2603.06743"),
         ("uni_grpo", "UniGRPO", "2505.15809"),
         ("tracerl", "TraceRL", "2509.06949"),
     ],

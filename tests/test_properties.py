@@ -222,6 +222,16 @@ def pairs_cover(method: Method, folder) -> None:
     assert len({tuple(sizes) for sizes in hidden.sum(-1)[:, ::2].flatten(1).T.tolist()}) > 2  # sizes differ
 
 
+def fixed_sizes_cover(method: Method, folder) -> None:
+    """Of the canvas's 8 positions, 8 t + ½ rounded up or down are hidden in the view of time t, and scored."""
+    _, hidden, targets = noised_rows(method, folder)
+    assert torch.equal(hidden, targets)
+    times = torch.from_numpy(np.polynomial.legendre.leggauss(hidden.size(1))[0] + 1) / 2
+    excess = hidden.sum(-1) - (8 * times + 0.5).view(1, -1, 1)
+    assert (excess > -1).all() and (excess < 1).all() and (excess > 0).any() and (excess < 0).any()
+    assert len(hidden.flatten(0, 2).unique(dim=0)) > 4
+
+
 def coupled_pairs_cover(method: Method, folder) -> None:
     """Every token of the text once in the masked canvas, and once per pair."""
     rows, hidden, targets = noised_rows(method, folder)
@@ -276,6 +286,7 @@ COVERAGE = {
     "masked": masked_canvas_covers,
     "rate": random_rates_cover,
     "pairs": pairs_cover,
+    "sizes": fixed_sizes_cover,
     "coupled": coupled_pairs_cover,
     "blocks": blocks_cover,
     "text": subsets_of_the_text_cover,

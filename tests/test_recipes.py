@@ -10,6 +10,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from launching import accelerate_launch
@@ -58,8 +59,11 @@ def test_without_arguments_the_embedded_model_trains_and_says_so(tmp_path):
         "\n", ""
     )  # long paths wrap
     assert "training the bundled model" in output
-    for word in ("before", "after", "gain", "curves.png"):
+    for word in ("before", "after", "gain", "curves.png", "Held-out problems", "Step 2"):
         assert word in output
+    assert output.count("✓ ") + output.count("✗ ") == 6  # three problems, before and after
+    completions = pd.read_parquet(tmp_path / "completions" / "completions_00002.parquet")
+    assert len(completions) == 64 and {"prompt", "completion", "correctness_reward"} <= {*completions.columns}
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     assert "2510.04019" in (tmp_path / "README.md").read_text()
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)).__name__ == "LLaDAModelLM"
@@ -78,7 +82,7 @@ def test_without_arguments_the_embedded_model_trains_and_says_so(tmp_path):
 def test_other_methods_train_the_embedded_model(recipe, paper, arguments, tmp_path, monkeypatch, capsys):
     run_recipe(recipe, monkeypatch, *QUICK, *arguments, "--save_steps", "2", "--output_dir", str(tmp_path))
     output = capsys.readouterr().out
-    assert "running on the embedded model" in output and "gain" in output
+    assert "training the bundled model" in output and "gain" in output
     assert paper in (tmp_path / "README.md").read_text()
     assert any("forward_units" in entry for entry in history(tmp_path))
     if recipe == "gsm8k_atpo":
@@ -101,7 +105,7 @@ def test_other_methods_train_the_embedded_model(recipe, paper, arguments, tmp_pa
     ],
 )
 def test_two_processes_train_like_one(recipe, processes, arguments, tmp_path, monkeypatch):
-    """Same rewards and held-out accuracy, with half the rows on each process."""
+    """Same rewards, held-out accuracy and held-out samples, with half the rows on each process."""
     small = [*QUICK, "--save_steps", "2", "--max_grad_norm", "1.0", "--num_iterations", "1"]
     size = "--per_device_train_batch_size"
     run_recipe(recipe, monkeypatch, *small, size, "16", "--output_dir", str(tmp_path / "one"))
@@ -115,6 +119,8 @@ def test_two_processes_train_like_one(recipe, processes, arguments, tmp_path, mo
     assert any("reward" in entry for entry in one)
     for alone, together in zip(one, two, strict=True):
         assert together == pytest.approx(alone, abs=1e-5)
+    kept = [(tmp_path / folder / "held_out_samples.jsonl").read_text() for folder in ("one", "two")]
+    assert kept[0] == kept[1] and [json.loads(line)["row"] for line in kept[0].splitlines()] == [0, 1, 2] * 2
 
 
 @pytest.mark.skipif(not GSM8K.is_file(), reason="GSM8K is not beside the project")
@@ -292,9 +298,13 @@ def test_the_atpo_config_selects_eight_steps_by_the_hybrid_rule():
 SHARED = {
     "dmpo": ("2510.08233", dict(alpha=0.04, temperature=0.2, num_generations=16, num_iterations=8, num_mc_samples=4)),
     "espo": ("2512.03759", dict(epsilon=0.2, beta=1e-3, denoising_steps=256, num_generations=6, num_iterations=8)),
+    "gdpo": ("2510.08554", dict(epsilon=0.5, beta=0.0, learning_rate=3e-7, num_mc_samples=3, num_iterations=12)),
+    "gdsd": ("2605.29398", dict(psi=10.0, epsilon=4e-4, beta=1e-3, num_generations=16, denoising_steps=256)),
     "coupled_grpo": ("2506.20639", dict(learning_rate=1e-6, beta=0.01, num_generations=10, num_iterations=2)),
     "wd1": ("2507.08838", dict(learning_rate=3e-6, temperature=0.9, num_generations=6, num_iterations=8)),
     "spg": ("2510.09541", dict(bound_power=1.5, mix_weight=0.5, num_mc_samples=2, num_iterations=4)),
+    "stable_drl": ("2603.06743", dict(epsilon=0.2, num_iterations=2, num_generations=16, learning_rate=2e-6)),
+    "stable_espo": ("2603.06743", dict(epsilon=0.2, beta=1e-3, denoising_steps=256, num_iterations=8)),
     "uni_grpo": ("2505.15809", dict(epsilon=0.2, min_mask_rate=0.1, max_mask_rate=0.9, num_mc_samples=1)),
     "tracerl": ("2509.06949", dict(shrink=8, num_mc_samples=16, epsilon=0.2, beta=0.01)),
 }
@@ -306,7 +316,7 @@ def test_every_method_has_its_configs():
         for folder in ("embedded", "llada_8b", "sdar_8b")
     }
     methods = METHODS
-    expected = {*methods, "agrpo_qlora"}
+    expected = {*methods, "agrpo_qlora", "spg_informed"}
     assert named == {"embedded": expected, "llada_8b": expected - {"dipo"}, "sdar_8b": {"dipo"}}
     own_script = {path.stem.removeprefix("gsm8k_") for path in (ROOT / "recipes").glob("gsm8k_*.py")}
     assert {*SHARED, "dipo"} == set(methods) - own_script
@@ -335,7 +345,9 @@ def test_llada_configs_of_the_shared_recipe_name_their_method_and_keep_the_paper
     expected = SHARED[name][1]
     assert {field: getattr(config, field) for field in expected} == expected
     assert (config.max_completion_length, config.block_length, config.unmasking) == (256, 32, "low_confidence")
-    assert (config.max_grad_norm, model.lora_r, model.lora_alpha, model.lora_dropout) == (0.2, 128, 64, 0.0)
+    assert config.max_grad_norm == 0.2 and model.use_peft == (name != "stable_drl")  # which trains all weights
+    if model.use_peft:
+        assert (model.lora_r, model.lora_alpha, model.lora_dropout) == (128, 64, 0.0)
 
 
 def test_the_sdar_config_names_dipo_and_keeps_the_papers_settings():

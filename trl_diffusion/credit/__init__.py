@@ -10,6 +10,7 @@ from trl_diffusion.credit.advantages import (
     target_log_weights,
 )
 from trl_diffusion.credit.group_credit import Credit, GroupCredit, GroupValues, GroupWeights
+from trl_diffusion.credit.stable_weights import SelfNormalisedWeights
 from trl_diffusion.credit.step_aware import StepAwareReward
 from trl_diffusion.credit.step_choice import DrawnSteps, SelectedSteps, StepChoice
 from trl_diffusion.credit.step_draws import StepWeights, draw_steps, eligible_steps, step_probabilities
@@ -33,6 +34,7 @@ __all__ = [
     "GroupValues",
     "GroupWeights",
     "SelectedSteps",
+    "SelfNormalisedWeights",
     "StepAwareReward",
     "StepChoice",
     "StepSelection",

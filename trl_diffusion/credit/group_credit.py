@@ -24,6 +24,7 @@ class GroupValues:
             none.
         reference: the same under the reference model, or `None`.
         now: the same under the policy before the update to come; `None` before the first update of a rollout.
+        estimated_tokens: tokens of each completion that these log-likelihoods are of, or `None`.
     """
 
     advantages: torch.Tensor
@@ -31,6 +32,7 @@ class GroupValues:
     current: torch.Tensor | None = None
     reference: torch.Tensor | None = None
     now: torch.Tensor | None = None
+    estimated_tokens: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -85,10 +87,12 @@ class GroupCredit(Credit):
     Args:
         centring: see `Credit.centre`; `None` keeps TRL's advantages.
         weighing: see `Credit.weigh`; `None` keeps the advantages.
+        only_scored: see `Credit`.
     """
 
     centring: GroupFunction | None = None
     weighing: GroupFunction | None = None
+    only_scored: bool = False
 
     def centre(self, advantages: torch.Tensor) -> torch.Tensor:
         return advantages if self.centring is None else self.centring(advantages)

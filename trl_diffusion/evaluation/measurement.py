@@ -120,7 +120,8 @@ class Measurement:
     def decoding_facts(self) -> dict[str, Any]:
         """The settings of decoding that change a completion."""
         facts = asdict(self.decoding)
-        del facts["record_signals"], facts["record_support"]  # they change what is recorded, not what is drawn
+        for name in ("record_signals", "record_support", "shift_window"):  # what is recorded, not what is drawn
+            del facts[name]
         return facts
 
     @property

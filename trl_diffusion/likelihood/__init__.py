@@ -1,9 +1,16 @@
 """Completions to log-probabilities under noised views."""
 
 from trl_diffusion.likelihood.base import Likelihood, ScoredViews
-from trl_diffusion.likelihood.estimates import elbo_of_pairs, elbo_per_token, mean_of_targets, upper_bound_per_token
+from trl_diffusion.likelihood.estimates import (
+    elbo_of_pairs,
+    elbo_per_token,
+    mean_of_targets,
+    quadrature_elbo,
+    upper_bound_per_token,
+)
+from trl_diffusion.likelihood.informed import InformedMasking
 from trl_diffusion.likelihood.masked_views import MaskedViews
-from trl_diffusion.likelihood.noises import Bernoulli, FullMask, Noise, SubsetPairs, TextSubsets
+from trl_diffusion.likelihood.noises import Bernoulli, FullMask, Noise, QuadratureSubsets, SubsetPairs, TextSubsets
 from trl_diffusion.likelihood.plans import NoisePlan
 from trl_diffusion.likelihood.replay_views import ReplayViews
 from trl_diffusion.likelihood.scoring import Scores, score_views
@@ -13,10 +20,12 @@ from trl_diffusion.likelihood.views import Views, noised_views, stack_views, tra
 __all__ = [
     "Bernoulli",
     "FullMask",
+    "InformedMasking",
     "Likelihood",
     "MaskedViews",
     "Noise",
     "NoisePlan",
+    "QuadratureSubsets",
     "ReplayViews",
     "ScoredViews",
     "Scores",
@@ -28,6 +37,7 @@ __all__ = [
     "elbo_per_token",
     "mean_of_targets",
     "noised_views",
+    "quadrature_elbo",
     "score_views",
     "stack_views",
     "trajectory_views",

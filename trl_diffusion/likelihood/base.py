@@ -65,9 +65,11 @@ class Likelihood:
         importance_cap: largest weight of a token whose old log-probability is not the one it was drawn with; `None`
             if tokens are not weighted so.
         random_subsets: views mask random subsets of the text, so that bounds over subsets hold for them.
+        samples: parts of equal size that the views consist of, one after the other, each with an estimate.
         independent_halves: the first and the second half of the views are two independent, unbiased ELBO estimates.
         estimates: `estimate` gives the log-likelihood of a completion.
         needs_signals: the rollout must record entropy and confidence margin of every denoising step.
+        shift_window: the rollout must record confidence shifts within so many positions; 0 for none.
     """
 
     num_views: int
@@ -78,9 +80,11 @@ class Likelihood:
     records_old: bool = False
     importance_cap: float | None = None
     random_subsets: bool = False
+    samples: int = 1
     independent_halves: bool = False
     estimates: bool = True
     needs_signals: bool = False
+    shift_window: int = 0
 
     def check_family(self, family: DiffusionFamily, name: str) -> None:
         """Refuse a model whose attention does not go with the views.

@@ -32,6 +32,19 @@ def elbo_of_pairs(logps: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     return elbo_per_token(logps, masked).sum(-1)
 
 
+def quadrature_elbo(logps: torch.Tensor, rates: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Return a quadrature over the masked share of the ELBO, [B] in nats (GDPO, 2510.08554).
+
+    It is Σ over the views of w · (1/t) · Σ ℓ, t the share of the canvas that a view masks.
+
+    Args:
+        logps: float [B, V, L], log-probabilities ℓ of the masked positions, 0 elsewhere.
+        rates: [B, V], t.
+        weights: [V], w, which sum to 1.
+    """
+    return (weights.to(logps) * logps.sum(-1) / rates).sum(1)
+
+
 def mean_of_targets(logps: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Return the mean log-probability [B, V] of each view's targets, 0 for a view without targets.
 

@@ -12,15 +12,19 @@ from dataclasses import dataclass, replace
 import torch
 
 from trl_diffusion.likelihood.base import ScoredViews
-from trl_diffusion.likelihood.estimates import elbo_of_pairs, mean_of_targets
+from trl_diffusion.likelihood.estimates import elbo_of_pairs, mean_of_targets, quadrature_elbo
+from trl_diffusion.likelihood.informed import InformedMasking
 from trl_diffusion.likelihood.plans import (
     NoisePlan,
     bernoulli,
     block_random,
     full_mask,
+    gauss_legendre,
+    opposed_subsets,
     prompt_noise,
     random_subsets,
     random_text,
+    rounded_counts,
     stratified_counts,
     with_complements,
 )
@@ -35,13 +39,17 @@ class Noise:
         num_views: V, views per completion and inner update.
         partial: a view scores a part of the text.
         random_subsets: see `Likelihood`.
+        samples: see `Likelihood`.
         independent_halves: see `Likelihood`.
+        informed: how masks are biased, if they are; of noises that can be.
     """
 
     num_views: int
     partial: bool = True
     random_subsets: bool = True
+    samples: int = 1
     independent_halves: bool = False
+    informed: InformedMasking | None = None
 
     def draw(self, rollout: Rollout, update: int) -> NoisePlan:
         """The views of one inner update."""
@@ -120,13 +128,18 @@ class SubsetPairs(Noise):
 
     Args:
         pairs: V / 2.
+        informed: bias of the masks. The second of a pair is then biased alike, and no complement.
+        elbo: the estimate is that of the ELBO; else the sum of the tokens' log-probabilities, each once (GDSD,
+            2605.29398).
     """
 
     pairs: int
+    informed: InformedMasking | None = None
+    elbo: bool = True
 
     def __post_init__(self) -> None:
-        self.num_views = 2 * self.pairs
-        self.independent_halves = self.pairs % 2 == 0
+        self.num_views, self.samples = 2 * self.pairs, self.pairs
+        self.independent_halves = self.pairs % 2 == 0 and self.informed is None and self.elbo
 
     def draw(self, rollout: Rollout, update: int) -> NoisePlan:
         length = rollout.trajectory.completion_ids.size(1)
@@ -135,13 +148,52 @@ class SubsetPairs(Noise):
         offsets = (shared * (length + 1)).long()
         counts = stratified_counts(offsets, rollout.global_rows, rollout.num_rows, length)
         noise = rollout.view_noise(update).uniform(self.pairs, length)
-        return with_complements(random_subsets(counts, noise))
+        if self.informed is None:
+            return with_complements(random_subsets(counts, noise))
+        return opposed_subsets(counts, noise, self.informed.logits(rollout))
 
     def estimate(self, logps: torch.Tensor, views: ScoredViews) -> torch.Tensor:
-        return elbo_of_pairs(logps, views.targets)
+        """The mean over pairs of the ELBO's estimate, or of Σ log p."""
+        return elbo_of_pairs(logps, views.targets) if self.elbo else 2 * logps.sum(-1).mean(1)
 
     def scored_share(self, length: int) -> float:
         return 0.5  # a pair scores the canvas once
+
+
+@dataclass
+class QuadratureSubsets(Noise):
+    """Random subsets of the canvas of fixed sizes, the times of a Gauss–Legendre rule (GDPO, 2510.08554).
+
+    Most of the variance of an ELBO estimate comes from the size of its masks, so only the positions are random.
+
+    Args:
+        num_views: views, one at each time of the rule.
+        prompt_probability: of masking each token of the prompt.
+        informed: bias of the masks.
+    """
+
+    num_views: int
+    prompt_probability: float = 0.0
+    informed: InformedMasking | None = None
+
+    def __post_init__(self) -> None:
+        self.times, self.weights = gauss_legendre(self.num_views)
+
+    def draw(self, rollout: Rollout, update: int) -> NoisePlan:
+        noise, views = rollout.view_noise(update), self.num_views
+        length = rollout.trajectory.completion_ids.size(1)
+        counts = rounded_counts(self.times.to(rollout.device), noise.uniform(views), length)
+        logits = None if self.informed is None else self.informed.logits(rollout)
+        plan = random_subsets(counts, noise.uniform(views, length), logits=logits)
+        return replace(plan, prompt_masked=masked_prompt(rollout, noise, views, self.prompt_probability))
+
+    def estimate(self, logps: torch.Tensor, views: ScoredViews) -> torch.Tensor:
+        """The rule applied to Σ log p / t: the ELBO, but for the error of the rule."""
+        assert views.rates is not None
+        return quadrature_elbo(logps, views.rates, self.weights)
+
+    def scored_share(self, length: int) -> float:
+        return (length + 1) / (2 * length)
 
 
 @dataclass
@@ -153,23 +205,26 @@ class TextSubsets(Noise):
         block_length: length of the blocks; `None` for subsets of the whole text.
         prompt_probability: of masking each token of the prompt, and of the blocks before.
         all_masked: score every masked token, those of later blocks too, as the release does; else the subset alone.
+        informed: bias of the subsets.
     """
 
     num_views: int
     block_length: int | None = None
     prompt_probability: float = 0.0
     all_masked: bool = False
+    informed: InformedMasking | None = None
 
     def draw(self, rollout: Rollout, update: int) -> NoisePlan:
         noise, views = rollout.view_noise(update), self.num_views
         completions = rollout.trajectory.completion_ids
         length = rollout.family.effective_length(completions)
         counts, positions = noise.uniform(views), noise.uniform(views, completions.size(1))
+        logits = None if self.informed is None else self.informed.logits(rollout, rollout.text, self.block_length)
         if self.block_length is None:
-            plan = random_text(counts, positions, length)
+            plan = random_text(counts, positions, length, logits)
         else:
             blocks = noise.uniform(views)
-            plan = block_random(blocks, counts, positions, length, self.block_length, self.prompt_probability)
+            plan = block_random(blocks, counts, positions, length, self.block_length, self.prompt_probability, logits)
         prompts = masked_prompt(rollout, noise, views, self.prompt_probability)
         return replace(plan, targets=plan.masked if self.all_masked else plan.targets, prompt_masked=prompts)
 

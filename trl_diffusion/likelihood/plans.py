@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from trl_diffusion.sampling.trajectory import taken_steps
@@ -80,16 +81,55 @@ def stratified_counts(offsets: torch.Tensor, rows: torch.Tensor, num_rows: int, 
     return (offsets + step.unsqueeze(1)) % (length + 1)
 
 
-def random_subsets(counts: torch.Tensor, noise: torch.Tensor, allowed: torch.Tensor | None = None) -> NoisePlan:
-    """Mask uniform subsets of given sizes.
+def gauss_legendre(count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the times and the weights of a Gauss–Legendre rule on [0, 1], float64 [count] each.
+
+    The rule integrates polynomials of degree up to 2 · count − 1 exactly.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(count)
+    return torch.from_numpy((nodes + 1) / 2), torch.from_numpy(weights / 2)
+
+
+def rounded_counts(times: torch.Tensor, noise: torch.Tensor, length: int) -> torch.Tensor:
+    """Turn times into numbers of masked positions (GDPO, 2510.08554; the rounding is ours).
+
+    t L + ½ is rounded up or down at random, so that its mean is kept. Times that lie symmetrically about ½ then have
+    the mean count (L + 1) / 2, as the counts 1..L of the ELBO have. Rounding t L down instead would mask too little.
+
+    Args:
+        times: float [V] in [0, 1].
+        noise: uniform [B, V].
+        length: canvas length L.
+
+    Returns:
+        Long [B, V] in 1..L.
+    """
+    return (times * length + 0.5 + noise).floor().long().clamp(1, length)
+
+
+def random_subsets(
+    counts: torch.Tensor,
+    noise: torch.Tensor,
+    allowed: torch.Tensor | None = None,
+    logits: torch.Tensor | None = None,
+) -> NoisePlan:
+    """Mask random subsets of given sizes.
+
+    With `logits` the positions of a subset are drawn one after the other without replacement, each with a probability
+    proportional to exp(logit) among those that are left. That is the order of logit + Gumbel noise.
 
     Args:
         counts: long [B, V], at most the number of allowed positions.
         noise: uniform [B, V, L].
         allowed: bool [B, V or 1, L], positions to choose from; all if not given.
+        logits: float [B, V or 1, L]; uniform subsets if not given.
     """
+    if logits is not None:
+        # −(logit + Gumbel noise), of which the smallest are masked. It grows with the uniform noise, so equal logits
+        # give the uniform subsets of the same noise. Exponentials in place of their logarithms would overflow.
+        noise = (-torch.log1p(-noise)).log() - logits
     if allowed is not None:
-        noise = noise.masked_fill(~allowed, 2.0)
+        noise = noise.masked_fill(~allowed, torch.inf)
     rank = noise.argsort(-1).argsort(-1)
     masked = rank < counts.unsqueeze(-1)
     return NoisePlan(masked, masked, counts / noise.size(-1))
@@ -97,12 +137,33 @@ def random_subsets(counts: torch.Tensor, noise: torch.Tensor, allowed: torch.Ten
 
 def with_complements(plan: NoisePlan) -> NoisePlan:
     """Follow every view by its complement, which masks what the view shows; V doubles."""
+    masked = _in_pairs(plan.masked, ~plan.masked)
+    return NoisePlan(masked, masked, _in_pairs(plan.rate, 1 - plan.rate))
 
-    def pairs(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-        return torch.stack([first, second], dim=2).flatten(1, 2)
 
-    masked = pairs(plan.masked, ~plan.masked)
-    return NoisePlan(masked, masked, pairs(plan.rate, 1 - plan.rate))
+def opposed_subsets(counts: torch.Tensor, noise: torch.Tensor, logits: torch.Tensor) -> NoisePlan:
+    """Follow every biased subset by one of the size of its complement, drawn from the same law.
+
+    The complement itself would be biased the other way: it masks what the logits keep visible. The second subset of a
+    pair is drawn with the noise 1 − u instead. For equal logits it is the complement.
+
+    Args:
+        counts: long [B, V].
+        noise: uniform [B, V, L], u.
+        logits: float [B, V or 1, L], see `random_subsets`.
+
+    Returns:
+        A plan with 2 V views.
+    """
+    first = random_subsets(counts, noise, logits=logits)
+    second = random_subsets(noise.size(-1) - counts, 1 - noise, logits=logits)
+    masked = _in_pairs(first.masked, second.masked)
+    return NoisePlan(masked, masked, _in_pairs(first.rate, 1 - first.rate))
+
+
+def _in_pairs(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Alternate the views of two tensors [B, V, …]: [B, 2 V, …]."""
+    return torch.stack([first, second], dim=2).flatten(1, 2)
 
 
 def prompt_noise(noise: torch.Tensor, probability: float, prompt_mask: torch.Tensor) -> torch.Tensor:
@@ -119,16 +180,19 @@ def prompt_noise(noise: torch.Tensor, probability: float, prompt_mask: torch.Ten
     return (noise.flip(1).transpose(1, 2) < probability) & prompt_mask.bool().unsqueeze(1)
 
 
-def random_text(count_noise: torch.Tensor, noise: torch.Tensor, length: torch.Tensor) -> NoisePlan:
+def random_text(
+    count_noise: torch.Tensor, noise: torch.Tensor, length: torch.Tensor, logits: torch.Tensor | None = None
+) -> NoisePlan:
     """Mask k ~ U{1..n} of the n positions of the text, and all after it (SPG's `random`, 2510.09541).
 
     Args:
         count_noise: uniform [B, V].
         noise: uniform [B, V, L].
         length: long [B], n.
+        logits: see `random_subsets`.
     """
     after = torch.arange(noise.size(-1), device=noise.device) >= length.view(-1, 1, 1)
-    plan = random_subsets(uniform_counts(count_noise, length.unsqueeze(1)), noise, ~after)
+    plan = random_subsets(uniform_counts(count_noise, length.unsqueeze(1)), noise, ~after, logits)
     return replace(plan, masked=plan.masked | after)
 
 
@@ -139,6 +203,7 @@ def block_random(
     length: torch.Tensor,
     block_length: int,
     context_probability: float = 0.0,
+    logits: torch.Tensor | None = None,
 ) -> NoisePlan:
     """Show one block of the text in the making (SPG, 2510.09541): earlier blocks shown, later ones masked.
 
@@ -152,6 +217,7 @@ def block_random(
         length: long [B], n, at least 1.
         block_length: divides L.
         context_probability: of masking a position of an earlier block.
+        logits: see `random_subsets`.
     """
     positions = torch.arange(noise.size(-1), device=noise.device)
     length = length.view(-1, 1)
@@ -160,7 +226,7 @@ def block_random(
     end = (start + block_length).minimum(length.unsqueeze(-1))
     inside = (positions >= start) & (positions < end)
     counts = uniform_counts(count_noise, (end - start).squeeze(-1))
-    plan = random_subsets(counts, noise, inside)
+    plan = random_subsets(counts, noise, inside, logits)
     context = (positions < start) & (noise < context_probability)
     return replace(plan, masked=plan.masked | (positions >= end) | context)
 

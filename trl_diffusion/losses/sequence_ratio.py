@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
-from trl_diffusion.likelihood.base import Likelihood
-from trl_diffusion.losses.base import Loss, LossInputs, LossOutputs
+from trl_diffusion.losses.base import LossInputs, LossOutputs
+from trl_diffusion.losses.estimate_loss import EstimateLoss
 
 
 @dataclass
-class SequenceRatio(Loss):
+class SequenceRatio(EstimateLoss):
     """−min(ρA, clip(ρ) A) + β (ℓ − ℓ_ref)² / 2L with ρ = exp((ℓ − ℓ_old) / L), ℓ the estimate of log p(completion).
 
     Args:
@@ -25,15 +25,8 @@ class SequenceRatio(Loss):
     high: float = 0.2
     beta: float = 0.0
 
-    scores_together = True
     needs_old = True
-    reads: ClassVar[tuple[str, ...]] = ("beta", "epsilon", "epsilon_high", "sync_ref_model")
-
-    def needs_reference(self, args: Any) -> bool:
-        return self.beta != 0.0
-
-    def check(self, likelihood: Likelihood, args: Any) -> None:
-        self.require_estimate(likelihood)
+    reads: ClassVar[tuple[str, ...]] = (*EstimateLoss.reads, "epsilon", "epsilon_high")
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:
         assert inputs.old is not None
@@ -45,11 +38,7 @@ class SequenceRatio(Loss):
         above = (ratio > 1 + self.high) & (advantages > 0)
         clipped = {"low": below, "high": above, "region": below | above}
         metrics = {f"clip_ratio/{name}_mean": rows.float() for name, rows in clipped.items()}
-        if self.beta != 0.0:
-            assert inputs.reference is not None
-            kl = quadratic_kl(current, inputs.log_likelihood(inputs.reference), length)
-            loss, metrics = loss + self.beta * kl, metrics | {"kl": kl.detach()}
-        return LossOutputs(loss, metrics)
+        return self.with_kl(inputs, current, LossOutputs(loss, metrics))
 
 
 def sequence_ratio(elbo: torch.Tensor, old: torch.Tensor, length: int) -> torch.Tensor:
@@ -60,8 +49,3 @@ def sequence_ratio(elbo: torch.Tensor, old: torch.Tensor, length: int) -> torch.
 def clipped_loss(ratio: torch.Tensor, advantages: torch.Tensor, low: float, high: float) -> torch.Tensor:
     """−min(ρA, clip(ρ, 1 − low, 1 + high) A), one per completion."""
     return -torch.min(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
-
-
-def quadratic_kl(elbo: torch.Tensor, reference: torch.Tensor, length: int) -> torch.Tensor:
-    """(ELBO − ELBO_ref)² / 2L, one per completion."""
-    return (elbo - reference).square() / (2 * length)

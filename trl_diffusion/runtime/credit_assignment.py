@@ -48,7 +48,7 @@ class CreditAssignment:
             after = rollout.updates.stop
             apart = replace(rollout, updates=range(after, after + 1), trainable=torch.ones_like(rollout.trainable))
             plan = self.credit.estimates.plan(apart)
-            own |= {"current": self._estimates(rows, plan)}
+            own |= {"current": self._estimates(rows, plan), "estimated_tokens": plan["completion_mask"].sum(1)}
             if self.credit.needs_reference:
                 own |= {"reference": self._estimates(rows, plan, reference=True)}
             own |= {f"{_PLAN}{name}": value for name, value in plan.items()}
@@ -57,12 +57,15 @@ class CreditAssignment:
         found = {"advantages": rollout.own_of_groups(weights.values).masked_fill(advantages.isnan(), 0.0)}
         return found | (own if self.credit.refreshes else {}), weights.metrics
 
-    def refresh(self, batches: Sequence[Rows], group_size: int) -> None:
+    def refresh(self, batches: Sequence[Rows], group_size: int) -> dict[str, float]:
         """Weigh the completions again, with estimates under the policy as it is now.
 
         Args:
             batches: the micro-batches of the rollout batch; their `advantages` are changed.
             group_size: G.
+
+        Returns:
+            Metrics.
         """
         names = [name for name in _GROUP_FIELDS if name in batches[0]]
         own = {name: torch.cat([rows[name] for rows in batches]) for name in names}
@@ -71,10 +74,12 @@ class CreditAssignment:
         # TRL shuffled the rows within each process.
         order = self.gather(torch.cat([rows["global_row"] for rows in batches])).argsort()
         group = {name: self.gather(values)[order].view(-1, group_size) for name, values in own.items()}
-        weights = self.credit.weigh(_values(group)).values.flatten()
+        weighed = self.credit.weigh(_values(group))
+        weights = weighed.values.flatten()
         for rows in batches:
             unscored = rows["group_advantages"].isnan()
             rows["advantages"] = weights[rows["global_row"]].masked_fill(unscored, 0.0)
+        return weighed.metrics
 
     def _estimates(self, rows: Rows, plan: Rows, reference: bool = False) -> torch.Tensor:
         """Estimates [B] of log p(completion) on the views of a plan for one update."""
@@ -85,7 +90,7 @@ class CreditAssignment:
         return likelihood.estimate(logps, likelihood.scored(plan, 0, range(likelihood.num_views), targets))
 
 
-_GROUP_FIELDS = ("group_advantages", "group_lengths", "current", "reference")
+_GROUP_FIELDS = ("group_advantages", "group_lengths", "current", "reference", "estimated_tokens")
 
 
 def _values(group: Rows) -> GroupValues:
@@ -95,4 +100,5 @@ def _values(group: Rows) -> GroupValues:
         group.get("current"),
         group.get("reference"),
         group.get("now"),
+        group.get("estimated_tokens"),
     )

@@ -102,7 +102,8 @@ class DryRun:
         self.notes.append(f"prompts have {self.prompt_tokens} tokens, because no rows were read")
         if self.num_rows is not None:
             self.notes.append(f"there are {plural(self.num_rows, 'row')}")
-        rows = stand_in_rows(tokenizer, self.prompt_tokens, columns, max(needed, self.num_rows or 0))
+        count = needed if self.num_rows is None else min(needed, self.num_rows)
+        rows = stand_in_rows(tokenizer, self.prompt_tokens, columns, count)
         return rows, rows.select(range(1))
 
     def policy(

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from peft import LoraConfig, PeftModel, PeftType
+from rich.columns import Columns
 from rich.console import Group
 from rich.panel import Panel
 from rich.table import Table
@@ -77,7 +78,7 @@ def report_panel(run: TrainingRun, facts: Mapping[str, Any], tables: Sequence[Ta
     Args:
         run: the run.
         facts: texts by name.
-        tables: shown side by side, with the coverage of an adapter after them.
+        tables: shown after the facts, with the coverage of an adapter.
         kind: of report, for the title.
     """
     rows = Table.grid(padding=(0, 2))
@@ -85,9 +86,8 @@ def report_panel(run: TrainingRun, facts: Mapping[str, Any], tables: Sequence[Ta
     rows.add_column()
     for name, text in facts.items():
         rows.add_row(name, text)
-    shown = Table.grid(padding=(0, 4))
     coverage = [coverage_table(lora_coverage(run.model))] if isinstance(run.model, PeftModel) else []
-    shown.add_row(*tables, *coverage)
+    shown = Columns([*tables, *coverage], padding=(1, 4))  # as many beside each other as the terminal has room for
     return Panel(Group(rows, "", shown), title=f"trl_diffusion · {run.name}{kind}", expand=False)
 
 
@@ -187,10 +187,11 @@ def _batch(run: RolloutRun) -> dict[str, str]:
     completions, updates = int(args.generation_batch_size or 0), cost.updates_per_rollout(args)
     per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     return {
-        "rollout": f"{completions // group} prompts × {group} completions = {completions} completions, "
+        "rollout": f"{plural(completions // group, 'prompt')} × {group} completions = {completions} completions, "
         f"{updates:g} update{'' if updates == 1 else 's'} from each",
-        "update": f"{args.per_device_train_batch_size} per device × {args.gradient_accumulation_steps} micro-batches "
-        f"× {plural(processes, 'process')} = {per_update} completions",
+        "update": f"{args.per_device_train_batch_size} per device × "
+        f"{plural(args.gradient_accumulation_steps, 'micro-batch')} × {plural(processes, 'process')} = "
+        f"{per_update} completions",
     }
 
 

@@ -95,7 +95,7 @@ def _method(run: SFTRun) -> dict[str, str]:
 def _data(run: SFTRun) -> dict[str, str]:
     lengths = run.completion_lengths
     return {
-        "data": f"{plural(len(lengths), 'row')}; prompts padded to {run.prompt_length:.0f} tokens on average and "
+        "data": f"{plural(len(lengths), 'row')}; prompts of {run.prompt_length:.0f} tokens on average and "
         f"{run.longest_prompt} at most, completions of {statistics.mean(lengths):.0f} and {max(lengths)}, end included"
     }
 
@@ -103,8 +103,9 @@ def _data(run: SFTRun) -> dict[str, str]:
 def _batch(run: SFTRun) -> dict[str, str]:
     args = run.args
     return {
-        "update": f"{args.per_device_train_batch_size} per device × {args.gradient_accumulation_steps} micro-batches "
-        f"× {plural(run.launch.processes, 'process')} = {_rows_of_update(run)} rows"
+        "update": f"{args.per_device_train_batch_size} per device × "
+        f"{plural(args.gradient_accumulation_steps, 'micro-batch')} × {plural(run.launch.processes, 'process')} = "
+        f"{_rows_of_update(run)} rows"
     }
 
 

@@ -181,7 +181,7 @@ class _Continuations:
     def __init__(self, probe: StepAwareProbe, rollout: Rollout, engine: RolloutEngine, trainer_state: Any):
         self.probe, self.settings, self.engine, self.trainer_state = probe, probe.settings, engine, trainer_state
         self.rollout, self.trajectory, self.finished = rollout, rollout.trajectory, rollout.finished
-        self.config = dataclasses.replace(probe.sampling, record_signals=False)
+        self.config = dataclasses.replace(probe.sampling, record_signals=False, shift_window=0)
         self.units, self.rows, self.sync_forwards = 0.0, 0, 0
 
     def process_reward(self, probed: torch.Tensor, success: torch.Tensor, baseline: torch.Tensor) -> torch.Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 
 def plural(number: int, noun: str) -> str:
-    """Return a number with its noun: `1 update`, `1,000 updates`; of a process, `2 processes`."""
-    ending = "" if number == 1 else "es" if noun.endswith("s") else "s"
+    """Return a number with its noun: `1 update`, `1,000 updates`, `2 processes`, `4 micro-batches`."""
+    ending = "" if number == 1 else "es" if noun.endswith(("s", "ch")) else "s"
     return f"{number:,} {noun}{ending}"
 
 

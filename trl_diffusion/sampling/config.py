@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from trl_diffusion.family import DiffusionFamily
 from trl_diffusion.sampling.unmasking import RULES
-from trl_diffusion.validation import one_of
+from trl_diffusion.validation import at_least, one_of
 
 CACHES = ("auto", "none", "prefix", "dual", "block")
 
@@ -48,6 +48,9 @@ class SamplingConfig:
             to the end of the canvas (`prefix`) or those of the block alone (`dual`).
         cache_refresh: with `prefix` and `dual`, compute all columns again every `cache_refresh` steps of a block; 0
             computes them at the first step only.
+        shift_window: record how far each token shifts the confidence at masked positions of its block that are at
+            most so far away, see `Trajectory.confidence_shift`; 0 records none. It costs no forward, but the LM head
+            then runs at every masked position of the block.
 
     Raises:
         ValueError: if a setting is out of its range, or one rules out another.
@@ -66,6 +69,7 @@ class SamplingConfig:
     entropy_bound: float | None = None
     cache: str = "auto"
     cache_refresh: int = 0
+    shift_window: int = 0
 
     def __post_init__(self) -> None:
         if min(self.canvas_length, self.denoising_steps, self.block_length) < 1:
@@ -95,6 +99,7 @@ class SamplingConfig:
                 f"top_p={self.top_p} needs top_k > 0, so that the recorded support stays small; the AGRPO paper uses "
                 "top_k=150 with top_p=0.99. Where completions are all that is kept, set record_support=False."
             )
+        at_least("shift_window", self.shift_window, 0)
         one_of("unmasking", self.unmasking, RULES)
         self._check_parallel()
         self._check_cache()
@@ -181,7 +186,7 @@ class SamplingConfig:
     @property
     def reads_every_mask(self) -> bool:
         """True if a step needs the logits of every masked position of the block, not of those alone it commits."""
-        return self.record_signals or RULES[self.unmasking].reads_logits
+        return self.record_signals or self.shift_window > 0 or RULES[self.unmasking].reads_logits
 
     @property
     def num_blocks(self) -> int:

@@ -22,6 +22,7 @@ from trl_diffusion.sampling.drawing import ScoredTokens, draw_everywhere, draw_s
 from trl_diffusion.sampling.observing import Commits, Observer
 from trl_diffusion.sampling.positions import check_fits
 from trl_diffusion.sampling.prompts import checked_prompts
+from trl_diffusion.sampling.shifts import ShiftRecorder
 from trl_diffusion.sampling.trajectory import Trajectory
 from trl_diffusion.sampling.unmasking import RULES, Candidates, Choice, step_signals
 from trl_diffusion.streams import uniforms
@@ -185,6 +186,7 @@ class _Rollout:
         if config.record_signals:
             self.step_entropy = torch.zeros(batch, config.denoising_steps, device=device)
             self.step_margin = torch.zeros(batch, config.denoising_steps, device=device)
+        self.shifts = ShiftRecorder(batch, config, device) if config.shift_window else None
 
     def _any_rank(self, here: bool) -> bool:
         """All-reduced "any" over the ranks that share the weights; `here` alone if none do."""
@@ -202,6 +204,8 @@ class _Rollout:
         """
         rows = self.forwards.batch_of(self.alive, self.block)
         self.forwards.begin_block(rows, self.block[rows] * self.config.block_length, self._any_rank)
+        if self.shifts is not None:
+            self.shifts.begin_block(rows)
         commits = self.config.commits()
         for step in range(len(commits)):
             offsets, is_masked = self._masked(rows)
@@ -259,6 +263,9 @@ class _Rollout:
         """Choose positions, draw their tokens and commit them: at least `min_commits` [R] of each row."""
         self.row_forwards[rows] += 1
         logits = self._logits(rows, offsets) if self.config.reads_every_mask else None
+        if self.shifts is not None:
+            assert logits is not None
+            self.shifts.observe(rows, self.block[rows] * self.config.block_length, offsets, is_masked, logits)
         choice = self.rule.choose(
             Candidates(
                 is_masked,
@@ -307,6 +314,8 @@ class _Rollout:
         self.unmask_step[where] = (block * self.config.steps_per_block + step).int()
         self.logps[where] = drawn.logps
         self.entropies[where] = drawn.entropies
+        if self.shifts is not None:
+            self.shifts.wrote(rows[row], chosen[row, slot])
         if self.support is not None and drawn.support is not None:
             self.support[where] = drawn.support
         if self.observer is not None:
@@ -330,4 +339,5 @@ class _Rollout:
             forwards=self.forwards.forwards,
             sync_forwards=self.forwards.sync_forwards,
             prompt_columns=torch.full_like(self.row_forwards, self.forwards.input_ids.size(1)),
+            confidence_shift=None if self.shifts is None else self.shifts.shift,
         )

@@ -34,6 +34,8 @@ class Trajectory:
         sync_forwards: those among them that no row of this process needed; they keep the processes in step.
         prompt_columns: long [B], columns of the prompts, padding included, in the forwards that wrote each row; `None`
             if they are not known.
+        confidence_shift: float32 [B, L], how far a token shifted the network's confidence at masked positions near it
+            (see `ShiftRecorder`); -1 where no later step of its block shows it; `None` unless asked for.
         given: bool [B, L], text that was put on the canvas beforehand: shown in every view, never a target; `None` for
             none.
     """
@@ -51,6 +53,7 @@ class Trajectory:
     forwards: int
     sync_forwards: int
     prompt_columns: torch.Tensor | None = None
+    confidence_shift: torch.Tensor | None = None
     given: torch.Tensor | None = None
 
     @classmethod
@@ -74,7 +77,7 @@ class Trajectory:
 
     def cut(self, length: int) -> Trajectory:
         """Return the trajectory of the first `length` positions of the canvas."""
-        names = ("completion_ids", "unmask_step", "logps", "entropies", "support", "given")
+        names = ("completion_ids", "unmask_step", "logps", "entropies", "support", "confidence_shift", "given")
         values = {name: vars(self)[name] for name in names}
         return replace(self, **{name: value[:, :length] for name, value in values.items() if value is not None})
 

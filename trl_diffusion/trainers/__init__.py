@@ -9,8 +9,16 @@ from trl_diffusion.trainers.diffu_grpo import DiffuGRPOConfig, DiffuGRPOTrainer
 from trl_diffusion.trainers.dipo import DiPOConfig, DiPOTrainer
 from trl_diffusion.trainers.dmpo import DMPOConfig, DMPOTrainer
 from trl_diffusion.trainers.espo import ESPOConfig, ESPOTrainer
+from trl_diffusion.trainers.gdpo import GDPOConfig, GDPOTrainer
+from trl_diffusion.trainers.gdsd import GDSDConfig, GDSDTrainer
 from trl_diffusion.trainers.sft import SFTConfig, SFTTrainer
 from trl_diffusion.trainers.spg import SPGConfig, SPGTrainer
+from trl_diffusion.trainers.stable_drl import (
+    StableDRLConfig,
+    StableDRLTrainer,
+    StableESPOConfig,
+    StableESPOTrainer,
+)
 from trl_diffusion.trainers.tracerl import TraceRLConfig, TraceRLTrainer
 from trl_diffusion.trainers.trajectory_grpo import TrajectoryGRPOConfig, TrajectoryGRPOTrainer
 from trl_diffusion.trainers.uni_grpo import UniGRPOConfig, UniGRPOTrainer
@@ -24,9 +32,13 @@ METHODS: dict[str, type[DiffusionGRPOTrainer]] = {
     "diffu_grpo": DiffuGRPOTrainer,
     "dmpo": DMPOTrainer,
     "espo": ESPOTrainer,
+    "gdpo": GDPOTrainer,
+    "gdsd": GDSDTrainer,
     "coupled_grpo": CoupledGRPOTrainer,
     "wd1": WD1Trainer,
     "spg": SPGTrainer,
+    "stable_drl": StableDRLTrainer,
+    "stable_espo": StableESPOTrainer,
     "uni_grpo": UniGRPOTrainer,
     "tracerl": TraceRLTrainer,
 }
@@ -49,10 +61,18 @@ __all__ = [
     "DiffusionGRPOTrainer",
     "ESPOConfig",
     "ESPOTrainer",
+    "GDPOConfig",
+    "GDPOTrainer",
+    "GDSDConfig",
+    "GDSDTrainer",
     "SFTConfig",
     "SFTTrainer",
     "SPGConfig",
     "SPGTrainer",
+    "StableDRLConfig",
+    "StableDRLTrainer",
+    "StableESPOConfig",
+    "StableESPOTrainer",
     "TraceRLConfig",
     "TraceRLTrainer",
     "TrajectoryGRPOConfig",

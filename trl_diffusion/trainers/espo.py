@@ -17,12 +17,12 @@ from trl_diffusion.credit import leave_one_out
 from trl_diffusion.likelihood import Likelihood, MaskedViews, SubsetPairs
 from trl_diffusion.losses import Loss, SequenceRatio
 from trl_diffusion.trainers.base.choices import CreditChoice
-from trl_diffusion.trainers.base.masked import CompletionLossConfig
+from trl_diffusion.trainers.base.masked import CompletionLossConfig, MaskBiasConfig
 from trl_diffusion.trainers.base.trainer import DiffusionGRPOTrainer
 
 
 @dataclass
-class ESPOConfig(CompletionLossConfig):
+class ESPOConfig(CompletionLossConfig, MaskBiasConfig):
     """`CompletionLossConfig` with the defaults of ESPO for mathematics (2512.03759).
 
     For Countdown the paper sets `epsilon=0` and `beta=3e-3`, for Sudoku `beta=1e-2`, both with 128 denoising steps; 16
@@ -72,8 +72,8 @@ class ESPOTrainer(DiffusionGRPOTrainer):
         return leave_one_out
 
     def likelihood(self) -> Likelihood:
-        return MaskedViews(SubsetPairs(self.args.num_mc_samples // 2), loss_mask="canvas")  # the ELBO is the canvas's
+        noise = SubsetPairs(self.args.num_mc_samples // 2, self.args.informed_masking())
+        return MaskedViews(noise, loss_mask="canvas")  # the ELBO is the canvas's
 
     def loss(self) -> Loss:
-        high = self.args.epsilon if self.args.epsilon_high is None else self.args.epsilon_high
-        return SequenceRatio(self.args.epsilon, high, self.args.beta)
+        return SequenceRatio(*self.args.clip_range, self.args.beta)

@@ -16,7 +16,7 @@ from trl_diffusion.credit.group_credit import Credit, GroupValues, GroupWeights
 from trl_diffusion.likelihood import Likelihood, MaskedViews, TextSubsets
 from trl_diffusion.losses import Loss, SandwichedBound
 from trl_diffusion.trainers.base.choices import CreditChoice
-from trl_diffusion.trainers.base.masked import CompletionLossConfig, PromptNoiseConfig
+from trl_diffusion.trainers.base.masked import CompletionLossConfig, MaskBiasConfig, PromptNoiseConfig
 from trl_diffusion.trainers.base.trainer import DiffusionGRPOTrainer
 from trl_diffusion.validation import one_of
 
@@ -28,7 +28,7 @@ CHOICES = {
 
 
 @dataclass
-class SPGConfig(CompletionLossConfig, PromptNoiseConfig):
+class SPGConfig(CompletionLossConfig, PromptNoiseConfig, MaskBiasConfig):
     """The defaults of SPG with mixture (2510.09541).
 
     The paper's `bound_power` is 1.5 for GSM8K and MATH, 2 for Countdown (1.5 with mixture in its code), 1 for Sudoku.
@@ -110,7 +110,10 @@ class SPGTrainer(DiffusionGRPOTrainer):
         args = self.args
         block = None if args.noise == "random" else args.noise_block_length or args.block_length
         scores_all = args.scored == "hidden"
-        return MaskedViews(TextSubsets(args.num_mc_samples, block, args.prompt_mask_probability, scores_all))
+        noise = TextSubsets(
+            args.num_mc_samples, block, args.prompt_mask_probability, scores_all, args.informed_masking()
+        )
+        return MaskedViews(noise)
 
     def loss(self) -> Loss:
         upper_weight = {"mix": self.args.mix_weight, "upper": 1.0, "lower": 0.0}[self.args.negative_bound]

@@ -28,7 +28,7 @@ class DiffusionGRPOConfig(LaunchedConfig, SamplingArguments, GuardConfig, Resume
             `num_generations`: as many as 8 completions hold, at least one.
         per_device_eval_batch_size: the same for evaluations, with `num_generations_eval` if that is given.
         num_mc_samples: Monte-Carlo views per completion and update. Memory does not grow with it, but for methods
-            that need a completion's views together (ESPO, coupled-GRPO, SPG, WDDO).
+            that need a completion's views together (ESPO, GDPO, GDSD, coupled-GRPO, SPG, StableDRL, WDDO).
 
     Raises:
         ValueError: if settings do not fit together, or one cannot work with diffusion sampling.
@@ -55,6 +55,8 @@ class DiffusionGRPOConfig(LaunchedConfig, SamplingArguments, GuardConfig, Resume
             "num_generations_eval (or num_generations) up to 8 completions, at least one group."
         },
     )
+    # What the likelihood needs recorded; the trainer sets it.
+    shift_window: int = field(default=0, init=False)
     disable_dropout: bool = field(
         default=True,
         metadata={"help": "Turn dropout off, so that ratios start at 1; with dropout they measure its noise."},
@@ -84,7 +86,8 @@ class DiffusionGRPOConfig(LaunchedConfig, SamplingArguments, GuardConfig, Resume
 
     def sampling_config(self) -> SamplingConfig:
         """Return how completions are drawn; with the fields as they are now, since they may be changed later."""
-        return self.sampling_on(self.max_completion_length, record_signals=self.record_signals)
+        recorded = {"record_signals": self.record_signals, "shift_window": self.shift_window}
+        return self.sampling_on(self.max_completion_length, **recorded)
 
     def _refuse_what_cannot_work(self) -> None:
         autoregressive = "it generates one token after the other; completions here are drawn by diffusion"

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from trl_diffusion.likelihood.informed import InformedMasking
 from trl_diffusion.trainers.base.choices import refuse_unread
 from trl_diffusion.trainers.base.config import DiffusionGRPOConfig
+from trl_diffusion.validation import one_of
+
+MASK_BIASES = ("uniform", "informed")
 
 
 @dataclass
@@ -67,6 +71,45 @@ class PromptNoiseConfig(NoisedGRPOConfig):
 
 
 @dataclass
+class MaskBiasConfig(NoisedGRPOConfig):
+    """`NoisedGRPOConfig` for methods whose random subsets may be biased by what the rollout shows (2609.25927).
+
+    Args:
+        mask_bias: `uniform`, or `informed`: a view masks the tokens more often that shifted the network's confidence
+            at their masked neighbours little when they were written. See `InformedMasking`.
+        mask_sharpness: d, how much more often; with 0 masks are uniform.
+        mask_window: how many positions away a neighbour may be.
+
+    Raises:
+        ValueError: if the bias is unknown, a number is too small or would have no effect, or settings do not fit
+            together.
+    """
+
+    mask_bias: str = field(default="uniform", metadata={"help": "How masks are drawn: uniform or informed."})
+    mask_sharpness: float = field(
+        default=InformedMasking.sharpness, metadata={"help": "Sharpness of informed masks; 0 for uniform ones."}
+    )
+    mask_window: int = field(
+        default=InformedMasking.window, metadata={"help": "Distance to neighbours that informed masks look at."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        one_of("mask_bias", self.mask_bias, MASK_BIASES)
+        for name, default in (("mask_sharpness", InformedMasking.sharpness), ("mask_window", InformedMasking.window)):
+            if self.mask_bias == "uniform" and getattr(self, name) != default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} would have no effect: masks are uniform. Set mask_bias='informed', "
+                    f"or leave it at {default}."
+                )
+        self.informed_masking()
+
+    def informed_masking(self) -> InformedMasking | None:
+        """Return how masks are biased; `None` if they are uniform."""
+        return InformedMasking(self.mask_sharpness, self.mask_window) if self.mask_bias == "informed" else None
+
+
+@dataclass
 class MaskRateConfig(NoisedGRPOConfig):
     """`NoisedGRPOConfig` for methods whose views mask positions independently, at a random rate.
 
@@ -105,6 +148,11 @@ class CompletionLossConfig(NoisedGRPOConfig):
     def __post_init__(self):
         refuse_unread(self, self.reads, type(self).__name__)
         super().__post_init__()
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """How far below and above 1 a ratio may be: `epsilon` and `epsilon_high`, which is `epsilon` if not given."""
+        return self.epsilon, self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     def require_plain_rewards(self) -> None:
         """For methods whose weights are a softmax of the rewards over a prompt's completions.

@@ -199,6 +199,7 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
             args,
         )
         args.record_signals = args.record_signals or self.choices.likelihood.needs_signals
+        args.shift_window = self.choices.likelihood.shift_window
 
     def _check_loaded_model(self, datasets: dict[str, Any]) -> None:
         """Refuse a model that cannot be sampled or scored with these settings, and prompts too long for it."""
@@ -461,7 +462,7 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
         if self.choices.credit.refreshes and first_of_update and (update, micro_batch) != (0, 0):
             assert self._buffered_inputs is not None
             batches: list[Rows] = self._buffered_inputs
-            self._credit.refresh(batches, self.group_size("train"))
+            self.meter.add("train", self._credit.refresh(batches, self.group_size("train")))
 
     # ---------------------------------------------------------------- likelihood
 
