@@ -31,10 +31,16 @@ from trl_diffusion.trainers import (
     DMPOTrainer,
     ESPOConfig,
     ESPOTrainer,
+    ForkGRPOConfig,
+    ForkGRPOTrainer,
     GDPOConfig,
     GDPOTrainer,
     GDSDConfig,
     GDSDTrainer,
+    JustGRPOConfig,
+    JustGRPOTrainer,
+    MAPGConfig,
+    MAPGTrainer,
     SPGConfig,
     SPGTrainer,
     StableDRLConfig,
@@ -74,10 +80,11 @@ class Method:
         settings: fields of the config.
         network: makes the model, which ends half of its texts in the first block; takes fields of its config.
         wrap: turns the reward function into another one, as a `StepAwareReward` does.
-        views: what its views show, and so what they must cover: `drawn` denoising steps, steps `chosen` or `sampled`
-            by a selector, the `masked` canvas, masks at a random `rate`, complementary `pairs`, `coupled` pairs
-            besides the masked canvas, subsets of fixed `sizes`, random `blocks` or subsets of the `text`, `groups` of
-            denoising steps, or groups of those `within` every block.
+        any_rollout: it prescribes no rollout, so that steps may commit as many tokens as are certain.
+        views: what its views show, and so what they must cover: `drawn` denoising steps, `every` step of a kind once,
+            steps `chosen` or `sampled` by a selector, the `masked` canvas, masks at a random `rate`, complementary
+            `pairs`, `coupled` pairs besides the masked canvas, subsets of fixed `sizes`, random `blocks` or subsets
+            of the `text`, `groups` of denoising steps, or groups of those `within` every block.
         fresh_views: every inner update has views of its own.
         credit: what it makes of the rewards: the `outcome`, the outcome `by_length` of the text, the outcome and a
             `process_reward`, the `leave_one_out` advantage, the `z_score`, or weights, a `softmax` or an
@@ -95,6 +102,7 @@ class Method:
     settings: dict[str, Any] = field(default_factory=dict)
     network: Callable[..., Any] = full_attention
     wrap: Callable[[Callable], Callable] = lambda reward: reward
+    any_rollout: bool = True
     views: str = "drawn"
     fresh_views: bool = True
     credit: str = "outcome"
@@ -171,6 +179,11 @@ DMPO = PAIRS | {"alpha": 1.0}  # the paper's 0.04 leaves one completion per prom
 REPLAY: dict[str, Any] = {"fresh_views": False, "credit": "z_score", "many_views": {"shrink": 1}}
 IN_PAIRS: dict[str, Any] = {"few_views": {"num_mc_samples": 2}, "many_views": {"num_mc_samples": 8}}
 WITHIN_BLOCKS = {"denoising_steps": 8, "num_mc_samples": 0, "num_iterations": 1}
+LEFT_TO_RIGHT = {"block_length": 1, "denoising_steps": 8, "num_mc_samples": 0}
+FORKS = {"denoising_steps": 8, "num_mc_samples": 8}
+EVERY_STEP: dict[str, Any] = {"views": "every", "fresh_views": False}
+POSITIONS = {"denoising_steps": 8, "num_mc_samples": 8, "num_iterations": 1}
+LEFT_OUT: dict[str, Any] = {"credit": "leave_one_out", "compares": {"beta": 0.1}}
 OWN_LOSS: dict[str, Any] = {"applies": ALL_PROPERTIES - {1}, "compares": {}}  # without ratios
 
 METHODS = [
@@ -185,6 +198,27 @@ METHODS = [
         ATPOConfig,
         {"step_selector": "sampled", "signal_average": "group"},
         views="sampled",
+    ),
+    Method("just_grpo", JustGRPOTrainer, JustGRPOConfig, LEFT_TO_RIGHT, any_rollout=False, **EVERY_STEP),
+    Method(
+        "just_grpo, top entropy",
+        JustGRPOTrainer,
+        JustGRPOConfig,
+        LEFT_TO_RIGHT | {"step_draws": "top_entropy", "step_share": 0.5},
+        any_rollout=False,
+        **EVERY_STEP,
+        applies=frozenset({2, 4}),  # the choice of steps; all else is as above
+    ),
+    Method("fork_grpo", ForkGRPOTrainer, ForkGRPOConfig, FORKS, any_rollout=False, **EVERY_STEP),
+    Method("mapg", MAPGTrainer, MAPGConfig, POSITIONS, **EVERY_STEP, **LEFT_OUT),
+    Method(
+        "mapg, merged",
+        MAPGTrainer,
+        MAPGConfig,
+        POSITIONS | {"merged_steps": 2, "num_mc_samples": 4, "unmasking": "low_confidence"},
+        **EVERY_STEP,
+        **LEFT_OUT,
+        many_views={"num_mc_samples": 4},
     ),
     Method("diffu_grpo", DiffuGRPOTrainer, DiffuGRPOConfig, ONE_UPDATE, views="masked"),
     Method(

@@ -24,7 +24,7 @@ from trainer_helpers import (
     view_of,
 )
 
-from trl_diffusion.credit import DrawnSteps, SelectedSteps, leave_one_out
+from trl_diffusion.credit import ChosenSteps, DrawnSteps, SelectedSteps, leave_one_out
 from trl_diffusion.credit.step_selection import select_roec_cm
 from trl_diffusion.likelihood import (
     Bernoulli,
@@ -57,6 +57,7 @@ SAMPLING = SamplingConfig(canvas_length=8, denoising_steps=4, block_length=4, te
 LIKELIHOODS: dict[str, Callable[[], Likelihood]] = {
     "drawn steps, sum": lambda: TrajectoryViews(DrawnSteps(3), SAMPLING),
     "drawn steps, mean": lambda: TrajectoryViews(DrawnSteps(3, "entropy", reduction="mean"), SAMPLING),
+    "chosen steps, merged": lambda: TrajectoryViews(ChosenSteps(2, "all"), SAMPLING, merge=2),
     "selected steps": lambda: TrajectoryViews(SelectedSteps(2, select_roec_cm), SAMPLING),
     "replay": lambda: ReplayViews(SAMPLING),
     "replay, two steps": lambda: ReplayViews(SAMPLING, shrink=2, mean_over="tokens"),

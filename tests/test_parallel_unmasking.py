@@ -17,13 +17,16 @@ BY_ENTROPY = SamplingConfig(12, 12, 4, 1.3, unmasking="entropy", entropy_bound=1
 RULES = {
     "threshold": BY_CONFIDENCE,
     "threshold, at least two": replace(BY_CONFIDENCE, denoising_steps=6),
+    "threshold, else leftmost": replace(BY_CONFIDENCE, fallback="leftmost"),
+    "threshold, at least two, else leftmost": replace(BY_CONFIDENCE, denoising_steps=6, fallback="leftmost"),
     "bound": BY_ENTROPY,
     "bound, at least two": replace(BY_ENTROPY, denoising_steps=6, entropy_bound=1.8),
 }
 
 
-def chosen(config: SamplingConfig, step: int, probabilities, masked: list[int]) -> set[int]:
-    """Positions that a step commits, given probabilities [L, V] and the masked positions of the block."""
+def chosen(config: SamplingConfig, step: int, probabilities, masked: list[int]) -> tuple[set[int], bool]:
+    """Positions that a step commits, given probabilities [L, V] and the masked positions of the block, and whether
+    fewer of them reach the threshold or bound."""
     later = sum(config.commits()[step % config.steps_per_block + 1 :])
     least = max(1, len(masked) - later)
     if config.confidence_threshold is not None:
@@ -36,14 +39,16 @@ def chosen(config: SamplingConfig, step: int, probabilities, masked: list[int]) 
             for count, i in enumerate(order)
             if sum(entropy_of(probabilities[j]) for j in order[:count]) <= config.entropy_bound
         ]
-    return set(order[: max(least, len(passing))])
+    if config.fallback == "leftmost":
+        order = passing + [i for i in sorted(masked) if i not in passing]
+    return set(order[: max(least, len(passing))]), len(passing) < least
 
 
 @pytest.mark.parametrize("config", RULES.values(), ids=RULES.keys())
 def test_positions_of_every_step(config):
     model = tiny_model(3, 8.0)  # commits one to four tokens at a step
     trajectory = rollout(model, config, ROWS)
-    sizes = set()
+    sizes, fates = set(), set()
     for step in range(config.denoising_steps):
         probabilities = distributions(model, trajectory, step)
         canvas = canvas_before(trajectory, step)
@@ -52,14 +57,17 @@ def test_positions_of_every_step(config):
             masked = [i for i in range(block.start, block.stop) if canvas[row, i] == MASK]
             committed = {i for i in range(12) if trajectory.unmask_step[row, i] == step}
             if masked and (trajectory.unmask_step[row, block] >= 0).all():
-                assert committed == chosen(config, step, probabilities[row], masked), (row, step)
+                forced = bool(trajectory.forced[row, step])
+                assert (committed, forced) == chosen(config, step, probabilities[row], masked), (row, step)
+                fates.add(forced)
                 sizes.add(len(committed))
                 for i in committed:
                     policy = probabilities[row, i] ** (1 / 1.3)
                     expected = policy[trajectory.completion_ids[row, i]] / policy.sum()
                     assert trajectory.logps[row, i].exp().item() == pytest.approx(expected, rel=1e-4)
             else:
-                assert not committed
+                assert not committed and not trajectory.forced[row, step]
+    assert fates == {False} | ({True} if config.entropy_bound is None else set())  # its order starts below any bound
     assert sizes >= set(range(config.block_length // config.steps_per_block, 5))
 
 
@@ -122,7 +130,12 @@ def test_going_on_from_a_partly_written_block():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"confidence_threshold": 0.9}, r"confidence_threshold.*order of unmasking='max_prob'; got 'random'"),
+        ({"confidence_threshold": 0.9}, r"confidence_threshold.*'max_prob' or 'low_confidence'; got 'random'"),
+        ({"fallback": "leftmost"}, "fallback='leftmost' says which position commits.*Set confidence_threshold"),
+        (
+            {"fallback": "right", "confidence_threshold": 0.9, "unmasking": "max_prob"},
+            "fallback must be one of surest, leftmost; got 'right'",
+        ),
         ({"entropy_bound": 0.1}, "entropy_bound.*order of unmasking='entropy'; got 'random'"),
         ({"confidence_threshold": 0.0, "unmasking": "max_prob"}, r"must lie in \(0, 1\], got 0.0"),
         ({"confidence_threshold": 1.1, "unmasking": "max_prob"}, r"must lie in \(0, 1\], got 1.1"),

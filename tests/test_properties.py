@@ -31,6 +31,7 @@ from trainer_helpers import (
 from transformers import TrainerCallback
 
 from trl_diffusion.sampling import Trajectory, row_generators, sample
+from trl_diffusion.sampling.trajectory import taken_steps
 from trl_diffusion.streams import Purpose
 
 pytestmark = pytest.mark.slow
@@ -98,7 +99,7 @@ def test_1_the_metric_reports_the_largest_log_ratio(method, tmp_path):
     assert len(logged) == 1 and 0 <= logged[0] <= 1e-4
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [m for m in METHODS if m.any_rollout], ids=lambda method: method.name)
 def test_rollouts_whose_steps_commit_as_many_tokens_as_are_certain(method, tmp_path, monkeypatch):
     """Trajectories with numbers of steps of their own train every method; ratios stay one."""
     settings = {"unmasking": "max_prob", "confidence_threshold": 0.6, "num_iterations": 1, "max_steps": 1}
@@ -159,6 +160,34 @@ def sampled_steps_cover(method: Method, folder) -> None:
     assert (weight[eligible] > 0).all() and not covered[~eligible].any()
     unweighted = coverage(rows | {"view_weights": torch.ones_like(rows["view_weights"])})[0]
     assert not ((unweighted - claim).abs() < 2.5 * weight / draws**0.5)[eligible].all()
+
+
+def every_step_covers(method: Method, folder) -> None:
+    """Each step of the kind that learns has one view, and its weight makes the mean over views the claimed one."""
+    trainer = method.make(folder)
+    rows = rollout_of(trainer, "a b", "b a a")
+    trajectory, _ = trainer.last_rollout
+    likelihood = trainer.choices.likelihood
+    eligible, steps = rows["completion_mask"].bool(), torch.arange(8 // likelihood.merge)
+    unmask_step = trajectory.unmask_step // likelihood.merge
+    learns = (steps < committed_steps(rows)) & taken_steps(unmask_step, len(steps))
+    if trajectory.forced is not None:
+        assert (learns & ~trajectory.forced).any()
+        learns &= trajectory.forced
+    if likelihood.steps.share is not None:
+        of_step = trajectory.entropies  # one token a step, from left to right
+        for row in range(len(learns)):
+            count = -(-int(learns[row].sum()) // 2)
+            order = sorted(steps[learns[row]].tolist(), key=lambda step, row=row: (-of_step[row, step], step))
+            learns[row] = torch.isin(steps, torch.tensor(order[:count]))
+    assert learns.any(1).all() and len(learns.sum(1).unique()) > 1
+    views = torch.stack([view_of(trainer, rows, 0, view).targets for view in range(num_views(trainer))], 1)
+    of_token = learns.gather(1, unmask_step.clamp(min=0).long()) & eligible
+    assert torch.equal(views.sum(1), of_token.long())
+    assert of_token[unmask_step == 0].any()  # the tokens of the first step too
+    covered, _ = coverage(rows | {"unmask_step": unmask_step})
+    claim = 1 / learns.sum(1, keepdim=True) if likelihood.steps.reduction == "mean" else torch.ones(len(learns), 1)
+    torch.testing.assert_close(covered, of_token * claim)
 
 
 def chosen_steps_cover(method: Method, folder) -> None:
@@ -281,6 +310,7 @@ def step_groups_of_blocks_cover(method: Method, folder) -> None:
 
 COVERAGE = {
     "drawn": drawn_steps_cover,
+    "every": every_step_covers,
     "sampled": sampled_steps_cover,
     "chosen": chosen_steps_cover,
     "masked": masked_canvas_covers,

@@ -6,10 +6,12 @@ import copy
 import random
 import threading
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
-from itertools import combinations, product
+from itertools import combinations, permutations, product
+from math import comb
 
 import numpy as np
 import pytest
@@ -108,14 +110,26 @@ class Enumeration:
                 chance = np.prod([self.policy(seen, i)[t] for i, t in zip(masked, tokens, strict=True)])
                 yield {masked[j]: tokens[j] for j in chosen}, chance
             return
-        subsets = list(combinations(masked, count))
-        if rule != "random":
+        if rule == "random":
+            subsets = [(subset, 1 / comb(len(masked), count)) for subset in combinations(masked, count)]
+        elif rule == "plackett_luce":
+            subsets = [(order, self.in_order(seen, masked, order)) for order in permutations(masked, count)]
+        else:
             scores = [CERTAINTY[rule](self.probabilities[seen][i]) for i in masked]
-            subsets = [[masked[j] for j in most_certain(scores, count)]]
-        for subset in subsets:
+            subsets = [([masked[j] for j in most_certain(scores, count)], 1.0)]
+        for subset, share in subsets:
             for tokens in product(WORD_IDS, repeat=count):
                 chance = np.prod([self.policy(seen, i)[t] for i, t in zip(subset, tokens, strict=True)])
-                yield dict(zip(subset, tokens, strict=True)), chance / len(subsets)
+                yield dict(zip(subset, tokens, strict=True)), chance * share
+
+    def in_order(self, seen: tuple[int, ...], masked: Sequence[int], order: Sequence[int]) -> float:
+        """Probability of drawing these positions of the masked ones in this order."""
+        weight = {i: self.probabilities[seen][i].max() ** (1 / self.config.position_temperature) for i in masked}
+        chance = 1.0
+        for position in order:
+            chance *= weight[position] / sum(weight.values())
+            del weight[position]
+        return chance
 
     def distribution(self, stale: bool = False) -> dict[tuple, float]:
         """Probability of every (completion, unmask_step); `stale` shows each step the canvas of the step before."""
@@ -152,6 +166,9 @@ class Enumeration:
             if step >= 0:
                 shown = [0 <= other < step + late for other in steps]
                 canvas = tuple(token if show else MASK for token, show in zip(tokens, shown, strict=True))
+                if self.config.unmasking == "plackett_luce":
+                    block = range(position // 2 * 2, position // 2 * 2 + 2)
+                    chance *= self.in_order(canvas, {position, *(i for i in block if not shown[i])}, [position])
                 chance *= self.policy(canvas, position)[tokens[position]]
         return chance
 
@@ -192,7 +209,10 @@ def sampled(config: SamplingConfig) -> tuple[Counter, dict[tuple, float]]:
     trajectory = sample(tiny_model(3), prompts, None, config, [np.random.default_rng(1)] * ROWS)
     rows = torch.cat([trajectory.completion_ids, trajectory.unmask_step], dim=1)
     unique, inverse, counts = rows.unique(dim=0, return_inverse=True, return_counts=True)
-    recorded = torch.empty(len(unique)).scatter(0, inverse, trajectory.logps.sum(1)).exp().tolist()
+    logps = trajectory.logps.sum(1)
+    if trajectory.position_logps is not None:
+        logps = logps + trajectory.position_logps.sum(1)
+    recorded = torch.empty(len(unique)).scatter(0, inverse, logps).exp().tolist()
     cells = [(tuple(row[:4]), tuple(row[4:])) for row in unique.tolist()]
     return Counter(dict(zip(cells, counts.tolist(), strict=True))), dict(zip(cells, recorded, strict=True))
 

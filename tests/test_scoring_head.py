@@ -85,6 +85,22 @@ def test_scores_and_gradients_are_those_of_whole_logits(rows, supported, tempera
         assert (one - another).abs().max() > 1e-4 * other.abs().max()  # 1 % of the entropies' gradient is seen
 
 
+def test_without_targets_the_most_likely_ids_are_scored(monkeypatch):
+    in_chunks_of(4, monkeypatch)
+    module, (hidden, targets, _) = head(), inputs()
+    found, _ = module(hidden, None, None, 1.0, FAMILY)
+    logits = FAMILY.exclude_never_sampled(torch.nn.functional.linear(hidden, module.weight))
+    expected = logits.log_softmax(-1).amax(-1)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    assert (found - module(hidden, targets, None, 1.0, FAMILY)[0]).max() > 0.1
+    weight = torch.arange(len(found), dtype=torch.float32)
+    for one, other in zip(
+        *(torch.autograd.grad((weight * values).sum(), (hidden, module.weight)) for values in (found, expected)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
+
+
 @pytest.mark.parametrize("autocast", [False, True])
 def test_bfloat16_is_that_of_whole_logits(autocast, monkeypatch):
     in_chunks_of(2, monkeypatch)

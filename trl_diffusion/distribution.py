@@ -78,6 +78,28 @@ def truncate(logits: torch.Tensor, temperature: float, top_k: int, top_p: float)
     return scores.log_softmax(-1), ids.int().masked_fill(cut, -1)
 
 
+def ordered_choice(scores: torch.Tensor, exists: torch.Tensor) -> torch.Tensor:
+    """Return the log-probability of each item of an ordered choice without replacement (Plackett–Luce).
+
+    Of the items that are left, one is chosen with a probability proportional to the exponential of its score. The sum
+    over the first k is the log-probability that these are chosen in this order.
+
+    Args:
+        scores: float [..., m], in the order in which the items are chosen, those that are not chosen last.
+        exists: bool [..., m], items that there are.
+
+    Returns:
+        [..., m], 0 where there is no item.
+    """
+    scores = scores.masked_fill(~exists, 0.0)
+    size = scores.size(-1)
+    # Of an item that does not exist only itself is left, since a sum over nothing has no gradient.
+    left = torch.ones(size, size, dtype=torch.bool, device=scores.device).triu() & exists.unsqueeze(-2)
+    left |= torch.eye(size, dtype=torch.bool, device=scores.device)
+    rest = scores.unsqueeze(-2).masked_fill(~left, -torch.inf).logsumexp(-1)
+    return (scores - rest).masked_fill(~exists, 0.0)
+
+
 def draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Draw one index per distribution by inverting its cumulative distribution.
 
@@ -118,13 +140,13 @@ def _invert(masses: torch.Tensor, threshold: torch.Tensor) -> tuple[torch.Tensor
 
 
 def score_targets(
-    logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0, support: torch.Tensor | None = None
+    logits: torch.Tensor, targets: torch.Tensor | None, temperature: float = 1.0, support: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the log-probability of each target and the entropy of its distribution, at a temperature, on a support.
 
     Args:
         logits: float32 [..., V]; -inf for ids that are never sampled.
-        targets: long [...].
+        targets: long [...]; the most likely ids if `None`.
         temperature: divides the logits; > 0.
         support: int [..., C], the ids that could be drawn, -1 for none; every id if not given.
 
@@ -137,6 +159,8 @@ def score_targets(
     """
     log_probs = log_distribution(logits, temperature, support)
     entropy = -(log_probs.exp() * log_probs.clamp(min=SMALLEST)).sum(-1)
+    if targets is None:
+        return log_probs.amax(-1), entropy
     return at_columns(log_probs, *target_columns(targets, support)), entropy
 
 

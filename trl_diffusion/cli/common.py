@@ -82,6 +82,8 @@ class RunArguments(DryRunArguments):
     eval_entropy_bound: float | None = with_default("entropy_bound", None)
     eval_cache: str = with_default("cache", "auto")
     eval_cache_refresh: int = with_default("cache_refresh", 0)
+    eval_fallback: str = with_default("fallback", "surest")
+    eval_position_temperature: float = with_default("position_temperature", 0.5)
 
     def evaluation(self, training: Any, problems: int) -> Evaluation | None:
         """Return how held-out accuracy is measured; `None` where it is not.

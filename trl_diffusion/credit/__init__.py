@@ -1,6 +1,7 @@
 """From rewards to advantages, and which denoising steps are trained with which weight."""
 
 from trl_diffusion.credit.advantages import (
+    among_untied,
     effective_sample_size,
     group_softmax,
     leave_one_out,
@@ -12,8 +13,15 @@ from trl_diffusion.credit.advantages import (
 from trl_diffusion.credit.group_credit import Credit, GroupCredit, GroupValues, GroupWeights
 from trl_diffusion.credit.stable_weights import SelfNormalisedWeights
 from trl_diffusion.credit.step_aware import StepAwareReward
-from trl_diffusion.credit.step_choice import DrawnSteps, SelectedSteps, StepChoice
-from trl_diffusion.credit.step_draws import StepWeights, draw_steps, eligible_steps, step_probabilities
+from trl_diffusion.credit.step_choice import ChosenSteps, DrawnSteps, SelectedSteps, StepChoice
+from trl_diffusion.credit.step_draws import (
+    StepWeights,
+    chosen_draws,
+    draw_steps,
+    eligible_steps,
+    largest_share,
+    step_probabilities,
+)
 from trl_diffusion.credit.step_selection import (
     SELECTORS,
     StepSelection,
@@ -28,6 +36,7 @@ from trl_diffusion.sampling.trajectory import taken_steps
 
 __all__ = [
     "SELECTORS",
+    "ChosenSteps",
     "Credit",
     "DrawnSteps",
     "GroupCredit",
@@ -43,10 +52,13 @@ __all__ = [
     "StepWeights",
     "TargetWeights",
     "Threshold",
+    "among_untied",
+    "chosen_draws",
     "draw_steps",
     "effective_sample_size",
     "eligible_steps",
     "group_softmax",
+    "largest_share",
     "leave_one_out",
     "opposed_softmax",
     "population_z_score",

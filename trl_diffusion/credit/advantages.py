@@ -39,6 +39,21 @@ def population_z_score(advantages: torch.Tensor) -> torch.Tensor:
     return torch.where(std <= 1e-6, 0.0 * centred, centred / std)
 
 
+def among_untied(advantages: torch.Tensor) -> torch.Tensor:
+    """Return A · N / (number of groups whose advantages differ).
+
+    A loss that is a mean over all completions is then the mean over the completions of these groups; those of the
+    others have no gradient.
+
+    Args:
+        advantages: [N, G], A.
+    """
+    # TRL centres and scales all rewards of a group by the same numbers, so those of equal rewards are equal exactly.
+    largest, smallest = (advantages.nan_to_num(nan=fill) for fill in (-torch.inf, torch.inf))
+    untied = (largest.amax(1) > smallest.amin(1)).sum()
+    return advantages * (len(advantages) / untied.clamp(min=1))
+
+
 def opposed_softmax(advantages: torch.Tensor) -> torch.Tensor:
     """Return softmax(A) − softmax(−A), [N, G]: what wd1 (2507.08838) makes more minus what it makes less likely."""
     unscored = advantages.isnan()

@@ -1,4 +1,4 @@
-"""Choices of the denoising steps that learn: drawn for each completion, or selected for all alike."""
+"""Choices of the denoising steps that learn: drawn or chosen for each completion, or selected for all alike."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from typing import Any
 
 import torch
 
-from trl_diffusion.credit.step_draws import StepWeights, draw_steps, eligible_steps, step_probabilities
+from trl_diffusion.credit.step_draws import (
+    StepWeights,
+    chosen_draws,
+    draw_steps,
+    eligible_steps,
+    entropy_of_steps,
+    largest_share,
+    step_probabilities,
+)
 from trl_diffusion.credit.step_selection import (
     SELECTORS,
     StepSelector,
@@ -108,6 +116,50 @@ class DrawnSteps(StepChoice):
             draw_steps(probabilities, rollout.view_noise(update).uniform(self.count), self.reduction)
             for update in rollout.updates
         ]
+
+
+@dataclass
+class ChosenSteps(StepChoice):
+    """The steps that a rule chooses for each completion, each of them once.
+
+    If the rule chooses more steps than there are views, an even share of them is drawn anew for every update.
+
+    Args:
+        count: M, views per completion and update.
+        rule: `all` the eligible steps; `top_entropy`, the `share` of them that committed the largest entropy;
+            `forced`, those at which no position reached the confidence threshold, see `Trajectory.forced`. Steps that
+            the last two leave out never learn, so they re-weight the objective.
+        scope: see `eligible_steps`.
+        reduction: `mean` or `sum` over the chosen steps, see `chosen_draws`.
+        share: of the steps, for `top_entropy`.
+    """
+
+    count: int
+    rule: str
+    scope: str = "exact"
+    reduction: str = "sum"
+    share: float | None = None
+
+    def __post_init__(self) -> None:
+        self.sums = self.reduction == "sum" and self.rule == "all"
+
+    def choose(self, rollout: Rollout, eligible: EligibleSteps) -> list[StepWeights]:
+        chosen = self._chosen(rollout, eligible.mask)
+        return [
+            chosen_draws(chosen, self.count, rollout.view_noise(update).uniform(1), self.reduction)
+            for update in rollout.updates
+        ]
+
+    def _chosen(self, rollout: Rollout, eligible: torch.Tensor) -> torch.Tensor:
+        trajectory = rollout.trajectory
+        if self.rule == "top_entropy":
+            assert self.share is not None
+            entropy = entropy_of_steps(trajectory.entropies, trajectory.unmask_step, eligible.size(1))
+            return largest_share(entropy, eligible, self.share)
+        if self.rule == "forced":
+            assert trajectory.forced is not None
+            return eligible & trajectory.forced
+        return eligible
 
 
 @dataclass

@@ -1,4 +1,8 @@
-"""Draw the denoising steps that are trained, with weights that make the estimate unbiased (AGRPO, 2510.04019)."""
+"""Draw the denoising steps that are trained, with weights that make the estimate unbiased.
+
+Two ways: independent draws from a distribution over a completion's steps (AGRPO, 2510.04019), or as many as there are
+views of the steps that a rule chose for the completion, each of them at most once.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,10 @@ from trl_diffusion.family import DiffusionFamily
 
 STEP_SCOPES = ("paper", "exact")
 STEP_REDUCTIONS = ("mean", "sum")
-STEP_DRAWS = ("uniform", "entropy")
+# Independent draws of steps, and rules that choose steps, of which each is taken once.
+INDEPENDENT_DRAWS = ("uniform", "entropy")
+STEP_RULES = ("all", "top_entropy", "forced")
+STEP_DRAWS = (*INDEPENDENT_DRAWS, *STEP_RULES)
 
 # Keeps every eligible step reachable if the entropies are zero.
 _ENTROPY_FLOOR = 1e-8
@@ -22,7 +29,7 @@ class StepWeights:
     """M draws per completion.
 
     Args:
-        steps: long [B, M], the drawn denoising steps.
+        steps: long [B, M], the drawn denoising steps; -1 for an empty view, of weight 0.
         weights: float32 [B, M]; the mean over draws of weight · f(step) is an unbiased estimate of the mean
             (`step_reduction="mean"`) or sum (`"sum"`) of f over the eligible steps.
     """
@@ -83,12 +90,86 @@ def step_probabilities(
     """
     mass = torch.ones(eligible.shape, dtype=torch.float64, device=entropies.device)
     if draws == "entropy":
-        sampled = unmask_step >= 0
-        mass = mass.fill_(_ENTROPY_FLOOR).scatter_add(
-            1, unmask_step.clamp(min=0).long(), entropies.double().clamp(min=0) * sampled
-        )
+        mass = entropy_of_steps(entropies, unmask_step, eligible.size(1), _ENTROPY_FLOOR)
     mass = mass * eligible
     return mass / mass.sum(1, keepdim=True)
+
+
+def entropy_of_steps(
+    entropies: torch.Tensor, unmask_step: torch.Tensor, num_steps: int, floor: float = 0.0
+) -> torch.Tensor:
+    """Add up the entropies of the tokens that each step committed.
+
+    Args:
+        entropies: float32 [B, L], of each committed token, in nats.
+        unmask_step: int [B, L], -1 where nothing was sampled.
+        num_steps: S.
+        floor: added to each sum.
+
+    Returns:
+        Float64 [B, S].
+    """
+    mass = torch.full((len(entropies), num_steps), floor, dtype=torch.float64, device=entropies.device)
+    sampled = unmask_step >= 0
+    return mass.scatter_add(1, unmask_step.clamp(min=0).long(), entropies.double().clamp(min=0) * sampled)
+
+
+def largest_share(values: torch.Tensor, among: torch.Tensor, share: float) -> torch.Tensor:
+    """Choose the ⌈share · N⌉ largest of each row's N values, of equal ones the first.
+
+    Args:
+        values: [B, S].
+        among: bool [B, S], the N values of a row that can be chosen.
+        share: in (0, 1].
+
+    Returns:
+        Bool [B, S].
+    """
+    # A product that is a whole number but for rounding must not be rounded up to the next.
+    most = (among.sum(1, keepdim=True) * share - 1e-9).ceil()
+    order = values.masked_fill(~among, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    return (order.argsort(1) < most) & among
+
+
+def spread_over(candidates: torch.Tensor, count: int, noise: torch.Tensor) -> torch.Tensor:
+    """Choose steps at equal distances from a random start, so that every candidate is equally likely.
+
+    One step at (k + v)/K of the way through a row's candidates, v the same for all k; all candidates, if they are at
+    most K.
+
+    Args:
+        candidates: bool [A, S].
+        count: K.
+        noise: float64 [A, 1] in [0, 1), v.
+
+    Returns:
+        Long [A, K], in the order of time, -1 after the last one chosen.
+    """
+    number = candidates.sum(1, keepdim=True)
+    parts = number.clamp(max=count)
+    index = torch.arange(count, device=candidates.device)
+    ranks = ((index + noise) * number / parts.clamp(min=1)).floor().long().minimum(number - 1).clamp(min=0)
+    in_time = (~candidates).int().argsort(dim=1, stable=True)
+    return in_time.gather(1, ranks).masked_fill(index >= parts, -1)
+
+
+def chosen_draws(chosen: torch.Tensor, count: int, noise: torch.Tensor, reduction: str) -> StepWeights:
+    """Take the steps that were chosen for each completion, or an even share of them if there are more than M views.
+
+    Args:
+        chosen: bool [B, S], C of a row's steps.
+        count: M.
+        noise: float64 [B, 1] in [0, 1).
+        reduction: `"mean"` or `"sum"` over the chosen steps.
+
+    Returns:
+        Steps with weights M / min(C, M), or C times that for the sum: the mean over draws of weight · f(step) is an
+        unbiased estimate, and exact for C ≤ M.
+    """
+    steps = spread_over(chosen, count, noise)
+    number = chosen.sum(1, keepdim=True)
+    weights = count / number.clamp(min=1, max=count) * (number if reduction == "sum" else 1.0)
+    return StepWeights(steps, weights.expand_as(steps).masked_fill(steps < 0, 0.0).float())
 
 
 def draw_steps(probabilities: torch.Tensor, uniform: torch.Tensor, reduction: str) -> StepWeights:

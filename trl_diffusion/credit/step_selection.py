@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trl_diffusion.credit.step_draws import StepWeights
+from trl_diffusion.credit.step_draws import StepWeights, spread_over
 from trl_diffusion.distribution import cumulative_shares
 
 SIGNAL_AVERAGES = ("batch", "group", "running")
@@ -129,13 +129,7 @@ def select_uniform(signals: StepSignals, count: int, noise: torch.Tensor) -> Ste
     With a fixed start and a distance of whole blocks they would be the same step of every block, and the other steps
     would never be trained.
     """
-    # One step at (k + v)/K of the way through the candidates, v the same for all k; ranks count candidates in time.
-    candidates = signals.num_candidates.unsqueeze(1)
-    parts = candidates.clamp(max=count)
-    index = torch.arange(count, device=candidates.device)
-    ranks = ((index + noise[:, :1]) * candidates / parts).floor().long().minimum(candidates - 1)
-    in_time = (~signals.candidates).int().argsort(dim=1, stable=True)
-    return StepSelection(in_time.gather(1, ranks).masked_fill(index >= parts, -1))
+    return StepSelection(spread_over(signals.candidates, count, noise[:, :1]))
 
 
 def select_random(signals: StepSignals, count: int, noise: torch.Tensor) -> StepSelection:

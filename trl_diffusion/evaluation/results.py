@@ -88,7 +88,8 @@ def describe_decoding(decoding: dict[str, Any]) -> str:
     parts = [f"canvas {canvas}", f"{steps} steps", f"block {block}", decoding["unmasking"]]
     # Results on disk may be older than the fields below.
     if decoding.get("confidence_threshold") is not None:
-        parts.append(f"threshold {decoding['confidence_threshold']:g}")
+        else_leftmost = ", else the leftmost" if decoding.get("fallback") == "leftmost" else ""
+        parts.append(f"threshold {decoding['confidence_threshold']:g}{else_leftmost}")
     if decoding.get("entropy_bound") is not None:
         parts.append(f"entropy bound {decoding['entropy_bound']:g}")
     if decoding.get("cache", "auto") not in ("auto", "none"):

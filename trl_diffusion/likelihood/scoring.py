@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -10,7 +10,10 @@ from trl_diffusion.likelihood.views import Views
 
 
 class Scores(NamedTuple):
-    """Log-probabilities and entropies (nats), float32 [R, L]; 0 where a position is no target."""
+    """Log-probabilities and entropies of tokens (nats), float32 [R, L]; 0 where a position is no target.
+
+    If the views have a `choice`, a log-probability is that of position and token together.
+    """
 
     logps: torch.Tensor
     entropies: torch.Tensor
@@ -28,7 +31,8 @@ def score_views(
 ) -> Scores:
     """Score each view's targets in one forward pass of the (wrapped) model.
 
-    The last layer and the LM head compute only the targets.
+    The last layer and the LM head compute only the targets and, if their positions were drawn, the positions that
+    could have been drawn in their place.
 
     Args:
         model: a native diffusion language model, possibly wrapped (DDP, DeepSpeed, FSDP2, PEFT).
@@ -45,36 +49,43 @@ def score_views(
     Returns:
         The scores, with gradient if grad mode is on.
     """
-    # Rows have different numbers of targets: `slots` holds each row's target positions first, padded with others to
-    # the longest row, and `positions` is -1 for the padding.
-    most = int(views.targets.sum(1).max())
-    slots = views.targets.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    # Rows have different numbers of positions to read: `slots` holds each row's first, padded with others to the
+    # longest row, and `positions` is -1 for the padding.
+    read = views.targets if views.choice is None else views.targets | views.choice.open
+    most = int(read.sum(1).max())
+    slots = read.int().argsort(dim=1, descending=True, stable=True)[:, :most]
     prompt = prompt_ids if views.prompt_ids is None else views.prompt_ids
     if prompt_columns is not None:
         first = prompt.size(1) - int(prompt_columns.max())
         prompt, prompt_mask = prompt[:, first:], prompt_mask[:, first:]
     shown = views.canvas if views.context is None else torch.cat([views.context, views.canvas], dim=1)
     noisy_copy = shown.size(1) - views.canvas.size(1)
-    positions = (prompt.size(1) + noisy_copy + slots).masked_fill(~views.targets.gather(1, slots), -1)
+    positions = (prompt.size(1) + noisy_copy + slots).masked_fill(~read.gather(1, slots), -1)
+    targets = completion_ids.gather(1, slots)
     if support is not None:
         support = support.gather(1, slots.unsqueeze(-1).expand(-1, -1, support.size(-1)))
-    placed = {}
+    optional: dict[str, Any] = {}
+    if views.choice is not None:
+        targets, optional["largest"] = targets.masked_fill(~views.targets.gather(1, slots), -1), True
     if prompt_columns is not None and not noisy_copy:  # the model places a noisy copy itself
         columns = torch.arange(prompt.size(1) + shown.size(1), device=shown.device)
-        placed["position_ids"] = (columns - (prompt.size(1) - prompt_columns).unsqueeze(1)).clamp(min=0)
+        optional["position_ids"] = (columns - (prompt.size(1) - prompt_columns).unsqueeze(1)).clamp(min=0)
     output = model(
         input_ids=torch.cat([prompt, shown], dim=1),
         attention_mask=torch.cat([prompt_mask, torch.ones_like(shown)], dim=1),
         positions=positions,
-        targets=completion_ids.gather(1, slots),
+        targets=targets,
         support=support,
         temperature=temperature,
         canvas_start=prompt.size(1),
         noisy_copy=noisy_copy,
-        **placed,
+        **optional,
     )
 
     def spread(values: torch.Tensor) -> torch.Tensor:
         return values.new_zeros(completion_ids.shape).scatter(1, slots, values)
 
-    return Scores(spread(output.log_probs), spread(output.entropy))
+    logps = spread(output.log_probs)
+    if views.choice is not None:
+        logps = logps + views.choice.log_probs(spread(output.largest), views.targets)
+    return Scores(logps, spread(output.entropy))

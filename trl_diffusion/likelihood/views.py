@@ -7,6 +7,36 @@ from dataclasses import dataclass
 
 import torch
 
+from trl_diffusion.distribution import ordered_choice
+
+
+@dataclass
+class PositionChoice:
+    """The positions that a denoising step could choose, and those that it drew among them; R steps.
+
+    Args:
+        open: bool [R, L], masked positions of the active block.
+        ranks: int [R, L], how many positions the step chose before each of its targets.
+        temperature: τ, see `SamplingConfig.position_temperature`.
+    """
+
+    open: torch.Tensor
+    ranks: torch.Tensor
+    temperature: float
+
+    def log_probs(self, largest: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the log-probability of choosing each target after those of lower rank, [R, L]; 0 elsewhere.
+
+        Args:
+            largest: float32 [R, L], log of the largest probability at the open positions.
+            targets: bool [R, L], the positions that the step chose.
+        """
+        key = self.ranks.masked_fill(~targets, largest.size(1)).masked_fill(~self.open, largest.size(1) + 1)
+        most = int(self.open.sum(1).max())
+        order = key.argsort(dim=1, stable=True)[:, :most]
+        chosen = ordered_choice(largest.gather(1, order) / self.temperature, self.open.gather(1, order))
+        return torch.zeros_like(largest).scatter(1, order, chosen) * targets
+
 
 @dataclass
 class Views:
@@ -18,12 +48,15 @@ class Views:
         prompt_ids: long [R, P], the prompt if it is noised too; else `None`.
         context: long [R, L], the finished completion, shown next to the canvas; for block-causal attention, where each
             block of the canvas sees the finished blocks before it and none of the noised ones. Else `None`.
+        choice: how the positions of the targets were drawn, whose log-probabilities are added to those of the tokens;
+            `None` if they were not drawn, or do not count.
     """
 
     canvas: torch.Tensor
     targets: torch.Tensor
     prompt_ids: torch.Tensor | None = None
     context: torch.Tensor | None = None
+    choice: PositionChoice | None = None
 
     def forward_units(self, prompt_length: int) -> float:
         """Count the forward passes of all rows, each by its columns as a share of prompt and canvas."""
@@ -94,9 +127,20 @@ def stack_views(views: Sequence[Views]) -> Views:
     """Join views of the same rows to one batch: all rows of the first view, then those of the second …"""
     prompts = [view.prompt_ids for view in views if view.prompt_ids is not None]
     contexts = [view.context for view in views if view.context is not None]
+    choices = [view.choice for view in views if view.choice is not None]
     return Views(
         torch.cat([view.canvas for view in views]),
         torch.cat([view.targets for view in views]),
         torch.cat(prompts) if prompts else None,
         torch.cat(contexts) if contexts else None,
+        _stack_choices(choices) if choices else None,
+    )
+
+
+def _stack_choices(choices: Sequence[PositionChoice]) -> PositionChoice:
+    """Join the choices of views that are joined to one batch."""
+    return PositionChoice(
+        torch.cat([choice.open for choice in choices]),
+        torch.cat([choice.ranks for choice in choices]),
+        choices[0].temperature,
     )

@@ -31,11 +31,14 @@ class DiffusionLMOutput(ModelOutput):
         logits: float32 [R, K, V] at the positions, never-sampled ids at -inf; only without `targets`.
         log_probs: float32 [R, K] of the targets, 0 where there is no target; only with `targets`.
         entropy: float32 [R, K] in nats, 0 where there is no target; only with `targets`.
+        largest: float32 [R, K], log of the largest probability at each position, at temperature 1 on the full
+            vocabulary, 0 where there is no position; only with `largest`.
     """
 
     logits: torch.Tensor | None = None
     log_probs: torch.Tensor | None = None
     entropy: torch.Tensor | None = None
+    largest: torch.Tensor | None = None
 
 
 class DiffusionLM(HasFamily, WholeWeights):
@@ -137,6 +140,7 @@ class DiffusionLM(HasFamily, WholeWeights):
         canvas_start: int = 0,
         noisy_copy: int = 0,
         cache: WindowCache | None = None,
+        largest: bool = False,
         **kwargs: Any,
     ):
         """Compute logits everywhere or, with `positions`, only there; with `targets` too, their log-probabilities.
@@ -148,7 +152,7 @@ class DiffusionLM(HasFamily, WholeWeights):
             attention_mask: [R, T], 0 on padding.
             labels: refused; see Raises.
             positions: long [R, K], the indices in 0..T-1 of the tokens to predict, -1 for none.
-            targets: long [R, K], the tokens to score at `positions`.
+            targets: long [R, K], the tokens to score at `positions`, -1 for none.
             support: int [R, K, C], ids each target was drawn from (top-k, top-p), -1 for none; full vocabulary if
                 not given.
             temperature: divides the logits before the softmax; > 0.
@@ -157,6 +161,7 @@ class DiffusionLM(HasFamily, WholeWeights):
                 `block_causal_bias`; with block-causal attention only.
             cache: keys and values of other columns. `input_ids` and `positions` are then those of its window, and
                 `attention_mask` [R, visible] covers all visible columns. For forward passes without gradient.
+            largest: with `targets`, also compute the largest probability at every position.
 
         Returns:
             The stock class's output without `positions`, else a `DiffusionLMOutput`.
@@ -180,7 +185,10 @@ class DiffusionLM(HasFamily, WholeWeights):
         hidden = self._hidden_at(positions, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         if targets is None:
             return DiffusionLMOutput(logits=self._diffusion_logits(hidden))
-        return self._score_at(positions, hidden, targets, support, temperature)
+        scores = self._score_at(positions, hidden, targets, support, temperature)
+        if largest:
+            scores.largest = self._largest_at(positions, hidden)
+        return scores
 
     def _check_call(self, labels: torch.Tensor | None, noisy_copy: int, cache: WindowCache | None) -> None:
         """Refuse calls of `forward` whose result would be wrong, see its Raises."""
@@ -244,8 +252,8 @@ class DiffusionLM(HasFamily, WholeWeights):
         support: torch.Tensor | None,
         temperature: float,
     ) -> DiffusionLMOutput:
-        """Score targets [R, K] from hidden states [R, K, H]; the LM head computes only positions other than -1."""
-        rows, slots = (positions >= 0).nonzero(as_tuple=True)
+        """Score targets [R, K] from hidden states [R, K, H]; the LM head computes only those other than -1."""
+        rows, slots = ((positions >= 0) & (targets >= 0)).nonzero(as_tuple=True)
         log_probs, entropy = self._score(
             hidden[rows, slots],
             targets[rows, slots],
@@ -258,6 +266,12 @@ class DiffusionLM(HasFamily, WholeWeights):
 
         return DiffusionLMOutput(log_probs=scatter(log_probs), entropy=scatter(entropy))
 
+    def _largest_at(self, positions: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Log of the largest probability [R, K] from hidden states [R, K, H], with gradient; 0 at positions of -1."""
+        rows, slots = (positions >= 0).nonzero(as_tuple=True)
+        log_probs, _ = self._score(hidden[rows, slots], None, None, 1.0)
+        return log_probs.new_zeros(positions.shape).index_put((rows, slots), log_probs)
+
     def resize_token_embeddings(self, *args: Any, **kwargs: Any):
         """Resize as transformers does; the new LM head scores too."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)  # type: ignore[misc]
@@ -266,7 +280,11 @@ class DiffusionLM(HasFamily, WholeWeights):
         return embeddings
 
     def _score(self, hidden, targets, support, temperature) -> tuple[torch.Tensor, torch.Tensor]:
-        """Score targets [N] from hidden states [N, H]: log-probabilities and entropies, [N] each."""
+        """Score targets [N], `None` for the most likely ids, from hidden states [N, H].
+
+        Returns:
+            Log-probabilities and entropies, [N] each.
+        """
         head = inner = self.lm_head
         if isinstance(head, ModulesToSaveWrapper):
             inner = head.original_module
@@ -326,6 +344,8 @@ class DiffusionLM(HasFamily, WholeWeights):
             entropy_bound: commit positions up to this much entropy, in nats.
             cache: keys and values to reuse between steps.
             cache_refresh: steps between two full forwards with an approximate cache.
+            fallback: what commits where nothing reaches `confidence_threshold`, `surest` or `leftmost`.
+            position_temperature: of the draw of positions by `unmasking="plackett_luce"`.
 
         Returns:
             Long [B · n, P + L], prompts followed by their completions (the pad id after the id that ends a text), or

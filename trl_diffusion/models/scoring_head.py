@@ -35,20 +35,20 @@ class ScoringHead(nn.Linear):
         temperature: float = 1.0,
         family: DiffusionFamily | None = None,
     ):
-        """Compute logits or, with `targets`, what `score_targets` computes from them.
+        """Compute logits or, with `family`, what `score_targets` computes from them.
 
         Args:
-            hidden: [..., H]; with `targets`, [N, H].
-            targets: long [N].
+            hidden: [..., H]; with `family`, [N, H].
+            targets: long [N]; the most likely ids if not given.
             support: int [N, C], ids each target was drawn from, -1 for none; every id if not given.
             temperature: divides the logits; > 0.
-            family: with `targets`, says which ids are never sampled.
+            family: says which ids are never sampled.
 
         Returns:
             Logits [..., V], or (log-probabilities [N], entropies [N] in nats), float32. The log-probability of a
             target that cannot be drawn is -inf and has no gradient.
         """
-        if targets is None:
+        if family is None:
             return super().forward(hidden)
         # Cast here as autocast would cast in `F.linear`: in the backward pass, which computes chunks again, it is off.
         if torch.is_autocast_enabled(hidden.device.type):
@@ -73,12 +73,18 @@ class _Score(torch.autograd.Function):
         ctx.set_materialize_grads(
             False
         )  # most losses do not use the entropies, whose gradient costs a pass over [N, V]
-        column, there = target_columns(targets, support)
+        if targets is None:  # the most likely ids, found chunk by chunk
+            column = torch.empty(len(hidden), 1, dtype=torch.long, device=hidden.device)
+            there = torch.ones_like(column, dtype=torch.bool)
+        else:
+            column, there = target_columns(targets, support)
         log_probs, entropy = torch.empty(2, len(hidden), dtype=torch.float32, device=hidden.device)
         cast_weight, parts, chunk = weight.to(hidden.dtype), _parts(hidden, weight), None
         for part in parts:
             chunk = None  # free the last one first, so that there are never two
             chunk = _chunk(hidden[part], cast_weight, _rows(support, part), temperature, family)
+            if targets is None:
+                column[part] = chunk.argmax(-1, keepdim=True)
             log_probs[part] = at_columns(chunk, column[part], there[part])
             chunk.clamp_(min=SMALLEST)  # 0 · log 0 is 0 in the entropy, and −inf would make it NaN
             entropy[part] = -chunk.exp().mul_(chunk).sum(-1)

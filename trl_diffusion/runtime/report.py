@@ -152,7 +152,8 @@ def _method(run: RolloutRun) -> dict[str, str]:
 
 def _unmasking(args: Any) -> str:
     if args.confidence_threshold is not None:
-        return f"every position with a probability of {args.confidence_threshold:g} or more"
+        else_leftmost = ", else the leftmost" if args.fallback == "leftmost" else ""
+        return f"every position with a probability of {args.confidence_threshold:g} or more{else_leftmost}"
     if args.entropy_bound is not None:
         return f"positions up to {args.entropy_bound:g} nats of entropy"
     return f"{args.unmasking} unmasking"

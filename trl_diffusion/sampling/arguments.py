@@ -45,7 +45,10 @@ class SamplingArguments:
     )
     confidence_threshold: float | None = field(
         default=SamplingConfig.confidence_threshold,
-        metadata={"help": "Commit every position whose largest probability reaches this; with unmasking=max_prob."},
+        metadata={
+            "help": "Commit every position whose largest probability (unmasking=max_prob) or drawn token's "
+            "(low_confidence) reaches this."
+        },
     )
     entropy_bound: float | None = field(
         default=SamplingConfig.entropy_bound,
@@ -61,6 +64,14 @@ class SamplingArguments:
     cache_refresh: int = field(
         default=SamplingConfig.cache_refresh,
         metadata={"help": "Steps between two full forwards with cache=prefix or dual; 0 for one per block."},
+    )
+    fallback: str = field(
+        default=SamplingConfig.fallback,
+        metadata={"help": "What commits where nothing reaches the confidence_threshold: surest or leftmost."},
+    )
+    position_temperature: float = field(
+        default=SamplingConfig.position_temperature,
+        metadata={"help": "Temperature at which unmasking=plackett_luce draws positions."},
     )
 
     def sampling_on(self, canvas_length: int, **others: Any) -> SamplingConfig:

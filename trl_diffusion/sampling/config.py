@@ -10,6 +10,7 @@ from trl_diffusion.sampling.unmasking import RULES
 from trl_diffusion.validation import at_least, one_of
 
 CACHES = ("auto", "none", "prefix", "dual", "block")
+FALLBACKS = ("surest", "leftmost")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class SamplingConfig:
             `max_prob`, `entropy`, `margin`: where the network's distribution (temperature 1, full vocabulary) has the
             largest top probability, the lowest entropy, the largest gap between its two largest probabilities. The
             token is drawn after its position is chosen, so the recorded log-probability is that of the policy.
+            `plackett_luce`: one after the other, in proportion to the largest probability to the power of
+            1 / `position_temperature`; the trajectory records the log-probability of this choice.
             `low_confidence` is LLaDA's rule: draw a token everywhere and commit those with the largest probability.
             It is biased: committed tokens are mostly modes, and the recorded log-probability is not the policy's.
         record_signals: also record `step_entropy` and `step_margin`; needs the LM head at every masked position of
@@ -36,9 +39,10 @@ class SamplingConfig:
         record_support: record the ids that each token could be drawn from. Turn it off only where completions are all
             that is kept: without them a trajectory drawn with `top_k` or `top_p` cannot be scored again.
         confidence_threshold: commit every position whose largest probability (temperature 1, full vocabulary) reaches
-            this, and at least as many as the schedule demands; needs `unmasking="max_prob"`. A block then ends as
-            soon as it is written, and `denoising_steps` is the most that is taken; with as many steps as positions,
-            the schedule demands one token a step (2505.22618).
+            this, and at least as many as the schedule demands; needs `unmasking="max_prob"`, or `low_confidence`,
+            which looks at the probability of the drawn token instead. A block then ends as soon as it is written, and
+            `denoising_steps` is the most that is taken; with as many steps as positions, the schedule demands one
+            token a step (2505.22618).
         entropy_bound: commit the positions of lowest entropy as long as the entropies of all but the largest add up
             to at most this, in nats, and at least as many as the schedule demands; needs `unmasking="entropy"`
             (2505.24857).
@@ -51,6 +55,9 @@ class SamplingConfig:
         shift_window: record how far each token shifts the confidence at masked positions of its block that are at
             most so far away, see `Trajectory.confidence_shift`; 0 records none. It costs no forward, but the LM head
             then runs at every masked position of the block.
+        fallback: with `confidence_threshold`, the positions that commit where fewer reach it than the schedule
+            demands: the `surest` of the others, or the `leftmost` (2609.39859).
+        position_temperature: τ of `plackett_luce`, > 0. The smaller, the nearer to `max_prob`.
 
     Raises:
         ValueError: if a setting is out of its range, or one rules out another.
@@ -70,6 +77,8 @@ class SamplingConfig:
     cache: str = "auto"
     cache_refresh: int = 0
     shift_window: int = 0
+    fallback: str = "surest"
+    position_temperature: float = 0.5
 
     def __post_init__(self) -> None:
         if min(self.canvas_length, self.denoising_steps, self.block_length) < 1:
@@ -101,19 +110,33 @@ class SamplingConfig:
             )
         at_least("shift_window", self.shift_window, 0)
         one_of("unmasking", self.unmasking, RULES)
+        if not 0 < self.position_temperature < math.inf:
+            raise ValueError(f"position_temperature must be positive and finite, got {self.position_temperature}.")
+        if self.position_temperature != SamplingConfig.position_temperature and not self.draws_positions:
+            raise ValueError(
+                f"position_temperature={self.position_temperature} would have no effect: unmasking="
+                f"{self.unmasking!r} does not draw positions. Set unmasking='plackett_luce', or leave it out."
+            )
         self._check_parallel()
         self._check_cache()
 
     def _check_parallel(self) -> None:
-        rules = {rule.parallel: name for name, rule in RULES.items() if rule.parallel is not None}
-        given = [name for name in rules if vars(self)[name] is not None]
+        bounds = dict.fromkeys(rule.parallel for rule in RULES.values() if rule.parallel is not None)
+        given = [name for name in bounds if vars(self)[name] is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are two rules for the same thing: set one.")
         for name in given:
-            if self.unmasking != rules[name]:
+            rules = [repr(rule) for rule in RULES if RULES[rule].parallel == name]
+            if repr(self.unmasking) not in rules:
                 raise ValueError(
-                    f"{name} commits positions in the order of unmasking={rules[name]!r}; got {self.unmasking!r}."
+                    f"{name} commits positions in the order of unmasking={' or '.join(rules)}; got {self.unmasking!r}."
                 )
+        one_of("fallback", self.fallback, FALLBACKS)
+        if self.fallback == "leftmost" and self.confidence_threshold is None:
+            raise ValueError(
+                "fallback='leftmost' says which position commits where none reaches the confidence_threshold, and "
+                "there is none. Set confidence_threshold, or leave fallback out."
+            )
         if self.confidence_threshold is not None and not 0 < self.confidence_threshold <= 1:
             raise ValueError(f"confidence_threshold must lie in (0, 1], got {self.confidence_threshold}.")
         if self.entropy_bound is not None and not self.entropy_bound >= 0:
@@ -182,6 +205,11 @@ class SamplingConfig:
     def parallel(self) -> bool:
         """True if the network decides how many tokens a step commits."""
         return self.parallel_bound is not None
+
+    @property
+    def draws_positions(self) -> bool:
+        """True if positions are drawn with a probability that depends on the network."""
+        return RULES[self.unmasking].draws_positions
 
     @property
     def reads_every_mask(self) -> bool:

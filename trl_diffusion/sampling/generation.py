@@ -239,7 +239,8 @@ def complete(
     Raises:
         ValueError: if several completions of a prompt are asked for and all would be equal.
     """
-    if settings.copies > 1 and config.temperature == 0 and config.unmasking != "random":
+    drawn = config.unmasking == "random" or config.draws_positions
+    if settings.copies > 1 and config.temperature == 0 and not drawn:
         raise ValueError(
             f"num_return_sequences={settings.copies} greedy completions of one prompt would all be equal. Sample with "
             "do_sample=True, or leave num_return_sequences out."

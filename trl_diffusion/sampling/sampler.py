@@ -171,6 +171,10 @@ class _Rollout:
         steps = config.steps_per_block if self.rule.redraws else 1
         noise = uniforms(generators, config.num_blocks, steps + 1, config.block_length).to(self.canvas.device)
         self.token_noise, self.order_noise = noise[:, :, :-1], noise[:, :, -1]
+        self.position_noise: torch.Tensor | None = None
+        if config.draws_positions:
+            shape = (config.num_blocks, config.steps_per_block, config.block_length)
+            self.position_noise = uniforms(generators, *shape).to(self.canvas.device)
 
     def _allocate_records(self, batch: int, length: int) -> None:
         config, device = self.config, self.canvas.device
@@ -183,6 +187,14 @@ class _Rollout:
             self.support = torch.full((batch, length, config.top_k), -1, dtype=torch.int32, device=device)
         self.step_entropy: torch.Tensor | None = None
         self.step_margin: torch.Tensor | None = None
+        self.position_logps: torch.Tensor | None = None
+        self.position_ranks: torch.Tensor | None = None
+        if config.draws_positions:
+            self.position_logps = torch.zeros(batch, length, device=device)
+            self.position_ranks = torch.zeros(batch, length, dtype=torch.int32, device=device)
+        self.forced: torch.Tensor | None = None
+        if config.parallel:
+            self.forced = torch.zeros(batch, config.denoising_steps, dtype=torch.bool, device=device)
         if config.record_signals:
             self.step_entropy = torch.zeros(batch, config.denoising_steps, device=device)
             self.step_margin = torch.zeros(batch, config.denoising_steps, device=device)
@@ -273,16 +285,21 @@ class _Rollout:
                 order_noise=self.order_noise[rows, self.block[rows]].gather(1, offsets),
                 logits=logits,
                 bound=self.config.parallel_bound,
+                leftmost=self.config.fallback == "leftmost",
+                position_noise=self._position_noise(rows, step, offsets),
+                position_temperature=self.config.position_temperature,
                 draw=lambda logits: draw_everywhere(logits, self._noise(rows, step, offsets), self.config),
             )
         )
         chosen = offsets.gather(1, choice.slots)
         # Without logits of all candidates the LM head runs at the chosen positions only.
         at_chosen = self._logits(rows, chosen) if logits is None else take(logits, choice.slots)
-        self._commit(rows, step, chosen, choice.counts, self._tokens_at(rows, chosen, at_chosen, choice))
+        self._commit(rows, step, chosen, choice, self._tokens_at(rows, chosen, at_chosen, choice))
+        at = (rows, self.block[rows] * self.config.steps_per_block + step)
+        if self.forced is not None and choice.forced is not None:
+            self.forced[at] = choice.forced
         if self.step_entropy is not None and self.step_margin is not None:
             assert logits is not None
-            at = (rows, self.block[rows] * self.config.steps_per_block + step)
             self.step_entropy[at], self.step_margin[at] = step_signals(logits, is_masked)
 
     def _tokens_at(
@@ -300,14 +317,21 @@ class _Rollout:
         """Uniform noise for the tokens at offsets [R, n]; step 0 unless the rule draws anew at every step."""
         return self.token_noise[rows, self.block[rows], step].gather(1, offsets)
 
+    def _position_noise(self, rows: torch.Tensor, step: int, offsets: torch.Tensor) -> torch.Tensor | None:
+        """Uniform noise for the choice among offsets [R, m] at this step; `None` if positions are not drawn."""
+        if self.position_noise is None:
+            return None
+        return self.position_noise[rows, self.block[rows], step].gather(1, offsets)
+
     def _logits(self, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         return self.forwards.logits(rows, self.block[rows] * self.config.block_length, offsets)
 
     def _commit(
-        self, rows: torch.Tensor, step: int, chosen: torch.Tensor, counts: torch.Tensor, drawn: ScoredTokens
+        self, rows: torch.Tensor, step: int, chosen: torch.Tensor, choice: Choice, drawn: ScoredTokens
     ) -> None:
-        """Write the first `counts` [R] of the tokens drawn at offsets `chosen` [R, n], and record them."""
-        row, slot = (torch.arange(chosen.size(1), device=rows.device) < counts.unsqueeze(1)).nonzero(as_tuple=True)
+        """Write the tokens that the choice commits of those drawn at offsets `chosen` [R, n], and record them."""
+        slots = torch.arange(chosen.size(1), device=rows.device)
+        row, slot = (slots < choice.counts.unsqueeze(1)).nonzero(as_tuple=True)
         block, drawn = self.block[rows[row]], drawn.pick(row, slot)
         where = (rows[row], block * self.config.block_length + chosen[row, slot])
         self.canvas[where] = drawn.tokens
@@ -320,6 +344,9 @@ class _Rollout:
             self.support[where] = drawn.support
         if self.observer is not None:
             self.observer(Commits(*where, self.unmask_step[where], drawn.tokens, drawn.logps))
+        if choice.logps is not None and self.position_logps is not None and self.position_ranks is not None:
+            self.position_logps[where] = choice.logps[row, slot]
+            self.position_ranks[where] = slot.int()
 
     def trajectory(self) -> Trajectory:
         """Return what was written, with the tail id where nothing was."""
@@ -340,4 +367,7 @@ class _Rollout:
             sync_forwards=self.forwards.sync_forwards,
             prompt_columns=torch.full_like(self.row_forwards, self.forwards.input_ids.size(1)),
             confidence_shift=None if self.shifts is None else self.shifts.shift,
+            forced=self.forced,
+            position_logps=self.position_logps,
+            position_ranks=self.position_ranks,
         )

@@ -38,6 +38,12 @@ class Trajectory:
             (see `ShiftRecorder`); -1 where no later step of its block shows it; `None` unless asked for.
         given: bool [B, L], text that was put on the canvas beforehand: shown in every view, never a target; `None` for
             none.
+        forced: bool [B, S], steps at which fewer positions reached the confidence threshold (or entropy bound) than
+            the schedule demands, so that others committed; `None` without one.
+        position_logps: float32 [B, L], log-probability of choosing each committed position after those that its step
+            chose before it, 0 where nothing was sampled; `None` if positions are not drawn (`plackett_luce` draws
+            them).
+        position_ranks: int32 [B, L], how many positions its step chose before each one; `None` likewise.
     """
 
     completion_ids: torch.Tensor
@@ -55,6 +61,9 @@ class Trajectory:
     prompt_columns: torch.Tensor | None = None
     confidence_shift: torch.Tensor | None = None
     given: torch.Tensor | None = None
+    forced: torch.Tensor | None = None
+    position_logps: torch.Tensor | None = None
+    position_ranks: torch.Tensor | None = None
 
     @classmethod
     def gather(cls, parts: Sequence[Trajectory], rows: torch.Tensor) -> Trajectory:
@@ -77,7 +86,10 @@ class Trajectory:
 
     def cut(self, length: int) -> Trajectory:
         """Return the trajectory of the first `length` positions of the canvas."""
-        names = ("completion_ids", "unmask_step", "logps", "entropies", "support", "confidence_shift", "given")
+        names = (
+            *("completion_ids", "unmask_step", "logps", "entropies", "support", "confidence_shift", "given"),
+            *("position_logps", "position_ranks"),
+        )
         values = {name: vars(self)[name] for name in names}
         return replace(self, **{name: value[:, :length] for name, value in values.items() if value is not None})
 

@@ -13,10 +13,13 @@ from typing import NamedTuple
 
 import torch
 
-from trl_diffusion.distribution import sum_before
+from trl_diffusion.distribution import ordered_choice, sum_before
 
 # Sums of entropies are multiples of this, in nats: as integers they do not depend on the order of addition.
 _NATS = 2.0**-40
+
+# A uniform of 0 would make its Gumbel noise −∞, and of a masked position one that cannot be chosen.
+_SMALLEST_UNIFORM = 2.0**-54
 
 
 class Draws(NamedTuple):
@@ -38,11 +41,16 @@ class Candidates:
     """The masked positions of R rows from which one denoising step chooses, m per row.
 
     Args:
-        is_masked: bool [R, m], false where a row has fewer than m masked positions.
+        is_masked: bool [R, m], false where a row has fewer than m masked positions, which come first and from left to
+            right.
         min_commits: long [R], tokens that each row must commit at this step.
         order_noise: float64 [R, m], uniform; the same at every step of a block.
         logits: float32 [R, m, V]; `None` if the rule does not read them and no signals are recorded.
         bound: value of the setting that `Rule.parallel` names; `None` if it is not set.
+        position_noise: float64 [R, m], uniform and new at every step; `None` unless the rule draws positions.
+        position_temperature: divides the scores that positions are drawn by.
+        leftmost: where fewer positions reach the bound than must commit, the leftmost ones fill up, and not those that
+            come nearest to it.
         draw: draws a token at every candidate.
     """
 
@@ -51,6 +59,9 @@ class Candidates:
     order_noise: torch.Tensor
     logits: torch.Tensor | None
     bound: float | None
+    leftmost: bool
+    position_noise: torch.Tensor | None
+    position_temperature: float
     draw: Callable[[torch.Tensor], Draws]
 
     def read_logits(self) -> torch.Tensor:
@@ -66,11 +77,16 @@ class Choice(NamedTuple):
         slots: long [R, n], indices of candidates, the first to commit first.
         counts: long [R], how many of a row's n slots are committed.
         draws: the tokens, if the rule has drawn them to choose; else they are drawn at the chosen positions.
+        forced: bool [R], fewer positions reached the bound than had to commit; `None` without a bound.
+        logps: float32 [R, n], log-probability of choosing each slot after those before it; `None` if the rule does not
+            draw positions with a probability that depends on the network.
     """
 
     slots: torch.Tensor
     counts: torch.Tensor
     draws: Draws | None = None
+    forced: torch.Tensor | None = None
+    logps: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +99,7 @@ class Rule:
         reads_logits: the rule reads the logits of every candidate, so the LM head runs at all of them. If not, it runs
             at the chosen positions only, which is cheaper for large vocabularies.
         redraws: the rule draws tokens that it does not commit, so a position needs new noise at every step.
+        draws_positions: the rule draws positions with probabilities that depend on the network, which it returns.
         parallel: name of the setting of `SamplingConfig` that lets this rule commit more than `min_commits`.
     """
 
@@ -90,6 +107,7 @@ class Rule:
     words: str
     reads_logits: bool = True
     redraws: bool = False
+    draws_positions: bool = False
     parallel: str | None = None
 
 
@@ -121,16 +139,31 @@ def margin(candidates: Candidates) -> Choice:
     return _most_certain(candidates, top[..., 0] - top[..., 1])
 
 
+def plackett_luce(candidates: Candidates) -> Choice:
+    """Draw positions one after the other, each in proportion to its largest probability to the power of 1/τ.
+
+    Adding Gumbel noise to the scores and sorting them draws such an order (1903.06059). Positions are drawn before
+    tokens, so the log-probability of a step is that of its positions plus that of its tokens.
+    """
+    logits, noise = candidates.read_logits(), candidates.position_noise
+    assert noise is not None
+    scores = (logits.amax(-1) - logits.logsumexp(-1)) / candidates.position_temperature
+    gumbel = -(-noise.clamp(min=_SMALLEST_UNIFORM).log()).log()
+    order = (scores + gumbel).masked_fill(~candidates.is_masked, -torch.inf).argsort(dim=1, descending=True)
+    logps = ordered_choice(scores.gather(1, order), candidates.is_masked.gather(1, order))
+    most = int(candidates.min_commits.max())
+    return Choice(order[:, :most], candidates.min_commits, logps=logps[:, :most])
+
+
 def low_confidence(candidates: Candidates) -> Choice:
     """LLaDA's rule (2502.09992): draw a token everywhere and commit those with the largest probability.
 
-    The choice of positions depends on the tokens, so committed tokens are mostly modes, and the recorded
-    log-probability is not that of the policy.
+    With a bound, commit all tokens whose probability reaches it. The choice of positions depends on the tokens, so
+    committed tokens are mostly modes, and the recorded log-probability is not that of the policy.
     """
     draws = candidates.draw(candidates.read_logits())
-    confidence = draws.confidence.masked_fill(~candidates.is_masked, -1.0)
-    slots = confidence.topk(int(candidates.min_commits.max()), dim=1).indices
-    return Choice(slots, candidates.min_commits, draws)
+    choice = _most_certain(candidates, draws.confidence, lambda sorted_, bound: (sorted_ >= bound).sum(1))
+    return choice._replace(draws=draws)
 
 
 RULES: dict[str, Rule] = {
@@ -138,7 +171,8 @@ RULES: dict[str, Rule] = {
     "max_prob": Rule(max_prob, "largest top probability", parallel="confidence_threshold"),
     "entropy": Rule(entropy, "lowest entropy", parallel="entropy_bound"),
     "margin": Rule(margin, "largest gap between the two largest probabilities"),
-    "low_confidence": Rule(low_confidence, "LLaDA's rule, biased", redraws=True),
+    "plackett_luce": Rule(plackett_luce, "drawn in proportion to the largest probability", draws_positions=True),
+    "low_confidence": Rule(low_confidence, "LLaDA's rule, biased", redraws=True, parallel="confidence_threshold"),
 }
 
 
@@ -161,8 +195,12 @@ def _most_certain(
         return Choice(slots, candidates.min_commits)
     # The bound can let any number of positions commit, so all are sorted.
     certainty, slots = certainty.sort(dim=1, descending=True)
-    counts = candidates.min_commits.maximum(count(certainty, candidates.bound))
-    return Choice(slots[:, : int(counts.max())], counts)
+    reached = count(certainty, candidates.bound)
+    counts = candidates.min_commits.maximum(reached)
+    if candidates.leftmost:
+        reaches = slots.argsort(1) < reached.unsqueeze(1)
+        slots = (~reaches).int().argsort(dim=1, stable=True)  # candidates come from left to right
+    return Choice(slots[:, : int(counts.max())], counts, forced=reached < candidates.min_commits)
 
 
 def _within_entropy(certainty: torch.Tensor, bound: float) -> torch.Tensor:

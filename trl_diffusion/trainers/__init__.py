@@ -9,8 +9,11 @@ from trl_diffusion.trainers.diffu_grpo import DiffuGRPOConfig, DiffuGRPOTrainer
 from trl_diffusion.trainers.dipo import DiPOConfig, DiPOTrainer
 from trl_diffusion.trainers.dmpo import DMPOConfig, DMPOTrainer
 from trl_diffusion.trainers.espo import ESPOConfig, ESPOTrainer
+from trl_diffusion.trainers.fork_grpo import ForkGRPOConfig, ForkGRPOTrainer
 from trl_diffusion.trainers.gdpo import GDPOConfig, GDPOTrainer
 from trl_diffusion.trainers.gdsd import GDSDConfig, GDSDTrainer
+from trl_diffusion.trainers.just_grpo import JustGRPOConfig, JustGRPOTrainer
+from trl_diffusion.trainers.mapg import MAPGConfig, MAPGTrainer
 from trl_diffusion.trainers.sft import SFTConfig, SFTTrainer
 from trl_diffusion.trainers.spg import SPGConfig, SPGTrainer
 from trl_diffusion.trainers.stable_drl import (
@@ -41,6 +44,9 @@ METHODS: dict[str, type[DiffusionGRPOTrainer]] = {
     "stable_espo": StableESPOTrainer,
     "uni_grpo": UniGRPOTrainer,
     "tracerl": TraceRLTrainer,
+    "just_grpo": JustGRPOTrainer,
+    "fork_grpo": ForkGRPOTrainer,
+    "mapg": MAPGTrainer,
 }
 
 __all__ = [
@@ -61,10 +67,16 @@ __all__ = [
     "DiffusionGRPOTrainer",
     "ESPOConfig",
     "ESPOTrainer",
+    "ForkGRPOConfig",
+    "ForkGRPOTrainer",
     "GDPOConfig",
     "GDPOTrainer",
     "GDSDConfig",
     "GDSDTrainer",
+    "JustGRPOConfig",
+    "JustGRPOTrainer",
+    "MAPGConfig",
+    "MAPGTrainer",
     "SFTConfig",
     "SFTTrainer",
     "SPGConfig",

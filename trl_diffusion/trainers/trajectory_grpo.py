@@ -14,8 +14,8 @@ import torch
 from trl.trainer.utils import get_callable_name
 
 from trl_diffusion.credit import SELECTORS, StepSelector
-from trl_diffusion.credit.step_choice import DrawnSteps, SelectedSteps, StepChoice, named_selector
-from trl_diffusion.credit.step_draws import STEP_DRAWS, STEP_REDUCTIONS, STEP_SCOPES
+from trl_diffusion.credit.step_choice import ChosenSteps, DrawnSteps, SelectedSteps, StepChoice, named_selector
+from trl_diffusion.credit.step_draws import INDEPENDENT_DRAWS, STEP_DRAWS, STEP_REDUCTIONS, STEP_SCOPES
 from trl_diffusion.credit.step_selection import SIGNAL_AVERAGES
 from trl_diffusion.likelihood import Likelihood, TrajectoryViews
 from trl_diffusion.losses.token_ratio import SUMS_OF_TOKENS, check_token_level, check_weighted_kl
@@ -35,6 +35,10 @@ class TrajectoryGRPOConfig(RolloutCorrectionConfig, DiffusionGRPOConfig):
     Args:
         step_draws: without a `step_selector`: each completion's views are Monte-Carlo draws of its steps, `uniform`,
             or `entropy`: steps that committed uncertain tokens are drawn more often and weighted back (2510.04019).
+            Or a rule chooses steps, each of which is taken once, or as many of them as there are views: `all`,
+            `top_entropy` (the `step_share` with the most entropy, 2601.15165) or `forced` (those at which no position
+            reached `confidence_threshold`, 2609.39859). The last two re-weight the objective: other steps never learn.
+        step_share: share of a completion's steps that `step_draws="top_entropy"` chooses.
         step_scope: which steps may learn, `exact` or `paper`, see `trl_diffusion.credit.eligible_steps`.
         step_reduction: `sum` or `mean` over the steps of a completion. `sum` makes a loss what TRL computes over all
             tokens of the completion, for a `loss_type` that adds up tokens (`dr_grpo`, `dapo`, `cispo`, `luspo`).
@@ -51,7 +55,13 @@ class TrajectoryGRPOConfig(RolloutCorrectionConfig, DiffusionGRPOConfig):
 
     step_draws: str = field(
         default="uniform",
-        metadata={"help": "Distribution of the drawn denoising steps: uniform or entropy (weighted back)."},
+        metadata={
+            "help": "Denoising steps of each completion that learn: drawn from a distribution, uniform or entropy "
+            "(weighted back); or chosen by a rule: all, top_entropy or forced."
+        },
+    )
+    step_share: float | None = field(
+        default=None, metadata={"help": "Share of the steps that step_draws=top_entropy chooses."}
     )
     step_scope: str = field(
         default="exact",
@@ -91,6 +101,7 @@ class TrajectoryGRPOConfig(RolloutCorrectionConfig, DiffusionGRPOConfig):
             one_of(name, getattr(self, name), values)
         check_token_level(self)
         self.check_rollout_correction(self.sampling_config())
+        self._check_draws()
         self._check_selector()
         self._refuse_sums_of_means()
         self._refuse_biased_weights()
@@ -105,10 +116,24 @@ class TrajectoryGRPOConfig(RolloutCorrectionConfig, DiffusionGRPOConfig):
     def weighted_views(self) -> bool:
         """Views may have weights other than 1."""
         return (
-            self.step_draws == "entropy"
+            self.step_draws != "uniform"
             or self.step_reduction == "sum"
             or self.step_selector in ("threshold", "sampled")
         )
+
+    def _check_draws(self) -> None:
+        if (self.step_share is None) == (self.step_draws == "top_entropy"):
+            raise ValueError(
+                f"step_share ({self.step_share}) belongs to step_draws='top_entropy'; got step_draws="
+                f"{self.step_draws!r}. Set both or neither."
+            )
+        if self.step_share is not None and not 0 < self.step_share <= 1:
+            raise ValueError(f"step_share must lie in (0, 1], got {self.step_share}.")
+        if self.step_draws == "forced" and self.confidence_threshold is None:
+            raise ValueError(
+                "step_draws='forced' takes the steps at which no position reaches the confidence_threshold, and there "
+                "is none. Set confidence_threshold, or another step_draws."
+            )
 
     def _check_selector(self) -> None:
         if (self.step_threshold is None) == (self.step_selector == "threshold"):
@@ -153,7 +178,7 @@ class TrajectoryGRPOConfig(RolloutCorrectionConfig, DiffusionGRPOConfig):
             )
 
     def _refuse_biased_weights(self) -> None:
-        drawn = {"step_draws='entropy'": self.step_draws == "entropy"}
+        drawn = {f"step_draws={self.step_draws!r}": self.step_draws != "uniform"}
         drawn["step_selector='sampled'"] = self.step_selector == "sampled"
         for setting, is_set in drawn.items():
             if not is_set:
@@ -221,8 +246,12 @@ class TrajectoryGRPOTrainer(DiffusionGRPOTrainer):
         args, selector = self.args, self._given_selector
         if selector is None and args.step_selector is not None:
             selector = named_selector(args.step_selector, args.step_threshold)
-        if selector is None:
+        if selector is None and args.step_draws in INDEPENDENT_DRAWS:
             return DrawnSteps(args.num_mc_samples, args.step_draws, args.step_scope, args.step_reduction)
+        if selector is None:
+            return ChosenSteps(
+                args.num_mc_samples, args.step_draws, args.step_scope, args.step_reduction, args.step_share
+            )
         may_weigh = args.beta == 0.0 or args.weighted_views
         return SelectedSteps(args.num_mc_samples, selector, args.step_scope, args.signal_average, may_weigh)
 

@@ -43,6 +43,11 @@ NOISED = dict(num_iterations=4)
 # With the paper's α of 0.04 and rewards of 0 and 1, one completion of a prompt would take all the weight.
 DMPO = NOISED | dict(num_mc_samples=2, alpha=0.5)
 
+# One token a step, so more steps than the others take.
+LEFT_TO_RIGHT = dict(num_iterations=2, block_length=1, denoising_steps=CANVAS_LENGTH)
+POSITIONS = dict(num_iterations=2, num_mc_samples=4, epsilon=0.2, epsilon_high=0.2)
+FORKS = dict(num_iterations=2, num_mc_samples=8, denoising_steps=CANVAS_LENGTH)
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -136,6 +141,13 @@ ARMS: dict[str, Arm] = {
     "dmpo_individual": _tuned("dmpo", 3e-5, **DMPO, weight_baseline="individual"),
     "dmpo_none": _tuned("dmpo", 3e-5, **DMPO, weight_baseline="none"),
     "dmpo_wddo": _tuned("dmpo", 1e-4, **DMPO, weight_baseline="none", objective="wddo"),
+    "just_grpo": _tuned("just_grpo", 1e-4, **LEFT_TO_RIGHT, step_draws="all"),
+    "just_grpo_fast": _tuned("just_grpo", 1e-4, **LEFT_TO_RIGHT, step_draws="top_entropy", step_share=0.25),
+    "just_grpo_drawn": _tuned("just_grpo", 1e-4, **LEFT_TO_RIGHT, step_draws="entropy"),
+    "fork_grpo": _tuned("fork_grpo", 1e-4, **FORKS),
+    "fork_grpo_drawn_token": _tuned("fork_grpo", 1e-4, **FORKS, unmasking="low_confidence"),
+    "mapg": _tuned("mapg", 1e-4, **POSITIONS),
+    "mapg_step_merge": _tuned("mapg", 1e-4, **POSITIONS, merged_steps=2, unmasking="low_confidence"),
     "agrpo_prefix": _cached("prefix", "recompute"),
     "agrpo_dual": _cached("dual", "recompute"),
     "agrpo_prefix_behaviour": _cached("prefix", "behaviour"),

@@ -57,8 +57,8 @@ class DiffusionHarnessLM(TemplateLM):
         max_batch_size: only for the harness's automatic batch size, which is refused.
         device: `cpu` to stay there. Several processes, or one without a GPU, take what accelerate gives them.
         **decoding: the other options of `trl_diffusion.sampling.SamplingArguments`: `block_length`, `unmasking`
-            (`max_prob` if not given), `confidence_threshold`, `entropy_bound`, `cache` and `cache_refresh`.
-            Temperature, top-k and top-p are the task's (`--gen_kwargs`).
+            (`max_prob` if not given), `confidence_threshold`, `fallback`, `entropy_bound`, `cache`,
+            `cache_refresh` and `position_temperature`. Temperature, top-k and top-p are the task's (`--gen_kwargs`).
 
     Raises:
         ValueError: for `batch_size=auto`.
