@@ -15,7 +15,7 @@ import pytest
 import yaml
 from documentation import PAGES, ROOT, blocks_of
 
-from trl_diffusion.cli.names import config_file
+from trl_diffusion.cli.names import CONFIGS, config_file, packaged
 from trl_diffusion.credit import step_aware
 from trl_diffusion.trainers import METHODS
 
@@ -146,6 +146,13 @@ def test_the_paper_index_has_sapo():
     title = re.search(r"title\s*= \{\{(.*)\}\}", step_aware.CITATION)
     assert title is not None
     assert f"arxiv.org/abs/2510.01544) *{title[1]}*" in (DOCS / "papers.md").read_text().replace("\n", " ")
+
+
+def test_the_index_of_examples_has_every_config_of_a_large_model():
+    page = (DOCS / "examples.md").read_text()
+    configs = [name for name in packaged(CONFIGS) if not name.startswith("embedded/")]
+    assert len(configs) > 10
+    assert not [name for name in configs if f"| `{name}` |" not in page]
 
 
 # ---------------------------------------------------------------- notebook
