@@ -16,6 +16,7 @@ from trl_diffusion.credit.step_selection import (
     selected_draws,
     step_signals,
 )
+from trl_diffusion.papers import FromPaper
 from trl_diffusion.sampling.rollout import Rollout
 from trl_diffusion.sampling.trajectory import taken_steps
 from trl_diffusion.streams import Purpose
@@ -54,7 +55,7 @@ class EligibleSteps:
         return self.taken & (steps < self.count.unsqueeze(1))
 
 
-class StepChoice:
+class StepChoice(FromPaper):
     """Chooses the denoising steps that learn in each inner update.
 
     Attributes:
@@ -93,6 +94,8 @@ class DrawnSteps(StepChoice):
         reduction: `mean` or `sum` over the eligible steps, see `draw_steps`.
     """
 
+    paper = "2510.04019"
+
     count: int
     draws: str = "uniform"
     scope: str = "exact"
@@ -122,6 +125,9 @@ class SelectedSteps(StepChoice):
         may_weigh: whether the selector may weigh its steps; not where a KL term would lose the weights.
         last: the steps it chose last while training, long [sets, K].
     """
+
+    paper = "2511.15208"
+    extends = True
 
     count: int
     selector: StepSelector
