@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from trl_diffusion.papers import FromPaper
+
 
 @dataclass(frozen=True)
 class GroupValues:
@@ -48,7 +50,7 @@ class GroupWeights:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-class Credit:
+class Credit(FromPaper):
     """From rewards to the weights of completions, in two stages, between which a process reward (SAPO) is added.
 
     Attributes:

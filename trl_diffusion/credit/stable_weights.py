@@ -28,6 +28,8 @@ class SelfNormalisedWeights(Credit):
         ValueError: if the clip range is not one.
     """
 
+    paper = "2603.06743"
+
     low: float
     high: float
     views: Any

@@ -24,6 +24,7 @@ from trl_diffusion.credit.step_selection import (
     selected_draws,
     step_signals,
 )
+from trl_diffusion.papers import FromPaper
 from trl_diffusion.sampling.rollout import Rollout
 from trl_diffusion.sampling.trajectory import taken_steps
 from trl_diffusion.streams import Purpose
@@ -62,7 +63,7 @@ class EligibleSteps:
         return self.taken & (steps < self.count.unsqueeze(1))
 
 
-class StepChoice:
+class StepChoice(FromPaper):
     """Chooses the denoising steps that learn in each inner update.
 
     Attributes:
@@ -100,6 +101,8 @@ class DrawnSteps(StepChoice):
         scope: see `eligible_steps`.
         reduction: `mean` or `sum` over the eligible steps, see `draw_steps`.
     """
+
+    paper = "2510.04019"
 
     count: int
     draws: str = "uniform"
@@ -174,6 +177,9 @@ class SelectedSteps(StepChoice):
         may_weigh: whether the selector may weigh its steps; not where a KL term would lose the weights.
         last: the steps it chose last while training, long [sets, K].
     """
+
+    paper = "2511.15208"
+    extends = True
 
     count: int
     selector: StepSelector

@@ -17,6 +17,7 @@ from trl.trainer.utils import get_callable_name
 
 from trl_diffusion.family import DiffusionFamily
 from trl_diffusion.likelihood.views import Views
+from trl_diffusion.papers import FromPaper
 from trl_diffusion.sampling.rollout import Rollout
 
 Rows = dict[str, torch.Tensor]
@@ -50,7 +51,7 @@ class ScoredViews:
         )
 
 
-class Likelihood:
+class Likelihood(FromPaper):
     """Base of likelihoods.
 
     Attributes:

@@ -28,11 +28,12 @@ from trl_diffusion.likelihood.plans import (
     stratified_counts,
     with_complements,
 )
+from trl_diffusion.papers import FromPaper
 from trl_diffusion.sampling.rollout import Rollout, RowNoise
 from trl_diffusion.streams import Purpose
 
 
-class Noise:
+class Noise(FromPaper):
     """Base of noises.
 
     Attributes:
@@ -72,6 +73,8 @@ class FullMask(Noise):
         num_views: views, which differ in the prompt's masks alone.
         prompt_probability: of masking each token of the prompt.
     """
+
+    paper = "2504.12216"
 
     num_views: int = 1
     prompt_probability: float = 0.0
@@ -131,6 +134,8 @@ class SubsetPairs(Noise):
         informed: bias of the masks. The second of a pair is then biased alike, and no complement.
     """
 
+    paper = "2512.03759"
+
     pairs: int
     informed: InformedMasking | None = None
 
@@ -168,6 +173,8 @@ class QuadratureSubsets(Noise):
         informed: bias of the masks.
     """
 
+    paper = "2510.08554"
+
     num_views: int
     prompt_probability: float = 0.0
     informed: InformedMasking | None = None
@@ -203,6 +210,8 @@ class TextSubsets(Noise):
         all_masked: score every masked token, those of later blocks too, as the release does; else the subset alone.
         informed: bias of the subsets.
     """
+
+    paper = "2510.09541"
 
     num_views: int
     block_length: int | None = None

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from trl_diffusion.likelihood.base import Likelihood, ScoredViews, describe
+from trl_diffusion.papers import FromPaper
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class LossOutputs:
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-class Loss:
+class Loss(FromPaper):
     """Base of losses.
 
     Attributes:

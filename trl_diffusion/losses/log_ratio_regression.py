@@ -31,6 +31,8 @@ class LogRatioRegression(EstimateLoss):
         ValueError: if the clip range is not one.
     """
 
+    paper = "2605.29398"
+
     psi: float = 1.0
     low: float = 4e-4
     high: float = 4e-4
