@@ -71,7 +71,9 @@ class HeldOutSamples:
         A resumed run whose folder does not hold the beginning has a dash in its place.
         """
         last = max(step for step, _ in self.kept)
-        table = Table("problem", "before", f"after {plural(last, 'update')}", title="Held-out problems", show_lines=True)
+        table = Table(
+            "problem", "before", f"after {plural(last, 'update')}", title="Held-out problems", show_lines=True
+        )
         for (step, row), sample in self.kept.items():
             if step == last:
                 problem = _shortened(sample.prompt, _PROMPT, from_start=True)
