@@ -3,7 +3,7 @@
 from trl_diffusion.likelihood.base import Likelihood, ScoredViews
 from trl_diffusion.likelihood.estimates import elbo_of_pairs, elbo_per_token, mean_of_targets, upper_bound_per_token
 from trl_diffusion.likelihood.masked_views import MaskedViews
-from trl_diffusion.likelihood.noises import Bernoulli, FullMask, Noise, SubsetPairs, TextSubsets
+from trl_diffusion.likelihood.noises import Bernoulli, FullMask, Noise, Strata, SubsetPairs, TextSubsets
 from trl_diffusion.likelihood.plans import NoisePlan
 from trl_diffusion.likelihood.replay_views import ReplayViews
 from trl_diffusion.likelihood.scoring import Scores, score_views
@@ -20,6 +20,7 @@ __all__ = [
     "ReplayViews",
     "ScoredViews",
     "Scores",
+    "Strata",
     "SubsetPairs",
     "TextSubsets",
     "TrajectoryViews",

@@ -21,6 +21,7 @@ from trl_diffusion.likelihood.plans import (
     prompt_noise,
     random_subsets,
     random_text,
+    strata,
     stratified_counts,
     with_complements,
 )
@@ -140,6 +141,30 @@ class SubsetPairs(Noise):
 
     def scored_share(self, length: int) -> float:
         return 0.5  # a pair scores the canvas once
+
+
+@dataclass
+class Strata(Noise):
+    """A random partition of the canvas, of which each view masks one part (DACA-GRPO, 2605.16342).
+
+    Args:
+        num_views: parts; 1 masks everything.
+    """
+
+    num_views: int
+
+    random_subsets = False
+
+    def draw(self, rollout: Rollout, update: int) -> NoisePlan:
+        length = rollout.trajectory.completion_ids.size(1)
+        return strata(rollout.view_noise(update).uniform(length), self.num_views)
+
+    def estimate(self, logps: torch.Tensor, views: ScoredViews) -> torch.Tensor:
+        """Sum over views of Σ log p: every token given the tokens of other parts, a pseudo-likelihood."""
+        return logps.sum((1, 2))
+
+    def scored_share(self, length: int) -> float:
+        return 1 / self.num_views
 
 
 @dataclass

@@ -105,6 +105,21 @@ def with_complements(plan: NoisePlan) -> NoisePlan:
     return NoisePlan(masked, masked, pairs(plan.rate, 1 - plan.rate))
 
 
+def strata(noise: torch.Tensor, views: int) -> NoisePlan:
+    """Divide the positions into V random strata of about equal size, of which each view masks one (2605.16342).
+
+    Every position is scored once, and next to all those that are in other strata.
+
+    Args:
+        noise: uniform [B, L].
+        views: V, at most L.
+    """
+    length = noise.size(1)
+    rank = noise.argsort(-1).argsort(-1)
+    masked = (rank * views // length).unsqueeze(1) == torch.arange(views, device=noise.device).view(1, -1, 1)
+    return NoisePlan(masked, masked, masked.float().mean(-1))
+
+
 def prompt_noise(noise: torch.Tensor, probability: float, prompt_mask: torch.Tensor) -> torch.Tensor:
     """Choose tokens of the prompt to mask, each with the same probability (2504.12216).
 
