@@ -60,12 +60,14 @@ class Credit(FromPaper):
         refreshes: `weigh` is asked again before each later update of a rollout, with estimates under the policy of
             that moment (`GroupValues.now`).
         only_scored: completions without a reward take no part in the loss, not even in terms without an advantage.
+        needs_signals: the rollout must record the signals of every denoising step.
     """
 
     estimates: Any = None
     needs_reference: bool = False
     refreshes: bool = False
     only_scored: bool = False
+    needs_signals: bool = False
 
     def centre(self, advantages: torch.Tensor) -> torch.Tensor:
         """Return the method's own advantages [N, G], from TRL's (rewards less the group's mean, perhaps scaled).

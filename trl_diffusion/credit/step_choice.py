@@ -13,7 +13,7 @@ from trl_diffusion.credit.step_draws import (
     draw_steps,
     eligible_steps,
     entropy_of_steps,
-    largest_share,
+    largest,
     step_probabilities,
 )
 from trl_diffusion.credit.step_selection import (
@@ -129,12 +129,12 @@ class ChosenSteps(StepChoice):
 
     Args:
         count: M, views per completion and update.
-        rule: `all` the eligible steps; `top_entropy`, the `share` of them that committed the largest entropy;
-            `forced`, those at which no position reached the confidence threshold, see `Trajectory.forced`. Steps that
-            the last two leave out never learn, so they re-weight the objective.
+        rule: `all` the eligible steps; `top_entropy`, those that committed the largest entropy; `forced`, those at
+            which no position reached the confidence threshold, see `Trajectory.forced`. Steps that the last two leave
+            out never learn, so they re-weight the objective.
         scope: see `eligible_steps`.
         reduction: `mean` or `sum` over the chosen steps, see `chosen_draws`.
-        share: of the steps, for `top_entropy`.
+        share: of the steps, for `top_entropy`; as many as there are views if not given.
     """
 
     count: int
@@ -156,9 +156,8 @@ class ChosenSteps(StepChoice):
     def _chosen(self, rollout: Rollout, eligible: torch.Tensor) -> torch.Tensor:
         trajectory = rollout.trajectory
         if self.rule == "top_entropy":
-            assert self.share is not None
             entropy = entropy_of_steps(trajectory.entropies, trajectory.unmask_step, eligible.size(1))
-            return largest_share(entropy, eligible, self.share)
+            return largest(entropy, eligible, self.count if self.share is None else self.share)
         if self.rule == "forced":
             assert trajectory.forced is not None
             return eligible & trajectory.forced

@@ -25,6 +25,7 @@ from trl_diffusion.likelihood.plans import (
     random_subsets,
     random_text,
     rounded_counts,
+    strata,
     stratified_counts,
     with_complements,
 )
@@ -197,6 +198,30 @@ class QuadratureSubsets(Noise):
 
     def scored_share(self, length: int) -> float:
         return (length + 1) / (2 * length)
+
+
+@dataclass
+class Strata(Noise):
+    """A random partition of the canvas, of which each view masks one part (DACA-GRPO, 2605.16342).
+
+    Args:
+        num_views: parts; 1 masks everything.
+    """
+
+    num_views: int
+
+    random_subsets = False
+
+    def draw(self, rollout: Rollout, update: int) -> NoisePlan:
+        length = rollout.trajectory.completion_ids.size(1)
+        return strata(rollout.view_noise(update).uniform(length), self.num_views)
+
+    def estimate(self, logps: torch.Tensor, views: ScoredViews) -> torch.Tensor:
+        """Sum over views of Σ log p: every token given the tokens of other parts, a pseudo-likelihood."""
+        return logps.sum((1, 2))
+
+    def scored_share(self, length: int) -> float:
+        return 1 / self.num_views
 
 
 @dataclass

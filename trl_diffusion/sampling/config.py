@@ -34,8 +34,8 @@ class SamplingConfig:
             1 / `position_temperature`; the trajectory records the log-probability of this choice.
             `low_confidence` is LLaDA's rule: draw a token everywhere and commit those with the largest probability.
             It is biased: committed tokens are mostly modes, and the recorded log-probability is not the policy's.
-        record_signals: also record `step_entropy` and `step_margin`; needs the LM head at every masked position of
-            the block, which `random` does not.
+        record_signals: also record `step_entropy`, `step_margin` and `settled_step`; needs the LM head at every masked
+            position of the block, which `random` does not.
         record_support: record the ids that each token could be drawn from. Turn it off only where completions are all
             that is kept: without them a trajectory drawn with `top_k` or `top_p` cannot be scored again.
         confidence_threshold: commit every position whose largest probability (temperature 1, full vocabulary) reaches

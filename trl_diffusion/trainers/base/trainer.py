@@ -71,6 +71,7 @@ from trl_diffusion.runtime.run_facts import Facts
 from trl_diffusion.runtime.scoring import ViewScorer
 from trl_diffusion.runtime.step_aware_probe import StepAwareProbe
 from trl_diffusion.runtime.update_guard import GuardedUpdates
+from trl_diffusion.runtime.view_credit import ViewCreditAssignment
 from trl_diffusion.sampling import Trajectory, row_generators
 from trl_diffusion.sampling.rollout import FinishedBatch, Rollout
 from trl_diffusion.streams import Purpose
@@ -200,7 +201,7 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
             self.loss() if loss is None else loss,
             args,
         )
-        args.record_signals = args.record_signals or self.choices.likelihood.needs_signals
+        args.record_signals |= self.choices.likelihood.needs_signals or self.choices.credit.needs_signals
         args.shift_window = self.choices.likelihood.shift_window
 
     def _check_loaded_model(self, datasets: dict[str, Any]) -> None:
@@ -231,6 +232,14 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
         self._credit = CreditAssignment(self.choices.credit, self._logps, self.accelerator.gather)
         self._reward_guard = RewardGuard(args, self.accelerator)
         self.reward_funcs = [self._reward_guard.wrap(function) for function in self.reward_funcs]
+        self._view_credit = ViewCreditAssignment(
+            self.choices.credit,
+            self.choices.likelihood,
+            self.reward_funcs,
+            self.reward_weights,
+            self.family,
+            self._tokenizer,
+        )
         self._probe = StepAwareProbe.of(
             self.reward_funcs,
             self._tokenizer,
@@ -428,7 +437,13 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
             rows["ref_per_token_logps"] = self._logps(rows, likelihood, rollout.updates, reference=True)
         weights, metrics = self._credit.assign(rollout, rows, advantages)
         self.meter.add(mode, metrics)
-        return rows | weights
+        rows |= weights
+        if mode == "train":
+            weights, metrics, units = self._view_credit.assign(rollout, rows, self._engine(), self.state)
+            self.meter.add(mode, metrics)
+            self.meter.count_forwards(units)
+            rows |= weights
+        return rows
 
     # ---------------------------------------------------------------- credit
 
