@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def complete_card(trainer: Any, dataset_name: str | None, sections: Sequence[str
             "data set": dataset_name or "not named",
         }
     )
-    settings = settings_section(trainer.args, trainer.figures(trainer.as_run()).facts, trainer.state.global_step)
+    settings = settings_section(trainer.args, trainer.card_facts, trainer.state.global_step)
     text = card.text
     for link in (None, base):  # TRL links to the base, and to a page named "None" if that is a folder
         text = text.replace(f"[{link}](https://huggingface.co/{link})", page)
@@ -139,6 +140,11 @@ class ModelCards:
     def card_generation(self) -> dict[str, int]:
         """Arguments of `generate` for the example in the model card."""
         raise NotImplementedError(f"{type(self).__name__} does not say how its models are sampled.")
+
+    @cached_property
+    def card_facts(self: Any) -> dict[str, str]:
+        """The facts of the start-up report, made once: every checkpoint has a card, and they are about all the data."""
+        return {} if self.train_dataset is None else self.figures(self.as_run()).facts
 
     def card_choices(self) -> dict[str, str]:
         """Return what the method is composed of, if it is composed for this run."""
