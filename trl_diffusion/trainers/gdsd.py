@@ -19,11 +19,10 @@ import torch
 from trl_diffusion.credit import Credit, leave_one_out
 from trl_diffusion.likelihood import Likelihood, MaskedViews, ScoredViews, SubsetPairs
 from trl_diffusion.losses import LogRatioRegression, Loss
-from trl_diffusion.losses.log_ratio_regression import check_log_clip
 from trl_diffusion.trainers.base.choices import CreditChoice
 from trl_diffusion.trainers.base.masked import CompletionLossConfig
 from trl_diffusion.trainers.base.trainer import DiffusionGRPOTrainer
-from trl_diffusion.validation import one_of
+from trl_diffusion.validation import clip_range, one_of
 
 TOKEN_WEIGHTS = ("equal", "elbo")
 
@@ -60,7 +59,7 @@ class GDSDConfig(CompletionLossConfig):
         super().__post_init__()
         self.require_pairs()
         one_of("token_weights", self.token_weights, TOKEN_WEIGHTS)
-        check_log_clip(*self.clip_range)
+        clip_range(*self.clip_range)
         if not self.psi > 0:
             raise ValueError(f"psi must be positive, so that good completions become more likely; got {self.psi}.")
 
