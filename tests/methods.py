@@ -21,6 +21,8 @@ from trl_diffusion.trainers import (
     ATPOTrainer,
     CoupledGRPOConfig,
     CoupledGRPOTrainer,
+    DACAConfig,
+    DACATrainer,
     DiffuGRPOConfig,
     DiffuGRPOTrainer,
     DiffusionGRPOConfig,
@@ -29,6 +31,8 @@ from trl_diffusion.trainers import (
     DiPOTrainer,
     DMPOConfig,
     DMPOTrainer,
+    EGSPOConfig,
+    EGSPOTrainer,
     ESPOConfig,
     ESPOTrainer,
     ForkGRPOConfig,
@@ -47,6 +51,8 @@ from trl_diffusion.trainers import (
     StableDRLTrainer,
     StableESPOConfig,
     StableESPOTrainer,
+    StepRSConfig,
+    StepRSTrainer,
     TraceRLConfig,
     TraceRLTrainer,
     TrajectoryGRPOConfig,
@@ -82,9 +88,9 @@ class Method:
         wrap: turns the reward function into another one, as a `StepAwareReward` does.
         any_rollout: it prescribes no rollout, so that steps may commit as many tokens as are certain.
         views: what its views show, and so what they must cover: `drawn` denoising steps, `every` step of a kind once,
-            steps `chosen` or `sampled` by a selector, the `masked` canvas, masks at a random `rate`, complementary
-            `pairs`, `coupled` pairs besides the masked canvas, subsets of fixed `sizes`, random `blocks` or subsets
-            of the `text`, `groups` of denoising steps, or groups of those `within` every block.
+            steps `chosen` or `sampled` by a selector, the `masked` canvas, masks at a random `rate`, `parts` of the
+            canvas, complementary `pairs`, `coupled` pairs besides the masked canvas, subsets of fixed `sizes`, random
+            `blocks` or subsets of the `text`, `groups` of denoising steps, or groups of those `within` every block.
         fresh_views: every inner update has views of its own.
         credit: what it makes of the rewards: the `outcome`, the outcome `by_length` of the text, the outcome and a
             `process_reward`, the `leave_one_out` advantage, the `z_score`, or weights, a `softmax` or an
@@ -183,6 +189,7 @@ LEFT_TO_RIGHT = {"block_length": 1, "denoising_steps": 8, "num_mc_samples": 0}
 FORKS = {"denoising_steps": 8, "num_mc_samples": 8}
 EVERY_STEP: dict[str, Any] = {"views": "every", "fresh_views": False}
 POSITIONS = {"denoising_steps": 8, "num_mc_samples": 8, "num_iterations": 1}
+FILLS = {"fill_weight": 0.5, "denoising_steps": 8, "num_mc_samples": 3}
 LEFT_OUT: dict[str, Any] = {"credit": "leave_one_out", "compares": {"beta": 0.1}}
 OWN_LOSS: dict[str, Any] = {"applies": ALL_PROPERTIES - {1}, "compares": {}}  # without ratios
 
@@ -220,6 +227,9 @@ METHODS = [
         **LEFT_OUT,
         many_views={"num_mc_samples": 4},
     ),
+    Method("egspo", EGSPOTrainer, EGSPOConfig, FILLS, **EVERY_STEP),
+    Method("step_rs", StepRSTrainer, StepRSConfig),
+    Method("daca", DACATrainer, DACAConfig, ONE_UPDATE, views="parts"),
     Method("diffu_grpo", DiffuGRPOTrainer, DiffuGRPOConfig, ONE_UPDATE, views="masked"),
     Method(
         "sapo", DiffuGRPOTrainer, DiffuGRPOConfig, ONE_UPDATE, wrap=step_aware, views="masked", credit="process_reward"

@@ -1,10 +1,9 @@
-"""LoRA by all the names a layer has, adapters that travel to the hub's original code and back, and model cards."""
+"""LoRA by all the names a layer has, and adapters that travel to the hub's original code and back."""
 
 from __future__ import annotations
 
 import copy
 import json
-import re
 from pathlib import Path
 
 import pytest
@@ -15,14 +14,13 @@ from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model, get_peft_mod
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model, tiny_tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 from trl import ModelConfig, get_peft_config
 
 from trl_diffusion.adapters.coverage import LoraCoverage, lora_coverage
 from trl_diffusion.adapters.targets import native_lora_config
 from trl_diffusion.evaluation import load_model
 from trl_diffusion.models import DreamModel, LLaDAModelLM, SDARForCausalLM, export_adapter, import_adapter
-from trl_diffusion.models.embedded import EMBEDDED_MODEL
 from trl_diffusion.trainers.sft import SFTConfig, SFTTrainer
 
 AGRPO = method_named("agrpo")
@@ -333,116 +331,3 @@ def test_what_cannot_be_renamed_is_refused(base, tmp_path):
     with pytest.raises(TypeError, match="model_type 'llama', which is not a diffusion language model"):
         export_adapter(tmp_path / "native", tmp_path / "out", base=str(tmp_path / "llama"))
     assert not (tmp_path / "out").exists()
-
-
-# ---------------------------------------------------------------- model cards
-
-
-def card_of(folder: Path) -> tuple[str, str]:
-    """Metadata and text."""
-    _, metadata, text = (folder / "README.md").read_text().split("---\n", 2)
-    return metadata, text
-
-
-def run_example(text: str, folder: Path, monkeypatch) -> dict:
-    """What the card's example computes, run where its names are folders."""
-    monkeypatch.chdir(folder)
-    values: dict = {}
-    exec(re.search(r"```python\n(.*?)```", text, re.DOTALL)[1], values)
-    return values
-
-
-def test_the_card_of_an_adapter_over_a_local_model(base, tmp_path, monkeypatch):
-    trainer = AGRPO.make(tmp_path / "run", model=AutoModelForCausalLM.from_pretrained(base), peft_config=LoraConfig())
-    trainer.save_model()
-    trainer.create_model_card(dataset_name="word_problems")
-    metadata, text = card_of(tmp_path / "run")
-    assert "library_name: peft" in metadata and "lora" in metadata
-    assert "datasets" not in metadata and "base_model" not in metadata  # nothing the Hub could not link to
-    for part in (
-        "Model Card for run",
-        "| base model | `base`, a local model |",
-        "| family | llada, a diffusion language model |",
-        "| weights | LoRA adapter (r 8, alpha 8) on `q_proj`, `k_proj`, `v_proj`, `o_proj`, `gate_proj`, `up_proj`, ",
-        "| method | AGRPO, [2510.04019](https://arxiv.org/abs/2510.04019) |",
-        "| data set | word_problems |",
-        "@article{zhan2025simple",
-    ):
-        assert part in text, part
-    assert "None" not in text and "pipeline" not in text and str(tmp_path) not in text
-    values = run_example(text, tmp_path, monkeypatch)
-    assert isinstance(values["model"], PeftModel)
-    assert values["canvas"].size(1) == values["prompt"]["input_ids"].size(1) + trainer.args.max_completion_length
-    # checkpoints write a card without saying the data set again
-    trainer.create_model_card(model_name="other")
-    assert "| data set | word_problems |" in card_of(tmp_path / "run")[1]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "hub_id"),
-    [
-        ("GSAI-ML/LLaDA-8B-Instruct", "GSAI-ML/LLaDA-8B-Instruct"),
-        ("/cache/hub/models--GSAI-ML--LLaDA-8B-Instruct/snapshots/0a1b2c", "GSAI-ML/LLaDA-8B-Instruct"),
-        ("/home/me/merged", None),
-        ("/home/me/models--merged", None),
-    ],
-)
-@pytest.mark.parametrize("method", ["agrpo", "sft"])
-def test_cards_next_to_an_adapter_name_the_hubs_id_of_its_base(method, name, hub_id, tmp_path):
-    """PEFT's own card names the path; the Hub refuses such metadata."""
-    model = tiny_model()
-    model.config._name_or_path = model.name_or_path = name
-    settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
-    if method == "sft":
-        trainer = sft(tmp_path / "run", model=model, peft_config=LoraConfig(), **settings)
-    else:
-        trainer = AGRPO.make(tmp_path / "run", model=model, peft_config=LoraConfig(), **settings)
-    trainer.train()
-    trainer.save_model(str(tmp_path / "saved"))
-    for folder in (tmp_path / "saved", tmp_path / "run" / "checkpoint-1"):
-        metadata = card_of(folder)[0]
-        assert "library_name: peft" in metadata and "/home" not in metadata and "/cache" not in metadata
-        for line in (f"base_model: {hub_id}\n", f"- base_model:adapter:{hub_id}\n"):
-            assert (line in metadata) == (hub_id is not None)
-    trainer.save_model()
-    trainer.create_model_card()
-    metadata, text = card_of(tmp_path / "run")
-    assert (f"base_model: {hub_id}" in metadata) == (hub_id is not None) and "/home" not in text
-    page = f"[{hub_id}](https://huggingface.co/{hub_id})" if hub_id else f"`{Path(name).name}`, a local model"
-    assert f"| base model | {page} |" in text
-
-
-def test_the_example_for_an_embedded_base_runs_elsewhere(tmp_path, monkeypatch):
-    model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL)
-    settings = {"max_completion_length": 32, "block_length": 8, "denoising_steps": 16}
-    trainer = AGRPO.make(tmp_path / "run", model=model, peft_config=LoraConfig(), **settings)
-    trainer.processing_class = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
-    trainer.save_model()
-    trainer.create_model_card()
-    text = card_of(tmp_path / "run")[1]
-    assert "| base model | `embedded`, which comes with trl_diffusion |" in text and EMBEDDED_MODEL not in text
-    assert isinstance(run_example(text, tmp_path, monkeypatch)["model"], PeftModel)
-
-
-def test_the_card_of_a_whole_model_on_hub_data(base, tmp_path, monkeypatch):
-    model = AutoModelForCausalLM.from_pretrained(base)
-    model.config._name_or_path = "GSAI-ML/LLaDA-8B-Instruct"
-    trainer = method_named("sapo").make(tmp_path / "run", model=model)
-    trainer.save_model()
-    trainer.create_model_card(dataset_name="openai/gsm8k")
-    metadata, text = card_of(tmp_path / "run")
-    for line in ("base_model: GSAI-ML/LLaDA-8B-Instruct", "datasets: openai/gsm8k", "library_name: transformers"):
-        assert line in metadata
-    assert "| weights | all weights, trained |" in text and "base_model_relation" not in metadata
-    assert "[GSAI-ML/LLaDA-8B-Instruct](https://huggingface.co/GSAI-ML/LLaDA-8B-Instruct)" in text
-    assert "step-aware (SAPO)" in text  # its citation comes with it
-    assert isinstance(run_example(text, tmp_path, monkeypatch)["model"], LLaDAModelLM)
-
-
-def test_the_card_of_masked_sft(tmp_path):
-    trainer = sft(tmp_path, peft_config=LoraConfig(target_modules=["q_proj"]))
-    trainer.create_model_card(dataset_name="openai/gsm8k")
-    metadata, text = card_of(tmp_path)
-    assert "datasets: openai/gsm8k" in metadata and "library_name: peft" in metadata
-    assert "| method | masked SFT, [2504.12216]" in text and "on `q_proj` |" in text and "pipeline" not in text

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import runpy
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from launching import accelerate_launch
 from peft import LoraConfig
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
@@ -25,8 +29,9 @@ from trl_diffusion.runtime.forecast import Evaluation, Machine, duration
 from trl_diffusion.runtime.planned_launch import Launch
 from trl_diffusion.runtime.stand_ins import CHARACTERS_PER_TOKEN, stand_in_tokenizer
 from trl_diffusion.sampling import SamplingConfig
+from trl_diffusion.tasks import TASKS
 from trl_diffusion.tasks.word_problems import load_word_problems
-from trl_diffusion.trainers import METHODS, SFTConfig, SFTTrainer
+from trl_diffusion.trainers import METHODS, DiffusionGRPOTrainer, SFTConfig, SFTTrainer
 
 pytestmark = pytest.mark.slow
 
@@ -191,6 +196,8 @@ def test_every_configuration_of_a_large_model_can_be_planned(config, offline, ca
 
 def test_what_does_not_fit_is_marked(offline, capsys, monkeypatch):
     command = ["diffu_grpo", "--config", "llada_8b/gsm8k_diffu_grpo", "--use_peft", "false", "--world_size", "8"]
+    found = report_of(capsys, monkeypatch, *command)["tables"]
+    assert "total: hardly fits" in found and "does not fit" not in found
     command += ["--gpu_gib", "70"]
     found = report_of(capsys, monkeypatch, *command)["tables"]
     assert "total: does not fit" in found and "weights: does not fit" not in found
@@ -360,3 +367,60 @@ def test_a_stand_in_counts_three_characters_as_a_token():
     rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": "x" * 300}]]})
     templated = stand_in_tokenizer().apply_chat_template(rows["prompt"][0], add_generation_prompt=True)
     assert 105 <= len(templated["input_ids"]) <= 112
+
+
+# ---------------------------------------------------------------- the recipes
+
+
+def start(name: str) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "recipes" / f"{name}.py"), run_name="__main__")
+    assert stopped.value.code == 0
+
+
+@pytest.mark.parametrize("name", ["gsm8k_agrpo", "gsm8k_atpo", "gsm8k_diffu_grpo", "countdown_sapo"])
+def test_a_dry_run_of_a_recipe_neither_samples_nor_trains(name, tmp_path, monkeypatch, capsys):
+    def never(*args, **kwargs):
+        raise AssertionError("a dry run must not do this")
+
+    monkeypatch.setattr(sys, "argv", [name, "--dry_run", "--use_cpu", "--output_dir", str(tmp_path / "out")])
+    for method in ("train", "_generate_single_turn", "save_model"):
+        monkeypatch.setattr(DiffusionGRPOTrainer, method, never)
+    start(name)
+    assert capsys.readouterr().out.count("forward units") == 1
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.thorough
+def test_a_dry_run_on_two_processes_reports_once_and_exits_with_0(tmp_path):
+    command = [*accelerate_launch("cpu_ddp"), "recipes/gsm8k_agrpo.py", "--dry_run", "--output_dir", str(tmp_path)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    result = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    assert result.stdout.count("forward units") == 1 and "× 2 processes = 128 completions" in result.stdout
+    assert "2 processes, DDP, pretended by one" in result.stdout and "gain" not in result.stdout
+
+
+def test_a_dry_run_checks_the_columns(tmp_path, monkeypatch):
+    task = TASKS["word_problems"]
+    without = replace(task, load=lambda *args, **settings: task.load(*args, **settings).remove_columns("answer"))
+    monkeypatch.setitem(TASKS, "word_problems", without)
+    monkeypatch.setattr(
+        sys, "argv", ["gsm8k_agrpo", "--dry_run", "--use_cpu", "--debug", "--output_dir", str(tmp_path)]
+    )
+    with pytest.raises(ValueError, match="no column 'answer'"):
+        start("gsm8k_agrpo")
+
+
+def test_a_dry_run_checks_the_number_of_rows(tmp_path, monkeypatch):
+    few = ["--dataset_size", "5", "--per_device_train_batch_size", "64", "--num_generations", "8"]
+    monkeypatch.setattr(sys, "argv", ["gsm8k_agrpo", "--dry_run", "--debug", *few, "--output_dir", str(tmp_path)])
+    with pytest.raises(ValueError, match="train_dataset has 5 rows, and a rollout batch needs 8 prompts"):
+        start("gsm8k_agrpo")

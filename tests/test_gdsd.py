@@ -24,6 +24,7 @@ from trainer_helpers import loss_inputs
 from trl_diffusion.likelihood import SubsetPairs
 from trl_diffusion.losses import LogRatioRegression
 from trl_diffusion.losses.log_ratio_regression import regression_loss
+from trl_diffusion.trainers.gdsd import TokenPairs
 
 WIDE: dict[str, Any] = {"low": 0.999, "high": 1e6}
 FULL = len(HIDDEN) - 1  # the pair of everything masked and nothing masked
@@ -36,7 +37,7 @@ def chosen(values: torch.Tensor, rows: list[int]) -> torch.Tensor:
 
 def losses(table, old, advantages: torch.Tensor, rows: list[int], elbo: bool = False, **settings) -> torch.Tensor:
     """The library's loss [rows, 8] of some completions under every mask and its complement."""
-    noise, pairs = SubsetPairs(1, elbo=elbo), chosen(PAIRS, rows)
+    noise, pairs = (SubsetPairs if elbo else TokenPairs)(1), chosen(PAIRS, rows)
     inputs = loss_inputs(
         chosen(pairs_of(table), rows),
         pairs,
@@ -80,7 +81,7 @@ def test_the_minimum_is_where_the_log_ratio_per_token_is_the_scaled_advantage(el
 
     found = minimised(loss, CONSISTENT)
     assert loss(found) < 1e-6 < 1e-2 < loss(CONSISTENT)
-    estimate = SubsetPairs(1, elbo=elbo).estimate
+    estimate = (SubsetPairs if elbo else TokenPairs)(1).estimate
     facts = loss_inputs(chosen(pairs_of(found), rows), chosen(PAIRS, rows), torch.zeros(16)).views
     now, old = (estimate(chosen(pairs_of(table), rows), facts) for table in (found, CONSISTENT))
     change = ((now - old) / LENGTH).unflatten(0, (2, -1))
@@ -107,7 +108,7 @@ def test_the_clip_is_of_the_log_ratio_per_token():
     """The release clips the sum over 256 tokens, so that 1.6e-6 per token end the learning of a completion."""
     tokens = torch.full((1, 2, 256), 1e-5).double().requires_grad_()
     pairs = torch.stack([torch.arange(256) % 2 == 0, torch.arange(256) % 2 == 1]).unsqueeze(0)
-    estimate = SubsetPairs(1, elbo=False).estimate
+    estimate = TokenPairs(1).estimate
     inputs = loss_inputs(
         tokens * pairs, pairs, torch.ones(1).double(), old=torch.zeros_like(tokens), estimate=estimate
     )
@@ -121,7 +122,7 @@ def test_every_sample_of_masks_has_a_square():
     """(1 − 3)² and (5 − 3)² are 4 each; the square of their mean would be 0."""
     pairs = torch.tensor([[[1, 0], [0, 1]] * 2]).bool()
     logps = torch.tensor([[[2.0, 0.0], [0.0, 0.0], [10.0, 0.0], [0.0, 0.0]]])
-    noise = SubsetPairs(2, elbo=False)
+    noise = TokenPairs(2)
     inputs = loss_inputs(logps, pairs, torch.tensor([3.0]), old=torch.zeros_like(logps), estimate=noise.estimate)
     assert noise.samples == 2
     assert LogRatioRegression(samples=2, low=0.5, high=1e6)(inputs).loss.tolist() == pytest.approx([4.0])
@@ -131,12 +132,12 @@ def test_every_sample_of_masks_has_a_square():
 def test_each_token_counts_once_whatever_the_sizes_of_a_pair():
     facts = loss_inputs(chosen(pairs_of(INCONSISTENT), [4]), chosen(PAIRS, [4]), torch.zeros(8)).views
     ones = facts.targets.double()
-    assert SubsetPairs(1, elbo=False).estimate(ones, facts).tolist() == [LENGTH] * 8
+    assert TokenPairs(1).estimate(ones, facts).tolist() == [LENGTH] * 8
     assert len({*SubsetPairs(1).estimate(ones, facts).tolist()}) > 1  # the ELBO's weights are right on average alone
 
 
 def test_biased_estimates_are_no_two_unbiased_ones():
-    assert SubsetPairs(2).independent_halves and not SubsetPairs(2, elbo=False).independent_halves
+    assert SubsetPairs(2).independent_halves and not TokenPairs(2).independent_halves
 
 
 def test_centring_logits_before_the_softmax_does_nothing():

@@ -19,7 +19,7 @@ from trl_diffusion.registration import STAND_INS
 
 PACKAGE = Path(trl_diffusion.__file__).parent
 FLOORS = [
-    {"family", "distribution", "streams", "tokenization", "validation", "tasks"},
+    {"family", "distribution", "papers", "streams", "tokenization", "validation", "tasks"},
     {"sampling"},
     {"models"},
     {"adapters", "credit", "registration"},

@@ -106,7 +106,7 @@ def test_a_row_is_recorded_alike_in_every_batch(cache):
 @pytest.mark.parametrize("name", RECORDED)
 def test_recording_changes_no_completion(name):
     config = RECORDED[name]
-    recorded, without = (rolled_out(replace(config, shift_window=w))[0] for w in (config.shift_window, 0))
+    recorded, without = (rolled_out(replace(config, shift_window=w))[0] for w in (config.shift_window, None))
     assert without.confidence_shift is None
     assert torch.equal(recorded.completion_ids, without.completion_ids)
     assert torch.equal(recorded.unmask_step, without.unmask_step)
@@ -226,7 +226,7 @@ def test_at_sharpness_zero_it_is_the_host_bit_for_bit(name, tmp_path):
     sharpness = {case: INFORMED | {"mask_sharpness": float(case)} for case in ("0", "2")}
     for case, more in {"host": {}, **sharpness}.items():
         trainer = method_named(name).make(tmp_path / case, **settings | more)
-        assert (trainer.args.sampling_config().shift_window > 0) == (case != "host")
+        assert (trainer.args.sampling_config().shift_window is None) == (case == "host")
         plans[case] = rollout_of(trainer, "a b b a", "b a a")
         trainer = method_named(name).make(tmp_path / case, max_steps=2, **settings | more)
         before = parameters_of(trainer).clone()
@@ -320,6 +320,6 @@ def test_bad_settings_are_refused_with_the_reason(config, settings, message):
         config("unused", use_cpu=True, bf16=False, report_to=[], **settings)
 
 
-def test_a_negative_window_of_the_sampler_is_refused():
-    with pytest.raises(ValueError, match="shift_window must be at least 0, got -1"):
-        SamplingConfig(shift_window=-1)
+def test_an_empty_window_of_the_sampler_is_refused():
+    with pytest.raises(ValueError, match="shift_window must be at least 1, got 0"):
+        SamplingConfig(shift_window=0)

@@ -10,7 +10,7 @@ from test_exact_gradient import LENGTH, PROMPT, gradient, reward_of
 from tiny import tiny_model
 from trainer_helpers import loss_of_update, plan_of
 
-from trl_diffusion.credit import ChosenSteps, among_untied, chosen_draws, draw_steps, largest_share
+from trl_diffusion.credit import ChosenSteps, among_untied, chosen_draws, draw_steps, largest
 from trl_diffusion.credit.step_draws import step_probabilities
 from trl_diffusion.trainers import JustGRPOConfig, TrajectoryGRPOConfig
 
@@ -98,15 +98,16 @@ def test_the_share_with_the_most_entropy_is_rounded_up_and_ties_go_to_the_earlie
     values = torch.tensor([[1.0, 3.0, 3.0, 3.0, 9.0], [2.0, 2.0, 2.0, 2.0, 2.0], [0.0, 5.0, 4.0, 3.0, 2.0]])
     among = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [0, 1, 0, 1, 1]]).bool()
 
-    def chosen(share: float) -> list[list[int]]:
-        return [row.nonzero().flatten().tolist() for row in largest_share(values, among, share)]
+    def chosen(most: int | float) -> list[list[int]]:
+        return [row.nonzero().flatten().tolist() for row in largest(values, among, most)]
 
     assert chosen(0.25) == [[1], [0, 1], [1]]
     assert chosen(0.5) == [[1, 2], [0, 1, 2], [1, 3]]
     assert chosen(1.0) == [[0, 1, 2, 3], [0, 1, 2, 3, 4], [1, 3, 4]]
+    assert chosen(2) == [[1, 2], [0, 1], [1, 3]] and chosen(9) == chosen(1.0)
     many = torch.ones(1, 100, dtype=torch.bool)
     for share in (0.07, 0.25, 0.29, 0.57):  # 0.07 · 100 and others are whole numbers but for rounding
-        assert largest_share(torch.zeros(1, 100), many, share).sum() == round(100 * share)
+        assert largest(torch.zeros(1, 100), many, share).sum() == round(100 * share)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
@@ -151,8 +152,7 @@ def test_groups_with_equal_rewards_are_left_out_of_the_mean():
         ({"denoising_steps": 4, "block_length": 2}, "needs block_length=1; got 2"),
         ({"confidence_threshold": 0.9, "unmasking": "max_prob"}, "needs confidence_threshold=None; got 0.9"),
         ({"entropy_bound": 0.1, "unmasking": "entropy"}, "needs entropy_bound=None; got 0.1"),
-        ({"step_share": 0.5}, r"step_share \(0.5\) belongs to step_draws='top_entropy'; got step_draws='all'"),
-        ({"step_draws": "top_entropy"}, r"step_share \(None\) belongs to step_draws='top_entropy'"),
+        ({"step_share": 0.5}, r"step_share=0.5 belongs to step_draws='top_entropy'; got step_draws='all'"),
         ({"step_draws": "top_entropy", "step_share": 1.5}, r"step_share must lie in \(0, 1\], got 1.5"),
         ({"step_draws": "forced"}, "there is none. Set confidence_threshold, or another step_draws"),
     ],
@@ -167,7 +167,8 @@ def test_views_follow_from_the_steps_that_learn(tmp_path):
         return JustGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, **settings).num_mc_samples
 
     assert views() == 256 and views(max_completion_length=30) == 30
-    assert views(step_draws="top_entropy", step_share=0.25, max_completion_length=30) == 8
+    assert views(step_draws="top_entropy", max_completion_length=30) == 8
+    assert views(step_draws="top_entropy", step_share=0.5) == 128
     assert views(step_draws="entropy") == 64 and views(num_mc_samples=5) == 5
 
 

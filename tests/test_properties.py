@@ -174,10 +174,12 @@ def every_step_covers(method: Method, folder) -> None:
     if trajectory.forced is not None:
         assert (learns & ~trajectory.forced).any()
         learns &= trajectory.forced
-    if likelihood.steps.share is not None:
-        of_step = trajectory.entropies  # one token a step, from left to right
+    if likelihood.steps.rule == "top_entropy":
+        assert unmask_step.max() == len(steps) - 1  # one token a step
+        of_step = torch.zeros(learns.shape).scatter(1, unmask_step.clamp(min=0).long(), trajectory.entropies)
         for row in range(len(learns)):
-            count = -(-int(learns[row].sum()) // 2)
+            half = -(-int(learns[row].sum()) // 2)
+            count = half if likelihood.steps.share == 0.5 else likelihood.steps.count
             order = sorted(steps[learns[row]].tolist(), key=lambda step, row=row: (-of_step[row, step], step))
             learns[row] = torch.isin(steps, torch.tensor(order[:count]))
     assert learns.any(1).all() and len(learns.sum(1).unique()) > 1
@@ -241,6 +243,15 @@ def random_rates_cover(method: Method, folder) -> None:
     assert torch.equal(learns, text_of(rows)) or learns.all()
     assert torch.equal(targets, hidden & learns)
     assert 0 < hidden.float().mean() < 1 and len(hidden.flatten(0, 2).unique(dim=0)) > 4
+
+
+def parts_cover(method: Method, folder) -> None:
+    """Every position of the canvas is hidden once, and every token of the text scored once."""
+    rows, hidden, targets = noised_rows(method, folder)
+    assert (hidden.sum(1) == 1).all() and (targets.sum(1) == text_of(rows)).all()
+    sizes = hidden.sum(-1)
+    assert (sizes.amax() - sizes.amin() <= 1) and hidden.size(1) > 1
+    assert len(hidden.flatten(0, 2).unique(dim=0)) > 8  # the parts are random
 
 
 def pairs_cover(method: Method, folder) -> None:
@@ -315,6 +326,7 @@ COVERAGE = {
     "chosen": chosen_steps_cover,
     "masked": masked_canvas_covers,
     "rate": random_rates_cover,
+    "parts": parts_cover,
     "pairs": pairs_cover,
     "sizes": fixed_sizes_cover,
     "coupled": coupled_pairs_cover,

@@ -297,8 +297,13 @@ def test_the_atpo_config_selects_eight_steps_by_the_hybrid_rule():
 # By `recipes/train.py` alone: paper and, of the LLaDA-8B config, what the paper says where it is not as in d1.
 D1 = dict(max_completion_length=256, block_length=32, unmasking="low_confidence", max_grad_norm=0.2)
 D1_LORA = dict(use_peft=True, lora_r=128, lora_alpha=64, lora_dropout=0.0)
-LORA_OF = {"just_grpo": dict(use_peft=False), "fork_grpo": D1_LORA | dict(lora_dropout=0.05)}
-LORA_OF["stable_drl"] = dict(use_peft=False)  # it trains all weights
+LORA_OF = {
+    "just_grpo": dict(use_peft=False),
+    "fork_grpo": D1_LORA | dict(lora_dropout=0.05),
+    "egspo": D1_LORA | dict(lora_dropout=0.05),
+    "stable_drl": dict(use_peft=False),  # it trains all weights
+    "step_rs": D1_LORA | dict(lora_r=64),
+}
 SHARED = {
     "dmpo": ("2510.08233", dict(alpha=0.04, temperature=0.2, num_generations=16, num_iterations=8, num_mc_samples=4)),
     "espo": ("2512.03759", dict(epsilon=0.2, beta=1e-3, denoising_steps=256, num_generations=6, num_iterations=8)),
@@ -316,6 +321,13 @@ SHARED = {
         dict(block_length=1, unmasking="random", max_grad_norm=1.0, num_mc_samples=256, learning_rate=5e-6)
         | dict(num_generations=16, temperature=1.0, weight_decay=0.0, beta=0.0, max_steps=125),
     ),
+    "egspo": (
+        "2603.12554",
+        dict(fill_weight=0.1, num_mc_samples=8, step_draws="top_entropy", epsilon=0.5, beta=0.04, learning_rate=3e-5)
+        | dict(num_generations=8, temperature=0.9, denoising_steps=128, weight_decay=0.1, adam_beta2=0.99),
+    ),
+    "step_rs": ("2610.00661", dict(unmasking="random", max_grad_norm=1.0, first_risk=1.0, last_risk=0.0)),
+    "daca": ("2605.16342", dict(num_mc_samples=4, progress_floor=0.5, epsilon=0.5, beta=0.04, num_iterations=12)),
     "mapg": (
         "2607.15200",
         dict(unmasking="plackett_luce", num_generations=4, num_iterations=12, num_mc_samples=12, denoising_steps=128)

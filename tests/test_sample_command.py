@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
+from documentation import ROOT, blocks_of, commands
+from PIL import Image, ImageChops, ImageStat
 from rich.console import Console
 from tiny import tiny_model, tiny_sdar, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -55,7 +56,7 @@ def cpu(monkeypatch):
     ],
 )
 def test_words_are_model_and_prompt(line, model, prompt, monkeypatch):
-    monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.chdir(ROOT)
     args = sample.parse(line)
     assert (args.model_name_or_path, args.prompt) == (model, prompt)
     assert args.save == [word for word in line if word.endswith((".gif", ".HTML"))]
@@ -159,7 +160,7 @@ def terminal(monkeypatch) -> io.StringIO:
     """Let the command believe that it writes to a terminal; returns what it writes."""
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=True, color_system="truecolor", width=70)
-    monkeypatch.setattr(sample, "Console", lambda: console)
+    monkeypatch.setattr(sample, "Console", lambda **_: console)
     return shown
 
 
@@ -229,7 +230,34 @@ def test_a_conversation(monkeypatch, capsys, tmp_path):
         ["Count.", PROMPT, first_answer, "And now?"],
         ["Count.", "Make 13 from 2, 3, 5."],
     ]
-    assert first_answer in shown.out and shown.err.count("denoising steps") == 3
+    assert (
+        shown.out.startswith(f"{first_answer}\n")
+        and "/clear" not in shown.out
+        and shown.err.count("denoising steps") == 3
+    )
     for problem in ("no answer to keep yet", "canvas of 32 does not fit", "There is no /sav;", "got 'a.png'"):
-        assert problem in shown.out.replace("\n", " ")
+        assert problem in shown.err.replace("\n", " ")
     assert (tmp_path / "a.html").is_file()
+
+
+# ---------------------------------------------------------------- the animation of the documentation
+
+
+def test_the_animation_is_made_by_the_command_beside_it(tmp_path):
+    (command,) = [
+        words
+        for block in blocks_of(ROOT / "docs" / "pages" / "viewing.md")
+        if block.language == "bash"
+        for words in commands(block.code)
+        if "docs/pages/images/denoising.gif" in words
+    ]
+    made, shown = tmp_path / "made.gif", ROOT / "docs" / "pages" / "images" / "denoising.gif"
+    sample.main([str(made) if word.endswith(".gif") else word for word in command[2:]])
+    with Image.open(made) as new, Image.open(shown) as old:
+        assert (new.n_frames, new.size) == (old.n_frames, old.size) and new.n_frames == 17
+        for number in range(new.n_frames):
+            new.seek(number), old.seek(number)
+            assert new.info["duration"] == old.info["duration"]
+            difference = ImageChops.difference(new.convert("RGB"), old.convert("RGB"))
+            assert max(ImageStat.Stat(difference).mean) < 1  # fonts and palettes may differ a little
+    assert shown.stat().st_size <= 400_000

@@ -1,38 +1,35 @@
-"""The start-up report: its forward units, FLOP and memory against what is counted, and the dry run."""
+"""The start-up report: its forward units, FLOP and memory against what is counted."""
 
 from __future__ import annotations
 
 import os
-import runpy
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from methods import METHODS, method_named
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
+from tiny import tiny_model
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_diffusion.credit import StepAwareReward
 from trl_diffusion.models.embedded import EMBEDDED_MODEL
-from trl_diffusion.runtime import cost
+from trl_diffusion.runtime import activations, cost
+from trl_diffusion.runtime.outlook import Disk, rollout_length
 from trl_diffusion.runtime.report import startup_report
 from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.sampling.cost import head_positions
-from trl_diffusion.tasks import TASKS
 from trl_diffusion.tasks.word_problems import load_word_problems
 from trl_diffusion.trainers import DiffusionGRPOTrainer
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parent.parent
 LORA = LoraConfig(r=8, target_modules="all-linear", lora_dropout=0.0)
 
 
@@ -253,65 +250,134 @@ def test_training_prints_the_panel_once_with_the_progress_bar(disable_tqdm, tmp_
     assert capsys.readouterr().out.count("forward units") == (0 if disable_tqdm else 1)
 
 
-# ---------------------------------------------------------------- the dry run
+# ---------------------------------------------------------------- what is ahead
 
 
-def start(name: str) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(ROOT / "recipes" / f"{name}.py"), run_name="__main__")
-    assert stopped.value.code == 0
-
-
-@pytest.mark.parametrize("name", ["gsm8k_agrpo", "gsm8k_atpo", "gsm8k_diffu_grpo", "countdown_sapo"])
-def test_a_dry_run_of_a_recipe_neither_samples_nor_trains(name, tmp_path, monkeypatch, capsys):
-    def never(*args, **kwargs):
-        raise AssertionError("a dry run must not do this")
-
-    monkeypatch.setattr(sys, "argv", [name, "--dry_run", "--use_cpu", "--output_dir", str(tmp_path / "out")])
-    for method in ("train", "_generate_single_turn", "save_model"):
-        monkeypatch.setattr(DiffusionGRPOTrainer, method, never)
-    start(name)
-    assert capsys.readouterr().out.count("forward units") == 1
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
-@pytest.mark.thorough
-def test_a_dry_run_on_two_processes_reports_once_and_exits_with_0(tmp_path):
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", port, "--config_file"]
-    command += ["trl_diffusion/accelerate_configs/cpu_ddp.yaml", "recipes/gsm8k_agrpo.py", "--dry_run"]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    result = subprocess.run(
-        [*command, "--output_dir", str(tmp_path)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_iterations": 3},
+        {"steps_per_generation": 4},
+        {"steps_per_generation": 1, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4},
+        {"max_steps": 2, "num_train_epochs": 5},
+    ],
+    ids=str,
+)
+def test_a_run_is_as_long_as_is_said(settings, tmp_path):
+    trainer = method_named("diffu_grpo").make(
+        tmp_path, **{"max_steps": -1, "num_train_epochs": 1.5, "num_iterations": 1, "num_mc_samples": 1} | settings
     )
-    assert result.returncode == 0, result.stderr[-4000:]
-    assert result.stdout.count("forward units") == 1 and "× 2 processes = 128 completions" in result.stdout
-    assert "held-out accuracy" not in result.stdout
+    said = rollout_length(trainer.as_run())
+    trainer.train()
+    assert trainer.state.global_step == said.updates and said.epoch is not None
+    if trainer.args.max_steps == -1:
+        assert said.updates == -(-3 * said.epoch // 2)
+    assert trainer.state.epoch == pytest.approx(said.updates / said.epoch, abs=1 / said.epoch)
 
 
-def test_a_dry_run_checks_the_columns(tmp_path, monkeypatch):
-    task = TASKS["word_problems"]
-    without = replace(task, load=lambda *args, **settings: task.load(*args, **settings).remove_columns("answer"))
-    monkeypatch.setitem(TASKS, "word_problems", without)
-    monkeypatch.setattr(
-        sys, "argv", ["gsm8k_agrpo", "--dry_run", "--use_cpu", "--debug", "--output_dir", str(tmp_path)]
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("settings", [{}, {"save_total_limit": 2}, {"save_only_model": True}], ids=str)
+def test_checkpoints_are_as_many_and_as_large_as_is_said(settings, peft_config, tmp_path):
+    trainer = embedded_trainer(
+        "agrpo",
+        tmp_path,
+        peft_config,
+        optim="adamw_torch",
+        max_steps=5,
+        save_strategy="steps",
+        save_steps=2,
+        denoising_steps=4,
+        **settings,
     )
-    with pytest.raises(ValueError, match="no column 'answer'"):
-        start("gsm8k_agrpo")
+    said = Disk.of(trainer.as_run(), 5)
+    assert said.written == 3 and said.kept == settings.get("save_total_limit", 3)
+    trainer.train()
+    trainer.save_model()
+    assert trainer.state.global_step == 5
+    kept = sorted(tmp_path.glob("checkpoint-*"))
+    assert len(kept) == said.kept
+    weights = "model.safetensors" if peft_config is None else "adapter_model.safetensors"
+    assert said.model == pytest.approx((tmp_path / weights).stat().st_size, rel=0.02 if peft_config is None else 0.1)
+    size = sum((kept[-1] / name).stat().st_size for name in (weights, "optimizer.pt") if (kept[-1] / name).is_file())
+    assert said.checkpoint == pytest.approx(size, rel=0.02 if peft_config is None else 0.15)
 
 
-def test_a_dry_run_checks_the_number_of_rows(tmp_path, monkeypatch):
-    few = ["--dataset_size", "5", "--per_device_train_batch_size", "64", "--num_generations", "8"]
-    monkeypatch.setattr(sys, "argv", ["gsm8k_agrpo", "--dry_run", "--debug", *few, "--output_dir", str(tmp_path)])
-    with pytest.raises(ValueError, match="train_dataset has 5 rows, and a rollout batch needs 8 prompts"):
-        start("gsm8k_agrpo")
+def test_learning_rate_and_rewards_are_named(tmp_path):
+    trainer = method_named("agrpo").make(
+        tmp_path,
+        learning_rate=2e-5,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        max_steps=50,
+        reward_weights=[0.5],
+        save_strategy="steps",
+        save_steps=10,
+        save_total_limit=2,
+    )
+    text = shown(trainer)
+    assert "2e-05, cosine, 3 updates of warm-up, sgd, weight decay 0" in text
+    assert "0.5 × text_reward" in text and "8 rows, prompts padded to 4 tokens on average" in text
+    # 8 prompts are two rollouts of 4, of which each is for one update
+    assert "50 updates = 25 epochs: 800 completions, 6,400 tokens if no text ends early" in text
+    assert "every 10 updates, the last 2 of 5 kept" in text
+
+
+# ---------------------------------------------------------------- activations
+
+
+def peak_of(function) -> tuple[Any, int, int]:
+    """What a function returns, with the bytes that it allocates: those that are left, and the most at a time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        result = function()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = largest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        largest = max(largest, held)
+    return result, held, largest
+
+
+@pytest.mark.parametrize(
+    ("lora", "checkpointing", "autocast", "dtype"),
+    [
+        (False, False, False, torch.float32),
+        (False, True, True, torch.float32),
+        (True, False, False, torch.float32),
+        (True, True, True, torch.bfloat16),
+        (True, True, False, torch.bfloat16),
+    ],
+)
+def test_activations_are_those_that_pytorch_allocates(lora, checkpointing, autocast, dtype):
+    rows, tokens, read = 2, 96, 48
+    sizes = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "max_position_embeddings": 128}
+    # a vocabulary so small that the head's logits, whose chunks are smaller on a CPU, hardly count
+    model: Any = tiny_model(vocab_size=16, num_tokens=16, **sizes).to(dtype)
+    if lora:
+        model = get_peft_model(model, LORA)
+        model.enable_input_require_grads()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    model.train()
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
+    ids, mask = torch.full((rows, tokens), 7), torch.ones(rows, tokens, dtype=torch.long)
+    mask[:, 0] = 0  # padding, as almost every batch has
+    places = torch.arange(tokens - read, tokens).expand(rows, -1)
+
+    def forward():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return model(input_ids=ids, attention_mask=mask, positions=places, targets=ids[:, :read]).log_probs.sum()
+
+    loss, held, forward_peak = peak_of(forward)
+    _, _, backward_peak = peak_of(loss.backward)
+    run: Any = SimpleNamespace(
+        model=model,
+        mixed_precision="bf16" if autocast else "no",
+        args=SimpleNamespace(gradient_checkpointing=checkpointing),
+    )
+    expected = activations.training_bytes(run, rows, tokens, read)
+    assert expected == pytest.approx(max(forward_peak, held + backward_peak), rel=0.25)
 
 
 def test_shards_and_whole_weights_are_counted_together(tmp_path):

@@ -301,7 +301,7 @@ def test_a_page_holds_every_frame_and_needs_nothing_else(tmp_path):
 
 
 def test_line_ends_and_long_tokens_have_their_place_in_a_gif(tmp_path):
-    """A token that spans three lines, and one that is longer than two lines."""
+    """A token that spans three lines, one that is longer than two, and as many short ones as fill two."""
     words = {2: "a", 3: "\n  b\n\n", 4: "long" * 30}
 
     class Words:
@@ -309,16 +309,20 @@ def test_line_ends_and_long_tokens_have_their_place_in_a_gif(tmp_path):
             return "".join(words[token] for token in ids)
 
     family = DiffusionFamily("words", mask_token_id=0, num_tokens=5, end_token_ids=(1,), tail_token_id=1)
-    denoising = Denoising("prompt", family, Words(), 3, BLOCK, 3)
-    denoising.finished, heights = True, []
-    for count in (1, 2, 3):
-        denoising.token_ids, denoising.unmask_step = [2, 3, 4][:count], [*range(count)]
-        denoising.confidence = [0.5] * count
-        write_gif(tmp_path / "a.gif", denoising)
+    heights = []
+    for ids in ([2], [2, 3], [2, 3, 4], [2] * 32, [2] * 64):
+        denoising = Denoising("prompt", family, Words(), len(ids), BLOCK, 1)
+        denoising.token_ids, denoising.unmask_step = ids, [0] * len(ids)
+        denoising.confidence, denoising.finished = [1.0] * len(ids), True
+        write_gif(tmp_path / "a.gif", denoising, "confidence")
         with Image.open(tmp_path / "a.gif") as image:
             heights.append(image.height)
-    one, two, three = heights
-    assert (two - one, three - two) == (3 * 54, 2 * 54)
+            image.seek(1)
+            fill = ImageColor.getrgb(colour("confidence", 1.0).fill)
+            pixels = np.asarray(image.convert("RGB"))[:-100].astype(int)  # without the colour scale
+            columns = (abs(pixels - fill).max(-1) <= 6).any(0).nonzero()[0]
+            assert columns.min() >= 36 and columns.max() < 960 - 36
+    assert [height - heights[0] for height in heights] == [0, 3 * 54, 5 * 54, 54, 2 * 54]
 
 
 # ---------------------------------------------------------------- colours

@@ -42,3 +42,20 @@ def at_least(name: str, value: float, least: float) -> None:
     """
     if not value >= least:
         raise ValueError(f"{name} must be at least {least}, got {value}.")
+
+
+def clip_range(low: float, high: float) -> None:
+    """Check that ratios can be clipped to [1 − low, 1 + high], which must be positive and hold 1.
+
+    Args:
+        low: `epsilon`, as users write it.
+        high: `epsilon_high`, which is `epsilon` where it is not given.
+
+    Raises:
+        ValueError: if `low` is not in [0, 1), or `high` is negative.
+    """
+    if not (0 <= low < 1 and high >= 0):
+        raise ValueError(
+            "Ratios are clipped to [1 - epsilon, 1 + epsilon_high], which must be positive and hold 1: epsilon must "
+            f"lie in [0, 1) and epsilon_high be at least 0; got {low} and {high}."
+        )

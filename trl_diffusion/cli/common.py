@@ -9,14 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from datasets import Dataset
 from peft import PeftModel
 from rich.console import Console
-from rich.table import Table
 from transformers import ProgressCallback
 from trl import ModelConfig, get_quantization_config
 
@@ -25,8 +20,10 @@ from trl_diffusion.cli.loading import load_tokenizer, new_adapter
 from trl_diffusion.cli.names import CONFIGS, check_model_name
 from trl_diffusion.cli.parsing import Parser
 from trl_diffusion.evaluation import AccuracyCallback, ConfusionZoneCallback, evaluate_accuracy
+from trl_diffusion.evaluation.training_report import accuracy_section, accuracy_table, save_curves
 from trl_diffusion.models.embedded import EMBEDDED_MODELS, embedded_arguments
 from trl_diffusion.runtime.forecast import Evaluation
+from trl_diffusion.runtime.text import plural
 from trl_diffusion.sampling import SamplingArguments, SamplingConfig
 from trl_diffusion.sampling.arguments import OPTIONS, with_default
 from trl_diffusion.trainers import DiffusionGRPOConfig, DiffusionGRPOTrainer
@@ -84,6 +81,11 @@ class RunArguments(DryRunArguments):
     eval_cache_refresh: int = with_default("cache_refresh", 0)
     eval_fallback: str = with_default("fallback", "surest")
     eval_position_temperature: float = with_default("position_temperature", 0.5)
+
+    @property
+    def data_name(self) -> str:
+        """Name of the data for people, in the model card and the report of a dry run."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its data are called.")
 
     def evaluation(self, training: Any, problems: int) -> Evaluation | None:
         """Return how held-out accuracy is measured; `None` where it is not.
@@ -255,8 +257,25 @@ def run(
     train_and_save(trainer, arguments, lambda: report(trainer, accuracy, time.perf_counter() - start))
 
 
-def measure_accuracy(trainer, held_out, is_correct: Callable[[str, dict[str, Any]], bool], script_args: RunArguments):
-    """Let a trainer measure held-out accuracy; returns the callback that keeps what was measured."""
+def measure_accuracy(
+    trainer,
+    held_out,
+    is_correct: Callable[[str, dict[str, Any]], bool],
+    script_args: RunArguments,
+    curve: str = "reward",
+) -> AccuracyCallback:
+    """Let a trainer measure held-out accuracy, and put it into the model card.
+
+    Args:
+        trainer: any trainer of this library.
+        held_out: rows to measure on.
+        is_correct: whether a completion is right, given its row.
+        script_args: say when and how.
+        curve: what the picture in the card shows besides accuracy, see `report`.
+
+    Returns:
+        The callback that keeps what was measured.
+    """
     measure = partial(
         evaluate_accuracy,
         tokenizer=trainer.processing_class,
@@ -265,8 +284,11 @@ def measure_accuracy(trainer, held_out, is_correct: Callable[[str, dict[str, Any
         batch_size=script_args.eval_batch_size,
     )
     samples = HeldOutSamples(trainer.args.output_dir)
-    accuracy = AccuracyCallback(trainer, held_out, measure, script_args.eval_every, samples)
+    between = script_args.eval_size_between or None
+    accuracy = AccuracyCallback(trainer, held_out, measure, script_args.eval_every, samples, between)
     trainer.add_callback(accuracy)
+    decoding, folder = script_args.decoding(trainer.args), trainer.args.output_dir
+    trainer.add_to_card(lambda: accuracy_section(accuracy.history, decoding, folder, curve))
     return accuracy
 
 
@@ -281,13 +303,14 @@ def train_and_save(trainer, arguments: tuple, print_result: Callable[[], None]) 
     script_args, training_args = arguments[:2]
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
-    trainer.create_model_card(dataset_name=script_args.dataset_path)
     if trainer.accelerator.is_main_process:
         print_result()
+    trainer.create_model_card(dataset_name=script_args.data_name)  # with the curves that were just saved
+    if trainer.accelerator.is_main_process:
         saved = "Adapter" if isinstance(trainer.model, PeftModel) else "Model"
         print(f"{saved} and model card: {training_args.output_dir}")
     if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_path)
+        trainer.push_to_hub(dataset_name=script_args.data_name)
     trainer.end()
 
 
@@ -305,27 +328,10 @@ class ShortProgress(ProgressCallback):
 
 def report(trainer: Any, accuracy: AccuracyCallback, seconds: float, curve: str = "reward") -> None:
     """Print accuracy and held-out samples before and after, and save the curves of reward (or loss) and accuracy."""
-    (_, before), (last, after) = accuracy.history[0], accuracy.history[-1]
-    table = Table("", "held-out accuracy", "95 % interval", title=f"{trainer._name}, {last} updates, {seconds:.0f} s")
-    for name, value in (("before", before), ("after", after)):
-        interval = f"{100 * value.low:.1f} – {100 * value.high:.1f}"
-        table.add_row(name, f"{100 * value.value:.1f} % of {value.total}", interval)
-    table.add_row("gain", f"{100 * (after.value - before.value):+.1f} points", "")
     console = Console()
-    console.print(table)
+    title = f"{trainer._name}, {plural(accuracy.history[-1][0], 'update')}, {seconds:.0f} s"
+    console.print(accuracy_table(accuracy.history, title))
     if accuracy.samples is not None:
         console.print(accuracy.samples.table())
-
-    logged = [(entry["step"], entry[curve]) for entry in trainer.state.log_history if curve in entry]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
-    left.plot([step for step, _ in logged], [value for _, value in logged], marker=".")
-    labels = {"reward": "mean reward of the rollouts", "loss": "mean loss of the updates"}
-    left.set(xlabel="update", ylabel=labels[curve], title=curve.capitalize())
-    steps, values = zip(*accuracy.history, strict=True)
-    errors = [[100 * (v.value - v.low) for v in values], [100 * (v.high - v.value) for v in values]]
-    right.errorbar(steps, [100 * v.value for v in values], yerr=errors, marker="o", capsize=3)
-    right.set(xlabel="update", ylabel="accuracy in %", ylim=(0, 100), title="Held-out accuracy (95 % interval)")
-    path = Path(trainer.args.output_dir) / "curves.png"
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    path = save_curves(trainer.args.output_dir, trainer.state.log_history, accuracy.history, curve)
     console.print(f"Curves: {path}")

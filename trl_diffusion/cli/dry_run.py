@@ -146,5 +146,5 @@ def dry_run(
         )
         machine = Machine(script_args.peak_tflops, script_args.assumed_share, script_args.gpu_gib)
         evaluation = script_args.evaluation(training_args, len(held_out) if run.rows_read else script_args.eval_size)
-        Console().print(run.report(trainer.as_run(), trainer.figures, machine, evaluation, script_args.dataset_path))
+        Console().print(run.report(trainer.as_run(), trainer.figures, machine, evaluation, script_args.data_name))
     trainer.end()

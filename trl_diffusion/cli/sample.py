@@ -164,7 +164,8 @@ class Session:
         model: a native diffusion language model, possibly inside PEFT.
         tokenizer: its tokenizer.
         args: how answers are decoded and shown.
-        console: where answers are shown.
+        console: where answers are shown, if it is a terminal. If not, they go to stdout as plain text, and what else
+            there is to say to stderr.
 
     Raises:
         ValueError: for a system message without a chat template.
@@ -173,6 +174,7 @@ class Session:
     def __init__(self, model: Any, tokenizer: Any, args: SampleArguments, console: Console):
         self.model, self.tokenizer, self.args, self.console = model, tokenizer, args, console
         self.live = console.is_terminal and not console.is_dumb_terminal
+        self.notes = console if self.live else Console(stderr=True)
         self.beginning = [] if args.system is None else [{"role": "system", "content": args.system}]
         if self.beginning and tokenizer.chat_template is None:
             raise ValueError(f"{args.name} has no chat template, so it takes no --system message. Leave it out.")
@@ -232,7 +234,7 @@ class Session:
             raise ValueError(
                 f"{self.args.name} has no chat template, so it holds no conversation. Give a text to continue."
             )
-        self.console.print(f"[dim]{'; '.join(f'{name} {what}' for name, what in COMMANDS.items())}.[/]")
+        self.notes.print("; ".join(f"{name} {what}" for name, what in COMMANDS.items()), style="dim")
         messages, number, last = [*self.beginning], 0, None
         while (line := self._read_line()) is not None:
             command, _, file = line.partition(" ")
@@ -243,13 +245,13 @@ class Session:
             elif command == "/save":
                 self._save(last, file.strip())
             elif command.startswith("/"):
-                self.console.print(f"There is no {command}; there are {', '.join(COMMANDS)}.", markup=False)
+                self.notes.print(f"There is no {command}; there are {', '.join(COMMANDS)}.", markup=False)
             elif line:
                 asked = [*messages, {"role": "user", "content": line}]
                 try:
                     text, last = self.answer(asked, number)
                 except (ValueError, KeyboardInterrupt) as stopped:
-                    self.console.print(str(stopped) or "Stopped.", markup=False)
+                    self.notes.print(str(stopped) or "Stopped.", markup=False)
                     continue
                 messages, number = [*asked, {"role": "assistant", "content": text}], number + 1
 
@@ -266,7 +268,7 @@ class Session:
                 raise ValueError("There is no answer to keep yet.")
             save(checked_file(file), last, self.args)
         except (ValueError, OSError) as problem:
-            self.console.print(str(problem), markup=False)
+            self.notes.print(str(problem), markup=False)
 
 
 def checked_file(name: str) -> Path:

@@ -22,6 +22,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 from datasets import Dataset
 from rich.console import Console
@@ -40,10 +41,11 @@ from trl_diffusion.cli.common import (
 from trl_diffusion.cli.dry_run import dry_run
 from trl_diffusion.cli.loading import load_tokenizer, new_adapter
 from trl_diffusion.cli.names import suggesting
+from trl_diffusion.evaluation.training_report import loss_section
 from trl_diffusion.runtime.forecast import Evaluation
 from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.tasks import TASKS
-from trl_diffusion.tasks.rows import hold_out, read_rows
+from trl_diffusion.tasks.rows import hold_out, is_file, read_rows
 from trl_diffusion.trainers import SFTConfig, SFTTrainer
 
 
@@ -80,6 +82,12 @@ class SFTArguments(RunArguments):
 
     def evaluation(self, training: SFTConfig, problems: int) -> Evaluation | None:
         return None if self.task is None else super().evaluation(training, problems)
+
+    @property
+    def data_name(self) -> str:
+        if self.task is not None:
+            return TASKS[self.task].data_name(self.dataset_path.partition("=")[2] or None)
+        return Path(self.dataset_path).name if is_file(self.dataset_path) else self.dataset_path
 
     @property
     def task(self) -> str | None:
@@ -153,9 +161,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LossProgress)
     if script_args.task is None:
+        trainer.add_to_card(lambda: loss_section(trainer.state.log_history))
         train_and_save(trainer, parsed, lambda: report_loss(trainer, time.perf_counter() - start))
         return
-    accuracy = measure_accuracy(trainer, held_out, TASKS[script_args.task].is_correct, script_args)
+    accuracy = measure_accuracy(trainer, held_out, TASKS[script_args.task].is_correct, script_args, "loss")
     train_and_save(trainer, parsed, lambda: report(trainer, accuracy, time.perf_counter() - start, "loss"))
 
 

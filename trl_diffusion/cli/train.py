@@ -89,6 +89,11 @@ class TrainArguments(RecipeArguments):
             )
         return TASKS[named], source or None
 
+    @property
+    def data_name(self) -> str:
+        task, source = self.data()
+        return task.data_name(source)
+
     def step_aware(self, reward: Reward) -> Reward | StepAwareReward:
         """Return the reward with SAPO's process reward, or alone. Every task's first reward is 1 for success."""
         if self.num_rollouts == 0:
@@ -206,7 +211,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     size = args.dataset_size or (GENERATED_ROWS if found.is_generated(source) else None)
     load_rows = partial(found.training_rows, source, size, args.eval_size, training_args.seed, args.prompt)
     load_rows = suggesting(args.dataset_path, TASKS)(load_rows)
-    args.dataset_path = args.dataset_path or found.hub_id or found.name  # the model card names it
     run(
         trainer,
         parsed,

@@ -11,6 +11,7 @@ from trl_diffusion.credit.advantages import (
     target_log_weights,
 )
 from trl_diffusion.credit.group_credit import Credit, GroupCredit, GroupValues, GroupWeights
+from trl_diffusion.credit.per_view import FillAdvantages, GroupViews, StepwiseRisk, ViewCredit
 from trl_diffusion.credit.stable_weights import SelfNormalisedWeights
 from trl_diffusion.credit.step_aware import StepAwareReward
 from trl_diffusion.credit.step_choice import ChosenSteps, DrawnSteps, SelectedSteps, StepChoice
@@ -19,7 +20,7 @@ from trl_diffusion.credit.step_draws import (
     chosen_draws,
     draw_steps,
     eligible_steps,
-    largest_share,
+    largest,
     step_probabilities,
 )
 from trl_diffusion.credit.step_selection import (
@@ -32,6 +33,7 @@ from trl_diffusion.credit.step_selection import (
     step_signals,
 )
 from trl_diffusion.credit.target_weights import TargetWeights
+from trl_diffusion.credit.token_weights import ProgressWeights, TokenCredit
 from trl_diffusion.sampling.trajectory import taken_steps
 
 __all__ = [
@@ -39,9 +41,12 @@ __all__ = [
     "ChosenSteps",
     "Credit",
     "DrawnSteps",
+    "FillAdvantages",
     "GroupCredit",
     "GroupValues",
+    "GroupViews",
     "GroupWeights",
+    "ProgressWeights",
     "SelectedSteps",
     "SelfNormalisedWeights",
     "StepAwareReward",
@@ -50,15 +55,18 @@ __all__ = [
     "StepSelector",
     "StepSignals",
     "StepWeights",
+    "StepwiseRisk",
     "TargetWeights",
     "Threshold",
+    "TokenCredit",
+    "ViewCredit",
     "among_untied",
     "chosen_draws",
     "draw_steps",
     "effective_sample_size",
     "eligible_steps",
     "group_softmax",
-    "largest_share",
+    "largest",
     "leave_one_out",
     "opposed_softmax",
     "population_z_score",

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from trl_diffusion.papers import FromPaper
+
 
 @dataclass(frozen=True)
 class GroupValues:
@@ -48,7 +50,7 @@ class GroupWeights:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-class Credit:
+class Credit(FromPaper):
     """From rewards to the weights of completions, in two stages, between which a process reward (SAPO) is added.
 
     Attributes:
@@ -58,12 +60,14 @@ class Credit:
         refreshes: `weigh` is asked again before each later update of a rollout, with estimates under the policy of
             that moment (`GroupValues.now`).
         only_scored: completions without a reward take no part in the loss, not even in terms without an advantage.
+        needs_signals: the rollout must record the signals of every denoising step.
     """
 
     estimates: Any = None
     needs_reference: bool = False
     refreshes: bool = False
     only_scored: bool = False
+    needs_signals: bool = False
 
     def centre(self, advantages: torch.Tensor) -> torch.Tensor:
         """Return the method's own advantages [N, G], from TRL's (rewards less the group's mean, perhaps scaled).
@@ -87,12 +91,10 @@ class GroupCredit(Credit):
     Args:
         centring: see `Credit.centre`; `None` keeps TRL's advantages.
         weighing: see `Credit.weigh`; `None` keeps the advantages.
-        only_scored: see `Credit`.
     """
 
     centring: GroupFunction | None = None
     weighing: GroupFunction | None = None
-    only_scored: bool = False
 
     def centre(self, advantages: torch.Tensor) -> torch.Tensor:
         return advantages if self.centring is None else self.centring(advantages)

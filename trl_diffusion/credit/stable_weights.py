@@ -9,6 +9,7 @@ import torch
 
 from trl_diffusion.credit.advantages import effective_sample_size, scored_in_group
 from trl_diffusion.credit.group_credit import Credit, GroupFunction, GroupValues, GroupWeights
+from trl_diffusion.validation import clip_range
 
 
 @dataclass
@@ -28,6 +29,8 @@ class SelfNormalisedWeights(Credit):
         ValueError: if the clip range is not one.
     """
 
+    paper = "2603.06743"
+
     low: float
     high: float
     views: Any
@@ -36,7 +39,7 @@ class SelfNormalisedWeights(Credit):
     refreshes = True
 
     def __post_init__(self) -> None:
-        check_weight_clip(self.low, self.high)
+        clip_range(self.low, self.high)
         self.estimates = self.views
 
     def centre(self, advantages: torch.Tensor) -> torch.Tensor:
@@ -61,19 +64,6 @@ class SelfNormalisedWeights(Credit):
             "stable_drl/clipped_share": clipped.float().mean().item(),
             "stable_drl/effective_sample_size": effective_sample_size(groups).mean().item(),
         }
-
-
-def check_weight_clip(low: float, high: float) -> None:
-    """Check the clip range of weights, which must stay positive.
-
-    Raises:
-        ValueError: if `low` (`epsilon`) is not in [0, 1), or `high` (`epsilon_high`) is negative.
-    """
-    if not 0 <= low < 1 or not high >= 0:
-        raise ValueError(
-            "Ratios are clipped to [1 - epsilon, 1 + epsilon_high], which must be positive and hold 1: epsilon must "
-            f"lie in [0, 1) and epsilon_high be at least 0; got {low} and {high}."
-        )
 
 
 def self_normalised(log_ratios: torch.Tensor, scored: torch.Tensor, low: float, high: float) -> torch.Tensor:

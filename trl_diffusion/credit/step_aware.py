@@ -23,14 +23,19 @@ from trl_diffusion.credit.step_aware_states import STATES
 from trl_diffusion.credit.success import awaited, check_success, successes
 from trl_diffusion.validation import one_of
 
-CITATION = textwrap.dedent("""\
-    @article{xie2025step,
-        title        = {{Step-Aware Policy Optimization for Reasoning in Diffusion Large Language Models}},
-        author       = {Shaoan Xie and Lingjing Kong and Xiangchen Song and Xinshuai Dong and Guangyi Chen and
-                        Eric P. Xing and Kun Zhang},
-        year         = 2025,
-        eprint       = {arXiv:2510.01544},
-    }""")
+PAPER = {
+    "title": "Step-Aware Policy Optimization for Reasoning in Diffusion Large Language Models",
+    "id": "2510.01544",
+    # docstyle-ignore
+    "citation": textwrap.dedent("""\
+        @article{xie2025step,
+            title        = {{Step-Aware Policy Optimization for Reasoning in Diffusion Large Language Models}},
+            author       = {Shaoan Xie and Lingjing Kong and Xiangchen Song and Xinshuai Dong and Guangyi Chen and
+                            Eric P. Xing and Kun Zhang},
+            year         = 2025,
+            eprint       = {arXiv:2510.01544},
+        }"""),
+}
 
 FORMS = ("additive", "mean_normalised")
 GATES = ("success", "advantage")

@@ -13,7 +13,7 @@ from trl_diffusion.credit.step_draws import (
     draw_steps,
     eligible_steps,
     entropy_of_steps,
-    largest_share,
+    largest,
     step_probabilities,
 )
 from trl_diffusion.credit.step_selection import (
@@ -24,6 +24,7 @@ from trl_diffusion.credit.step_selection import (
     selected_draws,
     step_signals,
 )
+from trl_diffusion.papers import FromPaper
 from trl_diffusion.sampling.rollout import Rollout
 from trl_diffusion.sampling.trajectory import taken_steps
 from trl_diffusion.streams import Purpose
@@ -62,7 +63,7 @@ class EligibleSteps:
         return self.taken & (steps < self.count.unsqueeze(1))
 
 
-class StepChoice:
+class StepChoice(FromPaper):
     """Chooses the denoising steps that learn in each inner update.
 
     Attributes:
@@ -101,6 +102,8 @@ class DrawnSteps(StepChoice):
         reduction: `mean` or `sum` over the eligible steps, see `draw_steps`.
     """
 
+    paper = "2510.04019"
+
     count: int
     draws: str = "uniform"
     scope: str = "exact"
@@ -126,12 +129,12 @@ class ChosenSteps(StepChoice):
 
     Args:
         count: M, views per completion and update.
-        rule: `all` the eligible steps; `top_entropy`, the `share` of them that committed the largest entropy;
-            `forced`, those at which no position reached the confidence threshold, see `Trajectory.forced`. Steps that
-            the last two leave out never learn, so they re-weight the objective.
+        rule: `all` the eligible steps; `top_entropy`, those that committed the largest entropy; `forced`, those at
+            which no position reached the confidence threshold, see `Trajectory.forced`. Steps that the last two leave
+            out never learn, so they re-weight the objective.
         scope: see `eligible_steps`.
         reduction: `mean` or `sum` over the chosen steps, see `chosen_draws`.
-        share: of the steps, for `top_entropy`.
+        share: of the steps, for `top_entropy`; as many as there are views if not given.
     """
 
     count: int
@@ -153,9 +156,8 @@ class ChosenSteps(StepChoice):
     def _chosen(self, rollout: Rollout, eligible: torch.Tensor) -> torch.Tensor:
         trajectory = rollout.trajectory
         if self.rule == "top_entropy":
-            assert self.share is not None
             entropy = entropy_of_steps(trajectory.entropies, trajectory.unmask_step, eligible.size(1))
-            return largest_share(entropy, eligible, self.share)
+            return largest(entropy, eligible, self.count if self.share is None else self.share)
         if self.rule == "forced":
             assert trajectory.forced is not None
             return eligible & trajectory.forced
@@ -174,6 +176,9 @@ class SelectedSteps(StepChoice):
         may_weigh: whether the selector may weigh its steps; not where a KL term would lose the weights.
         last: the steps it chose last while training, long [sets, K].
     """
+
+    paper = "2511.15208"
+    extends = True
 
     count: int
     selector: StepSelector

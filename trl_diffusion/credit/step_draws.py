@@ -114,21 +114,23 @@ def entropy_of_steps(
     return mass.scatter_add(1, unmask_step.clamp(min=0).long(), entropies.double().clamp(min=0) * sampled)
 
 
-def largest_share(values: torch.Tensor, among: torch.Tensor, share: float) -> torch.Tensor:
-    """Choose the ⌈share · N⌉ largest of each row's N values, of equal ones the first.
+def largest(values: torch.Tensor, among: torch.Tensor, most: int | float) -> torch.Tensor:
+    """Choose the largest of each row's N values, of equal ones the first.
 
     Args:
         values: [B, S].
         among: bool [B, S], the N values of a row that can be chosen.
-        share: in (0, 1].
+        most: how many to choose; of type float, as a share of the N, which is rounded up.
 
     Returns:
         Bool [B, S].
     """
-    # A product that is a whole number but for rounding must not be rounded up to the next.
-    most = (among.sum(1, keepdim=True) * share - 1e-9).ceil()
+    count = torch.full_like(among[:, :1], most, dtype=torch.float64)
+    if isinstance(most, float):
+        # A product that is a whole number but for rounding must not be rounded up to the next.
+        count = (among.sum(1, keepdim=True) * most - 1e-9).ceil()
     order = values.masked_fill(~among, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    return (order.argsort(1) < most) & among
+    return (order.argsort(1) < count) & among
 
 
 def spread_over(candidates: torch.Tensor, count: int, noise: torch.Tensor) -> torch.Tensor:

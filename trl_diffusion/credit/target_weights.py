@@ -27,6 +27,8 @@ class TargetWeights(Credit):
             policy they are.
     """
 
+    paper = "2510.08233"
+
     alpha: float
     scale: float
     baseline: str

@@ -10,7 +10,15 @@ from trl_diffusion.likelihood.estimates import (
 )
 from trl_diffusion.likelihood.informed import InformedMasking
 from trl_diffusion.likelihood.masked_views import MaskedViews
-from trl_diffusion.likelihood.noises import Bernoulli, FullMask, Noise, QuadratureSubsets, SubsetPairs, TextSubsets
+from trl_diffusion.likelihood.noises import (
+    Bernoulli,
+    FullMask,
+    Noise,
+    QuadratureSubsets,
+    Strata,
+    SubsetPairs,
+    TextSubsets,
+)
 from trl_diffusion.likelihood.plans import NoisePlan
 from trl_diffusion.likelihood.replay_views import ReplayViews
 from trl_diffusion.likelihood.scoring import Scores, score_views
@@ -29,6 +37,7 @@ __all__ = [
     "ReplayViews",
     "ScoredViews",
     "Scores",
+    "Strata",
     "SubsetPairs",
     "TextSubsets",
     "TrajectoryViews",

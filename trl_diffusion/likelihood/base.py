@@ -17,6 +17,7 @@ from trl.trainer.utils import get_callable_name
 
 from trl_diffusion.family import DiffusionFamily
 from trl_diffusion.likelihood.views import Views
+from trl_diffusion.papers import FromPaper
 from trl_diffusion.sampling.rollout import Rollout
 
 Rows = dict[str, torch.Tensor]
@@ -50,7 +51,7 @@ class ScoredViews:
         )
 
 
-class Likelihood:
+class Likelihood(FromPaper):
     """Base of likelihoods.
 
     Attributes:
@@ -69,7 +70,7 @@ class Likelihood:
         independent_halves: the first and the second half of the views are two independent, unbiased ELBO estimates.
         estimates: `estimate` gives the log-likelihood of a completion.
         needs_signals: the rollout must record entropy and confidence margin of every denoising step.
-        shift_window: the rollout must record confidence shifts within so many positions; 0 for none.
+        shift_window: the rollout must record confidence shifts within so many positions; `None` for none.
     """
 
     num_views: int
@@ -84,7 +85,7 @@ class Likelihood:
     independent_halves: bool = False
     estimates: bool = True
     needs_signals: bool = False
-    shift_window: int = 0
+    shift_window: int | None = None
 
     def check_family(self, family: DiffusionFamily, name: str) -> None:
         """Refuse a model whose attention does not go with the views.

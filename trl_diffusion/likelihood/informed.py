@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from trl_diffusion.papers import FromPaper
 from trl_diffusion.sampling.rollout import Rollout
 from trl_diffusion.validation import at_least
 
@@ -18,7 +19,7 @@ _SMALLEST_RANGE = 1e-8  # shifts that are all equal give logits of 0
 
 
 @dataclass(frozen=True)
-class InformedMasking:
+class InformedMasking(FromPaper):
     """Logits by which positions are drawn into a mask, one after the other without replacement.
 
     A mask of a fixed size then is a random subset as before, but not a uniform one, so that an estimate of the ELBO on
@@ -31,6 +32,9 @@ class InformedMasking:
     Raises:
         ValueError: if the sharpness is negative, or the window empty.
     """
+
+    paper = "2609.25927"
+    extends = True
 
     sharpness: float = 1.5
     window: int = 10

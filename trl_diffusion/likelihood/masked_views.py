@@ -34,7 +34,7 @@ class MaskedViews(Likelihood):
         self.num_views, self.partial = self.noise.num_views, self.noise.partial
         self.random_subsets, self.independent_halves = self.noise.random_subsets, self.noise.independent_halves
         self.samples = self.noise.samples
-        self.shift_window = 0 if self.noise.informed is None else self.noise.informed.window
+        self.shift_window = None if self.noise.informed is None else self.noise.informed.window
 
     def check_family(self, family: DiffusionFamily, name: str) -> None:
         refuse_block_attention(family, name)

@@ -25,14 +25,16 @@ from trl_diffusion.likelihood.plans import (
     random_subsets,
     random_text,
     rounded_counts,
+    strata,
     stratified_counts,
     with_complements,
 )
+from trl_diffusion.papers import FromPaper
 from trl_diffusion.sampling.rollout import Rollout, RowNoise
 from trl_diffusion.streams import Purpose
 
 
-class Noise:
+class Noise(FromPaper):
     """Base of noises.
 
     Attributes:
@@ -72,6 +74,8 @@ class FullMask(Noise):
         num_views: views, which differ in the prompt's masks alone.
         prompt_probability: of masking each token of the prompt.
     """
+
+    paper = "2504.12216"
 
     num_views: int = 1
     prompt_probability: float = 0.0
@@ -129,17 +133,16 @@ class SubsetPairs(Noise):
     Args:
         pairs: V / 2.
         informed: bias of the masks. The second of a pair is then biased alike, and no complement.
-        elbo: the estimate is that of the ELBO; else the sum of the tokens' log-probabilities, each once (GDSD,
-            2605.29398).
     """
+
+    paper = "2512.03759"
 
     pairs: int
     informed: InformedMasking | None = None
-    elbo: bool = True
 
     def __post_init__(self) -> None:
         self.num_views, self.samples = 2 * self.pairs, self.pairs
-        self.independent_halves = self.pairs % 2 == 0 and self.informed is None and self.elbo
+        self.independent_halves = self.pairs % 2 == 0 and self.informed is None
 
     def draw(self, rollout: Rollout, update: int) -> NoisePlan:
         length = rollout.trajectory.completion_ids.size(1)
@@ -153,8 +156,7 @@ class SubsetPairs(Noise):
         return opposed_subsets(counts, noise, self.informed.logits(rollout))
 
     def estimate(self, logps: torch.Tensor, views: ScoredViews) -> torch.Tensor:
-        """The mean over pairs of the ELBO's estimate, or of Σ log p."""
-        return elbo_of_pairs(logps, views.targets) if self.elbo else 2 * logps.sum(-1).mean(1)
+        return elbo_of_pairs(logps, views.targets)
 
     def scored_share(self, length: int) -> float:
         return 0.5  # a pair scores the canvas once
@@ -171,6 +173,8 @@ class QuadratureSubsets(Noise):
         prompt_probability: of masking each token of the prompt.
         informed: bias of the masks.
     """
+
+    paper = "2510.08554"
 
     num_views: int
     prompt_probability: float = 0.0
@@ -197,6 +201,30 @@ class QuadratureSubsets(Noise):
 
 
 @dataclass
+class Strata(Noise):
+    """A random partition of the canvas, of which each view masks one part (DACA-GRPO, 2605.16342).
+
+    Args:
+        num_views: parts; 1 masks everything.
+    """
+
+    num_views: int
+
+    random_subsets = False
+
+    def draw(self, rollout: Rollout, update: int) -> NoisePlan:
+        length = rollout.trajectory.completion_ids.size(1)
+        return strata(rollout.view_noise(update).uniform(length), self.num_views)
+
+    def estimate(self, logps: torch.Tensor, views: ScoredViews) -> torch.Tensor:
+        """Sum over views of Σ log p: every token given the tokens of other parts, a pseudo-likelihood."""
+        return logps.sum((1, 2))
+
+    def scored_share(self, length: int) -> float:
+        return 1 / self.num_views
+
+
+@dataclass
 class TextSubsets(Noise):
     """Random subsets of the text, or of one of its blocks in the making (SPG, 2510.09541).
 
@@ -207,6 +235,8 @@ class TextSubsets(Noise):
         all_masked: score every masked token, those of later blocks too, as the release does; else the subset alone.
         informed: bias of the subsets.
     """
+
+    paper = "2510.09541"
 
     num_views: int
     block_length: int | None = None

@@ -166,6 +166,21 @@ def _in_pairs(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return torch.stack([first, second], dim=2).flatten(1, 2)
 
 
+def strata(noise: torch.Tensor, views: int) -> NoisePlan:
+    """Divide the positions into V random strata of about equal size, of which each view masks one (2605.16342).
+
+    Every position is scored once, and next to all those that are in other strata.
+
+    Args:
+        noise: uniform [B, L].
+        views: V, at most L.
+    """
+    length = noise.size(1)
+    rank = noise.argsort(-1).argsort(-1)
+    masked = (rank * views // length).unsqueeze(1) == torch.arange(views, device=noise.device).view(1, -1, 1)
+    return NoisePlan(masked, masked, masked.float().mean(-1))
+
+
 def prompt_noise(noise: torch.Tensor, probability: float, prompt_mask: torch.Tensor) -> torch.Tensor:
     """Choose tokens of the prompt to mask, each with the same probability (2504.12216).
 

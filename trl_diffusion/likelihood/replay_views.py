@@ -37,6 +37,8 @@ class ReplayViews(Likelihood):
         two_stream: for block-causal attention; a view replays the same steps of all blocks.
     """
 
+    paper = "2509.06949"
+
     sampling: SamplingConfig
     shrink: int = 1
     mean_over: str = "views"

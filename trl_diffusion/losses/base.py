@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from trl_diffusion.likelihood.base import Likelihood, ScoredViews, describe
+from trl_diffusion.papers import FromPaper
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class LossInputs:
             approximate cache makes another of it); else `None`.
         importance: float32 [B, V, L], weights of tokens whose old log-probability is not the one they were drawn with;
             `None` where it is.
+        token_weights: float32 [B, L], by which a credit multiplies the terms of tokens; `None` if it does not.
     """
 
     logps: torch.Tensor
@@ -41,6 +43,7 @@ class LossInputs:
     estimate: Callable[[torch.Tensor, ScoredViews], torch.Tensor]
     drawn: torch.Tensor | None = None
     importance: torch.Tensor | None = None
+    token_weights: torch.Tensor | None = None
 
     def part(self, views: slice) -> LossInputs:
         """Some of the views."""
@@ -107,7 +110,7 @@ class LossOutputs:
     metrics: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-class Loss:
+class Loss(FromPaper):
     """Base of losses.
 
     Attributes:

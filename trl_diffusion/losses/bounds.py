@@ -21,6 +21,8 @@ class SandwichedBound(Loss):
         upper_weight: weight of the upper bound in the mix; 1 for the upper bound alone.
     """
 
+    paper = "2510.09541"
+
     power: float = 1.5
     upper_weight: float = 0.5
 

@@ -19,6 +19,8 @@ class Contrast(Loss):
     A is the completion's weight under the target, with mean 1 over a prompt's completions that have a reward.
     """
 
+    paper = "2510.08233"
+
     scores_together = True
     needs_old = True
 

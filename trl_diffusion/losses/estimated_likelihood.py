@@ -19,6 +19,8 @@ class EstimatedLikelihood(EstimateLoss):
         beta: coefficient of the KL term.
     """
 
+    paper = "2603.06743"
+
     beta: float = 0.0
 
     def __call__(self, inputs: LossInputs) -> LossOutputs:

@@ -11,6 +11,7 @@ import torch
 from trl_diffusion.likelihood.base import Likelihood, describe
 from trl_diffusion.losses.base import LossInputs, LossOutputs
 from trl_diffusion.losses.estimate_loss import EstimateLoss
+from trl_diffusion.validation import clip_range
 
 
 @dataclass
@@ -31,6 +32,8 @@ class LogRatioRegression(EstimateLoss):
         ValueError: if the clip range is not one.
     """
 
+    paper = "2605.29398"
+
     psi: float = 1.0
     low: float = 4e-4
     high: float = 4e-4
@@ -41,7 +44,7 @@ class LogRatioRegression(EstimateLoss):
     reads: ClassVar[tuple[str, ...]] = (*EstimateLoss.reads, "epsilon", "epsilon_high")
 
     def __post_init__(self) -> None:
-        check_log_clip(self.low, self.high)
+        clip_range(self.low, self.high)
 
     def check(self, likelihood: Likelihood, args: Any) -> None:
         super().check(likelihood, args)
@@ -81,16 +84,3 @@ def regression_loss(
     """
     least, most = math.log1p(-low), math.log1p(high)
     return (change.clamp(least, most) - wanted).square(), (change < least) | (change > most)
-
-
-def check_log_clip(low: float, high: float) -> None:
-    """Check the clip range of a log-ratio.
-
-    Raises:
-        ValueError: if `low` (`epsilon`) is not in [0, 1), or `high` (`epsilon_high`) is negative.
-    """
-    if not 0 <= low < 1 or not high >= 0:
-        raise ValueError(
-            "The log-ratio is clipped to [log(1 - epsilon), log(1 + epsilon_high)]: epsilon must lie in [0, 1) and "
-            f"epsilon_high be at least 0; got {low} and {high}."
-        )

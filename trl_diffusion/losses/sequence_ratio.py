@@ -21,6 +21,8 @@ class SequenceRatio(EstimateLoss):
         beta: coefficient of the KL term.
     """
 
+    paper = "2512.03759"
+
     low: float = 0.2
     high: float = 0.2
     beta: float = 0.0

@@ -76,6 +76,8 @@ class TokenRatio(Loss):
             found["importance_sampling_ratio"] = inputs.importance[:, 0]  # vespo weights sequences with it
         elif inputs.importance is not None:  # in TRL's other losses a token's policy term is proportional to A
             advantages = advantages * inputs.importance[:, 0]
+        if inputs.token_weights is not None:
+            advantages = advantages * inputs.token_weights
         return found | {"advantages": advantages}
 
 

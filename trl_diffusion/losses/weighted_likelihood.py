@@ -21,6 +21,8 @@ class WeightedLikelihood(Loss):
         reduction: over the targets of a view, `sum` or `mean`.
     """
 
+    paper = "2507.08838"
+
     reduction: str = "sum"
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from transformers.training_args import OptimizerNames
 
 from trl_diffusion.credit.group_credit import Credit
+from trl_diffusion.credit.per_view import ViewCredit
 from trl_diffusion.family import DiffusionFamily
 from trl_diffusion.likelihood import Likelihood
 from trl_diffusion.losses import Loss
@@ -90,6 +91,8 @@ def completion_cost(
         old += estimates * (updates_per_rollout(args) if credit.refreshes else 1)
         reference += estimates if credit.needs_reference else 0
         kept += credit.estimates.buffer_bytes(length, 1) if credit.refreshes else 0
+    if isinstance(credit, ViewCredit) and credit.needs_fills:
+        probe += views
     extra = likelihood.extra_columns(length)
     columns = 1 + extra / (prompt_length + length)
     return CompletionCost(

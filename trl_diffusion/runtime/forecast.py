@@ -14,6 +14,8 @@ from trl_diffusion.runtime.text import amount, byte_size
 from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.sampling.cost import head_positions
 
+_TIGHT = 0.9  # share of a GPU's memory above which what is not estimated may be too much
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -108,9 +110,11 @@ def memory_table(run: TrainingRun, figures: Figures, machine: Machine) -> Table:
 
 
 def _row(name: str, size: float | None, machine: Machine) -> tuple[Text, Text]:
-    too_much = (size or 0.0) > machine.gib * 2**30
-    style = "bold red" if too_much else ""
-    return Text(f"{name}: does not fit" if too_much else name, style), Text(_size(size), style)
+    share = (size or 0.0) / (machine.gib * 2**30)
+    verdict, style = (": does not fit", "bold red") if share > 1 else (": hardly fits", "yellow")
+    if share <= _TIGHT:
+        verdict = style = ""
+    return Text(name + verdict, style), Text(_size(size), style)
 
 
 def _size(size: float | None) -> str:

@@ -19,7 +19,8 @@ def collect_loss_inputs(
 
     Args:
         model: the wrapped policy.
-        rows: the micro-batch, see `Likelihood.plan`; with `view_advantages` [B, μ, V] if they differ between views.
+        rows: the micro-batch, see `Likelihood.plan`; with `view_advantages` [B, μ, V] if they differ between views,
+            and `token_weights` [B, L] if tokens have weights.
         update: index of the inner update.
         views: one view, or all that are scored together.
         likelihood: of the method.
@@ -58,6 +59,7 @@ def collect_loss_inputs(
         estimate=likelihood.estimate,
         drawn=drawn,
         importance=importance,
+        token_weights=rows.get("token_weights"),
     )
     if likelihood.scored_together and not loss.scores_together:
         inputs = inputs.combined(likelihood.combine, rows["completion_mask"].bool())

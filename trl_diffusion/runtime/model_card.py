@@ -1,9 +1,11 @@
-"""Complete TRL's model card with the base, family and adapter of a diffusion language model, and how to sample."""
+"""Complete TRL's model card: base, family, adapter, method and settings, what was measured, and how to sample."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,11 @@ from peft import LoraConfig, PeftModel
 from transformers import Trainer
 from trl.trainer.utils import get_config_model_id
 
+from trl_diffusion import __version__
 from trl_diffusion.adapters.coverage import lora_coverage
-from trl_diffusion.models.embedded import EMBEDDED_MODELS
+from trl_diffusion.runtime.card_example import bundled_name, example
+from trl_diffusion.runtime.card_method import Source, citations, method_text
+from trl_diffusion.runtime.card_settings import settings_section
 from trl_diffusion.runtime.recorded_decoding import record_decoding
 
 
@@ -45,44 +50,59 @@ def card_arguments(trainer: Trainer, model_name: str | None, dataset_name: str |
     return {"model_name": name, "dataset_name": dataset_name if is_hub_id(dataset_name) else None}
 
 
-def complete_card(trainer: Any, dataset_name: str | None, generation: dict[str, int]) -> None:
+def complete_card(trainer: Any, dataset_name: str | None, sections: Sequence[str]) -> None:
     """Correct and complete the card that TRL wrote into the output folder.
 
     Args:
-        trainer: with `family`, `model`, `_name` and `_paper`.
+        trainer: of this library.
         dataset_name: the data set, by its id on the Hub or a name of the user's.
-        generation: arguments of `generate` that the model was trained with, for the example.
+        sections: texts in Markdown, put before the example.
     """
-    path = Path(trainer.args.output_dir) / "README.md"
-    card = ModelCard.load(path)
+    folder = Path(trainer.args.output_dir)
+    card = ModelCard.load(folder / "README.md")
     adapter = trainer.model.active_peft_config if isinstance(trainer.model, PeftModel) else None
     base = get_config_model_id(trainer.model.config)
     hub_id = hub_id_of(base)
     _correct_metadata(card, hub_id, adapter)
-    page = _page(base, hub_id)
-    paper = trainer._paper
+    page, others = _page(base, hub_id), trainer.card_sources()
     facts = _table(
         {
             "base model": page,
             "family": f"{trainer.family.name}, a diffusion language model",
             "weights": _weights(trainer.model, adapter),
-            "method": trainer._name + (f", [{paper['id']}](https://arxiv.org/abs/{paper['id']})" if paper else ""),
+            "method": method_text(trainer._name, trainer._paper, trainer.card_choices(), others),
             "data set": dataset_name or "not named",
         }
     )
-    pushed_to = trainer.hub_model_id or Path(trainer.args.output_dir).name
-    example = _example(base, hub_id, pushed_to, adapter is not None, generation)
+    settings = settings_section(trainer.args, trainer.card_facts, trainer.state.global_step)
     text = card.text
     for link in (None, base):  # TRL links to the base, and to a page named "None" if that is a folder
         text = text.replace(f"[{link}](https://huggingface.co/{link})", page)
-    text = re.sub(
-        "## Quick start\n.*?(?=## Training procedure)",
-        lambda _: f"{facts}\n\n## Quick start\n\n{example}\n\n",
-        text,
-        flags=re.DOTALL,
-    )
-    card.text = text
-    card.save(path)
+    parts = [facts, *sections, f"## Quick start\n\n{_example(trainer, adapter is not None, base, hub_id)}"]
+    card.text = _with_sections(text, "\n\n".join(part for part in parts if part), settings, citations(others))
+    card.save(folder / "README.md")
+
+
+def _with_sections(text: str, beginning: str, settings: str, others: str) -> str:
+    """Return TRL's text with our own parts where they belong: in place of its example, and inside two sections."""
+    text = re.sub("## Quick start\n.*?(?=## Training procedure)", lambda _: f"{beginning}\n\n", text, flags=re.DOTALL)
+    versions = "### Framework versions\n\n"
+    text = text.replace(versions, f"{settings}\n\n{versions}- trl_diffusion: {__version__}\n", 1)
+    return text.replace("Cite TRL as:", f"{others}Cite TRL as:", 1)
+
+
+def _example(trainer: Any, is_adapter: bool, base: str, hub_id: str | None) -> str:
+    """Return the example; a card that is not pushed names folders by their paths, so that it runs from anywhere."""
+    pushed_to = trainer.hub_model_id
+    trained = pushed_to or str(Path(trainer.args.output_dir).absolute())
+    if not is_adapter:
+        return example(trained, None, trainer.card_generation())
+    if hub_id is not None or bundled_name(base):
+        return example(trained, hub_id or base, trainer.card_generation())
+    if pushed_to:
+        remark = "  # a local model: the folder where you have it"
+        return example(trained, Path(base).name, trainer.card_generation(), remark)
+    return example(trained, str(Path(base).absolute()), trainer.card_generation())
 
 
 def _correct_metadata(card: Any, hub_id: str | None, adapter: Any) -> None:
@@ -103,27 +123,51 @@ def _table(rows: dict[str, str]) -> str:
 class ModelCards:
     """Mixin before a trainer for the cards of its models: TRL's, completed, and PEFT's, without local paths.
 
-    PEFT writes a card into every checkpoint and wherever `save_model` puts an adapter, and names the base by its path.
+    A trainer with a name of its own has a paper of its own, or none: without `_paper` it would cite that of the
+    trainer it inherits. PEFT writes a card into every checkpoint and wherever `save_model` puts an adapter, and names
+    the base by its path.
     """
 
+    _paper: dict[str, str]
     _dataset_name: str | None = None
+    _card_sections: Sequence[Callable[[], str]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "_name" in vars(cls) and "_paper" not in vars(cls):
+            cls._paper = {}
 
     def card_generation(self) -> dict[str, int]:
         """Arguments of `generate` for the example in the model card."""
         raise NotImplementedError(f"{type(self).__name__} does not say how its models are sampled.")
 
-    def card_notes(self) -> str:
-        """Return text for the end of the model card."""
-        return ""
+    @cached_property
+    def card_facts(self: Any) -> dict[str, str]:
+        """The facts of the start-up report, made once: every checkpoint has a card, and they are about all the data."""
+        return {} if self.train_dataset is None else self.figures(self.as_run()).facts
+
+    def card_choices(self) -> dict[str, str]:
+        """Return what the method is composed of, if it is composed for this run."""
+        return {}
+
+    def card_sources(self) -> list[Source]:
+        """Return the papers of what the run uses in addition to its method's own."""
+        return []
+
+    def add_to_card(self, section: Callable[[], str]) -> None:
+        """Add a section to the model card.
+
+        Args:
+            section: returns its text in Markdown, or an empty text, whenever a card is written.
+        """
+        self._card_sections = [*self._card_sections, section]
 
     def create_model_card(self: Any, model_name=None, dataset_name=None, tags=None):
         """TRL's card, completed; the name of the data set is kept for the cards of later checkpoints."""
         self._dataset_name = dataset_name or self._dataset_name
         super().create_model_card(**card_arguments(self, model_name, self._dataset_name), tags=tags)  # type: ignore[misc]
         if self.is_world_process_zero():
-            complete_card(self, self._dataset_name, self.card_generation())
-            with open(os.path.join(str(self.args.output_dir), "README.md"), "a") as card:
-                card.write(self.card_notes())
+            complete_card(self, self._dataset_name, [section() for section in self._card_sections])
 
     def _save(self: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)  # type: ignore[misc]
@@ -150,8 +194,7 @@ def make_portable(path: Path, base: str) -> None:
 def _page(base: str, hub_id: str | None) -> str:
     if hub_id is not None:
         return f"[{hub_id}](https://huggingface.co/{hub_id})"
-    embedded = Path(base) in map(Path, EMBEDDED_MODELS.values())
-    return f"`{Path(base).name}`, {'which comes with trl_diffusion' if embedded else 'a local model'}"
+    return f"`{Path(base).name}`, {'which comes with trl_diffusion' if bundled_name(base) else 'a local model'}"
 
 
 def _weights(model: Any, adapter: Any) -> str:
@@ -165,29 +208,3 @@ def _weights(model: Any, adapter: Any) -> str:
         kind = f"LoRA adapter (r {adapter.r}, alpha {adapter.lora_alpha}) on {targets}"
     quantised = model.get_base_model().uses_bitsandbytes
     return kind + (", trained over a base quantised by bitsandbytes (QLoRA)" if quantised else "")
-
-
-def _example(base: str, hub_id: str | None, trained: str, is_adapter: bool, generation: dict[str, int]) -> str:
-    arguments = ", ".join(f"{name}={value}" for name, value in generation.items())
-    named = f'"{trained}"'
-    embedded = {str(Path(path)): name for name, path in EMBEDDED_MODELS.items()}.get(str(Path(base)))
-    loaded = f'"{hub_id or Path(base).name}"' if embedded is None else f'EMBEDDED_MODELS["{embedded}"]'
-    hint = "  # a local model: the folder where you have it" if hub_id is None and embedded is None else ""
-    lines = [
-        "import trl_diffusion  # registers the model's class",
-        *(["from peft import PeftModel"] if is_adapter else []),
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        *(["from trl_diffusion.models.embedded import EMBEDDED_MODELS"] if is_adapter and embedded else []),
-        "",
-        *([f"base = {loaded}{hint}"] if is_adapter else []),
-        f'model = AutoModelForCausalLM.from_pretrained({"base" if is_adapter else named}, dtype="auto")',
-        *([f'model = PeftModel.from_pretrained(model, "{trained}")'] if is_adapter else []),
-        f'tokenizer = AutoTokenizer.from_pretrained("{trained}", padding_side="left")',
-        'messages = [{"role": "user", "content": "Tom has 7 pens and gets 5 more. How many pens now?"}]',
-        "prompt = tokenizer.apply_chat_template(",
-        '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"',
-        ")",
-        f'canvas = model.generate(input_ids=prompt["input_ids"], {arguments})',
-        'print(tokenizer.decode(canvas[0, prompt["input_ids"].size(1) :], skip_special_tokens=True))',
-    ]
-    return "\n".join(["```python", *lines, "```"])

@@ -18,6 +18,7 @@ from trl_diffusion.runtime.activations import Activations, rollout_activations
 from trl_diffusion.runtime.outlook import Length, outlook_facts, rollout_length
 from trl_diffusion.runtime.run import RolloutRun, TrainingRun
 from trl_diffusion.runtime.text import amount, byte_size, count, plural
+from trl_diffusion.sampling import SamplingConfig
 
 _PURPOSES = {
     "rollout": "rollout",
@@ -136,27 +137,44 @@ def _quantisation(base) -> str:
 
 
 def _method(run: RolloutRun) -> dict[str, str]:
-    args, paper = run.args, run.paper
+    paper, views, sampling = run.paper, run.views, run.args.sampling_config()
     source = f", arXiv {paper['id']}: {paper['title']}" if paper else ""
-    views = run.views
     together = ", scored together" if run.backwards < views else ""
     step_aware = "; step-aware reward (SAPO, arXiv 2510.01544)" if run.step_aware else ""
+    composed = {"composed of": ", ".join(f"{kind} {what}" for kind, what in run.choices.items())}
     return {
         "method": f"{run.name}{source}{step_aware}",
-        "canvas": f"{args.max_completion_length} tokens in blocks of {args.block_length}, {args.denoising_steps} "
-        f"denoising steps{' at most' if args.sampling_config().parallel else ''}, {_unmasking(args)}",
+        **(composed if run.choices else {}),
+        "canvas": canvas_text(sampling),
+        "drawn": draws_text(sampling),
         "cache": _cache(run),
         "views": f"{views} per completion and update{together}",
     }
 
 
-def _unmasking(args: Any) -> str:
-    if args.confidence_threshold is not None:
-        else_leftmost = ", else the leftmost" if args.fallback == "leftmost" else ""
-        return f"every position with a probability of {args.confidence_threshold:g} or more{else_leftmost}"
-    if args.entropy_bound is not None:
-        return f"positions up to {args.entropy_bound:g} nats of entropy"
-    return f"{args.unmasking} unmasking"
+def canvas_text(sampling: SamplingConfig) -> str:
+    """Describe the canvas and the order in which it is written."""
+    if sampling.confidence_threshold is not None:
+        else_leftmost = ", else the leftmost" if sampling.fallback == "leftmost" else ""
+        order = f"every position with a probability of {sampling.confidence_threshold:g} or more{else_leftmost}"
+    elif sampling.entropy_bound is not None:
+        order = f"positions up to {sampling.entropy_bound:g} nats of entropy"
+    else:
+        order = f"{sampling.unmasking} unmasking"
+    most = " at most" if sampling.parallel else ""
+    return (
+        f"{sampling.canvas_length} tokens in blocks of {sampling.block_length}, {sampling.denoising_steps} denoising "
+        f"steps{most}, {order}"
+    )
+
+
+def draws_text(sampling: SamplingConfig) -> str:
+    """Describe the distribution that tokens are drawn from."""
+    if sampling.temperature == 0:
+        return "greedily"
+    top_k = f", top-k {sampling.top_k}" if sampling.top_k else ""
+    top_p = f", top-p {sampling.top_p:g}" if sampling.top_p < 1 else ""
+    return f"at temperature {sampling.temperature:g}{top_k}{top_p}"
 
 
 def _cache(run: RolloutRun) -> str:

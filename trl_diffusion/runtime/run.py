@@ -95,6 +95,7 @@ class RolloutRun(TrainingRun):
         completion: what one completion costs.
         views: views per completion and update.
         backwards: backward passes per completion and update.
+        choices: what the method is composed of, if it is composed for this run.
         step_aware: whether a reward is step-aware (SAPO).
         rewards: names of the reward functions, with their weights.
     """
@@ -105,5 +106,6 @@ class RolloutRun(TrainingRun):
     completion: CompletionCost
     views: int
     backwards: int
+    choices: dict[str, str]
     step_aware: bool
     rewards: tuple[tuple[str, float], ...]

@@ -86,7 +86,7 @@ def _context(run: SFTRun) -> int:
 def _method(run: SFTRun) -> dict[str, str]:
     args, paper = run.args, run.paper
     return {
-        "method": f"{run.name}, arXiv {paper['id']}: {paper['title']}",
+        "method": run.name + (f", arXiv {paper['id']}: {paper['title']}" if paper else ""),
         "canvas": f"{args.max_completion_length} positions, each masked with probability t ~ "
         f"U({args.min_noise_level:g}, 1)",
     }

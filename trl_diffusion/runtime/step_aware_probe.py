@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from trl.data_utils import is_conversational
 
 from trl_diffusion.credit import StepAwareReward
 from trl_diffusion.credit.step_aware import group_success_rate
 from trl_diffusion.credit.step_aware_states import probe_points, probe_state, settled
 from trl_diffusion.family import DiffusionFamily
 from trl_diffusion.runtime.rollouts import RolloutEngine
+from trl_diffusion.runtime.texts import arguments_of_rewards, ignore
 from trl_diffusion.sampling import CanvasState, SamplingConfig, row_generators
 from trl_diffusion.sampling.rollout import FinishedBatch, Rollout
 from trl_diffusion.streams import Purpose, uniforms
@@ -132,24 +132,17 @@ class StepAwareProbe:
         return steps * settings.num_rollouts * (2 if settings.baseline == "earlier_state" else 1)
 
     def _finished_success(self, finished: FinishedBatch, rewards: torch.Tensor, trainer_state: Any) -> torch.Tensor:
-        """Success of the finished texts, float64 [B], from rewards that TRL has computed."""
+        """Success of the finished texts, float64 [B], from rewards that TRL has computed; NaN if it is unknown."""
         known = [None if math.isnan(reward) else reward for reward in rewards.tolist()]
-        columns = finished.columns(list(range(len(known))))
-        texts = finished.prompts, finished.completions, finished.completion_ids
-        return self.success(*texts, columns, trainer_state, known)
-
-    def success(self, prompts, completions, completion_ids, columns, trainer_state, rewards=None) -> torch.Tensor:
-        """Success of completions, float64 on the run's device; NaN if it cannot be told."""
         success = self.settings.successes(
-            prompts,
-            completions,
-            rewards=rewards,
-            completion_ids=completion_ids,
-            **columns,
+            finished.prompts,
+            finished.completions,
+            rewards=known,
+            completion_ids=finished.completion_ids,
+            **finished.columns(list(range(len(known)))),
             trainer_state=trainer_state,
-            # What a reward function logs is about the finished texts, one entry each.
-            log_extra=_ignore,
-            log_metric=_ignore,
+            log_extra=ignore,
+            log_metric=ignore,
         )
         return success.to(self.accelerator.device)
 
@@ -181,7 +174,7 @@ class _Continuations:
     def __init__(self, probe: StepAwareProbe, rollout: Rollout, engine: RolloutEngine, trainer_state: Any):
         self.probe, self.settings, self.engine, self.trainer_state = probe, probe.settings, engine, trainer_state
         self.rollout, self.trajectory, self.finished = rollout, rollout.trajectory, rollout.finished
-        self.config = dataclasses.replace(probe.sampling, record_signals=False, shift_window=0)
+        self.config = dataclasses.replace(probe.sampling, record_signals=False, shift_window=None)
         self.units, self.rows, self.sync_forwards = 0.0, 0, 0
 
     def process_reward(self, probed: torch.Tensor, success: torch.Tensor, baseline: torch.Tensor) -> torch.Tensor:
@@ -270,16 +263,8 @@ class _Continuations:
 
     def _judge(self, rows: torch.Tensor, canvases: torch.Tensor) -> torch.Tensor:
         """Success of continued canvases [R, L], as the reward and success functions see it."""
-        lengths = self.probe.family.effective_length(canvases).tolist()
-        completion_ids = [ids[:n] for ids, n in zip(canvases.tolist(), lengths, strict=True)]
-        texts = [str(self.probe.tokenizer.decode(ids, skip_special_tokens=True)) for ids in completion_ids]
-        index = rows.tolist()
-        prompts = [self.finished.prompts[row] for row in index]
-        conversational = is_conversational({"prompt": prompts[0]})
-        completions = [[{"role": "assistant", "content": text}] for text in texts] if conversational else texts
-        columns = self.finished.columns(index)
-        return self.probe.success(prompts, completions, completion_ids, columns, self.trainer_state)
-
-
-def _ignore(*args, **kwargs) -> None:
-    """In place of the logging that TRL offers to reward functions."""
+        probe = self.probe
+        texts = arguments_of_rewards(
+            rows.tolist(), canvases, self.finished, probe.family, probe.tokenizer, self.trainer_state
+        )
+        return self.settings.successes(**texts).to(rows.device)

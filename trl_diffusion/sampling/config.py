@@ -34,8 +34,8 @@ class SamplingConfig:
             1 / `position_temperature`; the trajectory records the log-probability of this choice.
             `low_confidence` is LLaDA's rule: draw a token everywhere and commit those with the largest probability.
             It is biased: committed tokens are mostly modes, and the recorded log-probability is not the policy's.
-        record_signals: also record `step_entropy` and `step_margin`; needs the LM head at every masked position of
-            the block, which `random` does not.
+        record_signals: also record `step_entropy`, `step_margin` and `settled_step`; needs the LM head at every masked
+            position of the block, which `random` does not.
         record_support: record the ids that each token could be drawn from. Turn it off only where completions are all
             that is kept: without them a trajectory drawn with `top_k` or `top_p` cannot be scored again.
         confidence_threshold: commit every position whose largest probability (temperature 1, full vocabulary) reaches
@@ -53,8 +53,8 @@ class SamplingConfig:
         cache_refresh: with `prefix` and `dual`, compute all columns again every `cache_refresh` steps of a block; 0
             computes them at the first step only.
         shift_window: record how far each token shifts the confidence at masked positions of its block that are at
-            most so far away, see `Trajectory.confidence_shift`; 0 records none. It costs no forward, but the LM head
-            then runs at every masked position of the block.
+            most so far away, see `Trajectory.confidence_shift`; `None` records none. It costs no forward, but the LM
+            head then runs at every masked position of the block.
         fallback: with `confidence_threshold`, the positions that commit where fewer reach it than the schedule
             demands: the `surest` of the others, or the `leftmost` (2609.39859).
         position_temperature: τ of `plackett_luce`, > 0. The smaller, the nearer to `max_prob`.
@@ -76,7 +76,7 @@ class SamplingConfig:
     entropy_bound: float | None = None
     cache: str = "auto"
     cache_refresh: int = 0
-    shift_window: int = 0
+    shift_window: int | None = None
     fallback: str = "surest"
     position_temperature: float = 0.5
 
@@ -108,7 +108,8 @@ class SamplingConfig:
                 f"top_p={self.top_p} needs top_k > 0, so that the recorded support stays small; the AGRPO paper uses "
                 "top_k=150 with top_p=0.99. Where completions are all that is kept, set record_support=False."
             )
-        at_least("shift_window", self.shift_window, 0)
+        if self.shift_window is not None:
+            at_least("shift_window", self.shift_window, 1)
         one_of("unmasking", self.unmasking, RULES)
         if not 0 < self.position_temperature < math.inf:
             raise ValueError(f"position_temperature must be positive and finite, got {self.position_temperature}.")
@@ -214,7 +215,7 @@ class SamplingConfig:
     @property
     def reads_every_mask(self) -> bool:
         """True if a step needs the logits of every masked position of the block, not of those alone it commits."""
-        return self.record_signals or self.shift_window > 0 or RULES[self.unmasking].reads_logits
+        return self.record_signals or self.shift_window is not None or RULES[self.unmasking].reads_logits
 
     @property
     def num_blocks(self) -> int:

@@ -22,6 +22,7 @@ from trl_diffusion.sampling.drawing import ScoredTokens, draw_everywhere, draw_s
 from trl_diffusion.sampling.observing import Commits, Observer
 from trl_diffusion.sampling.positions import check_fits
 from trl_diffusion.sampling.prompts import checked_prompts
+from trl_diffusion.sampling.settling import LikeliestTokens
 from trl_diffusion.sampling.shifts import ShiftRecorder
 from trl_diffusion.sampling.trajectory import Trajectory
 from trl_diffusion.sampling.unmasking import RULES, Candidates, Choice, step_signals
@@ -195,10 +196,12 @@ class _Rollout:
         self.forced: torch.Tensor | None = None
         if config.parallel:
             self.forced = torch.zeros(batch, config.denoising_steps, dtype=torch.bool, device=device)
+        self.likeliest: LikeliestTokens | None = None
         if config.record_signals:
+            self.likeliest = LikeliestTokens(self.canvas)
             self.step_entropy = torch.zeros(batch, config.denoising_steps, device=device)
             self.step_margin = torch.zeros(batch, config.denoising_steps, device=device)
-        self.shifts = ShiftRecorder(batch, config, device) if config.shift_window else None
+        self.shifts = None if config.shift_window is None else ShiftRecorder(batch, config, device)
 
     def _any_rank(self, here: bool) -> bool:
         """All-reduced "any" over the ranks that share the weights; `here` alone if none do."""
@@ -301,6 +304,11 @@ class _Rollout:
         if self.step_entropy is not None and self.step_margin is not None:
             assert logits is not None
             self.step_entropy[at], self.step_margin[at] = step_signals(logits, is_masked)
+        if self.likeliest is not None:
+            assert logits is not None
+            row, slot = is_masked.nonzero(as_tuple=True)
+            positions = self.block[rows[row]] * self.config.block_length + offsets[row, slot]
+            self.likeliest.note(rows[row], positions, at[1][row], logits.argmax(-1)[row, slot])
 
     def _tokens_at(
         self, rows: torch.Tensor, chosen: torch.Tensor, logits: torch.Tensor, choice: Choice
@@ -370,4 +378,7 @@ class _Rollout:
             forced=self.forced,
             position_logps=self.position_logps,
             position_ranks=self.position_ranks,
+            settled_step=None
+            if self.likeliest is None
+            else self.likeliest.settled_step(self.canvas, self.unmask_step),
         )

@@ -31,6 +31,7 @@ class ShiftRecorder:
     """
 
     def __init__(self, batch: int, config: SamplingConfig, device: torch.device):
+        assert config.shift_window is not None
         self.window = min(config.shift_window, config.block_length - 1)
         self.shift = torch.full((batch, config.canvas_length), -1.0, device=device)
         self._confidence = torch.zeros(batch, config.block_length, device=device)

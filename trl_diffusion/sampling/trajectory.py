@@ -44,6 +44,9 @@ class Trajectory:
             chose before it, 0 where nothing was sampled; `None` if positions are not drawn (`plackett_luce` draws
             them).
         position_ranks: int32 [B, L], how many positions its step chose before each one; `None` likewise.
+        settled_step: int32 [B, L], the step of a position's block since which its token had been the likeliest there
+            when it was committed; the step after that if it was not. -1 where nothing was sampled; `None` like the
+            signals.
     """
 
     completion_ids: torch.Tensor
@@ -64,6 +67,7 @@ class Trajectory:
     forced: torch.Tensor | None = None
     position_logps: torch.Tensor | None = None
     position_ranks: torch.Tensor | None = None
+    settled_step: torch.Tensor | None = None
 
     @classmethod
     def gather(cls, parts: Sequence[Trajectory], rows: torch.Tensor) -> Trajectory:
@@ -88,7 +92,7 @@ class Trajectory:
         """Return the trajectory of the first `length` positions of the canvas."""
         names = (
             *("completion_ids", "unmask_step", "logps", "entropies", "support", "confidence_shift", "given"),
-            *("position_logps", "position_ranks"),
+            *("position_logps", "position_ranks", "settled_step"),
         )
         values = {name: vars(self)[name] for name in names}
         return replace(self, **{name: value[:, :length] for name, value in values.items() if value is not None})

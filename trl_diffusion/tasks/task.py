@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -65,6 +66,14 @@ class Task:
     def is_generated(self, source: str | None) -> bool:
         """Return whether a source's rows are generated, so that there are as many as one asks for."""
         return source == EMBEDDED or (source is None and self.hub_id is None)
+
+    def data_name(self, source: str | None) -> str:
+        """Return the name of a source's rows for people: an id on the Hub, a file's name, or the task's."""
+        if self.is_generated(source):
+            return f"{self.name}, generated problems"
+        if source is not None:
+            return Path(source).name if is_file(source) else source
+        return str(self.hub_id)
 
     def is_correct(self, text: str, row: dict[str, Any]) -> bool:
         """Return whether a completion is right: whether its first score is full."""

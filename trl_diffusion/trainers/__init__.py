@@ -5,9 +5,11 @@ from trl_diffusion.trainers.atpo import ATPOConfig, ATPOTrainer
 from trl_diffusion.trainers.base.config import DiffusionGRPOConfig
 from trl_diffusion.trainers.base.trainer import DiffusionGRPOTrainer
 from trl_diffusion.trainers.coupled_grpo import CoupledGRPOConfig, CoupledGRPOTrainer
+from trl_diffusion.trainers.daca import DACAConfig, DACATrainer
 from trl_diffusion.trainers.diffu_grpo import DiffuGRPOConfig, DiffuGRPOTrainer
 from trl_diffusion.trainers.dipo import DiPOConfig, DiPOTrainer
 from trl_diffusion.trainers.dmpo import DMPOConfig, DMPOTrainer
+from trl_diffusion.trainers.egspo import EGSPOConfig, EGSPOTrainer
 from trl_diffusion.trainers.espo import ESPOConfig, ESPOTrainer
 from trl_diffusion.trainers.fork_grpo import ForkGRPOConfig, ForkGRPOTrainer
 from trl_diffusion.trainers.gdpo import GDPOConfig, GDPOTrainer
@@ -22,6 +24,7 @@ from trl_diffusion.trainers.stable_drl import (
     StableESPOConfig,
     StableESPOTrainer,
 )
+from trl_diffusion.trainers.step_rs import StepRSConfig, StepRSTrainer
 from trl_diffusion.trainers.tracerl import TraceRLConfig, TraceRLTrainer
 from trl_diffusion.trainers.trajectory_grpo import TrajectoryGRPOConfig, TrajectoryGRPOTrainer
 from trl_diffusion.trainers.uni_grpo import UniGRPOConfig, UniGRPOTrainer
@@ -47,6 +50,9 @@ METHODS: dict[str, type[DiffusionGRPOTrainer]] = {
     "just_grpo": JustGRPOTrainer,
     "fork_grpo": ForkGRPOTrainer,
     "mapg": MAPGTrainer,
+    "egspo": EGSPOTrainer,
+    "step_rs": StepRSTrainer,
+    "daca": DACATrainer,
 }
 
 __all__ = [
@@ -57,6 +63,8 @@ __all__ = [
     "ATPOTrainer",
     "CoupledGRPOConfig",
     "CoupledGRPOTrainer",
+    "DACAConfig",
+    "DACATrainer",
     "DMPOConfig",
     "DMPOTrainer",
     "DiPOConfig",
@@ -65,6 +73,8 @@ __all__ = [
     "DiffuGRPOTrainer",
     "DiffusionGRPOConfig",
     "DiffusionGRPOTrainer",
+    "EGSPOConfig",
+    "EGSPOTrainer",
     "ESPOConfig",
     "ESPOTrainer",
     "ForkGRPOConfig",
@@ -85,6 +95,8 @@ __all__ = [
     "StableDRLTrainer",
     "StableESPOConfig",
     "StableESPOTrainer",
+    "StepRSConfig",
+    "StepRSTrainer",
     "TraceRLConfig",
     "TraceRLTrainer",
     "TrajectoryGRPOConfig",

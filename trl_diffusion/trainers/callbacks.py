@@ -39,6 +39,7 @@ class AccuracyCallback(TrainerCallback):
         every: updates between measurements; 0 for none in between.
         samples: keeps completions of the first problems. `measure` then also takes `on_sample`, as
             `evaluate_accuracy` does.
+        between: rows, the first ones, for the measurements in between; `None` for all.
 
     Attributes:
         history: (update, accuracy) of the run, in the order measured.
@@ -51,9 +52,10 @@ class AccuracyCallback(TrainerCallback):
         measure: Callable[..., Estimate],
         every: int = 0,
         samples: HeldOutSamples | None = None,
+        between: int | None = None,
     ):
         self.trainer, self.dataset, self.measure, self.every = trainer, dataset, measure, every
-        self.samples = samples
+        self.samples, self.between = samples, between
         self.history: list[tuple[int, Estimate]] = []
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -69,12 +71,13 @@ class AccuracyCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.every and state.global_step % self.every == 0 and state.global_step < state.max_steps:
-            self._measure(state.global_step)
+            self._measure(state.global_step, self.between)
 
     def on_train_end(self, args, state, control, **kwargs):
         self._measure(state.global_step)
 
-    def _measure(self, step: int) -> None:
+    def _measure(self, step: int, count: int | None = None) -> None:
+        """Measure on the first `count` rows, or on all, and log it."""
         trainer: Any = self.trainer
         accelerator = trainer.accelerator
         with unwrap_model_for_generation(
@@ -84,7 +87,7 @@ class AccuracyCallback(TrainerCallback):
         ) as model:
             finish_trace(accelerator, model)
             alone = accelerator.num_processes == 1 or trainer.is_fsdp_enabled
-            rows = range(len(self.dataset))
+            rows = range(len(self.dataset))[:count]
             if not alone:
                 rows = rows[accelerator.process_index :: accelerator.num_processes]
             accuracy, seen = self._measure_rows(model, rows)

@@ -80,6 +80,8 @@ class CoupledMasks(Noise):
         high: largest rate.
     """
 
+    paper = "2506.20639"
+
     pairs: int
     low: float
     high: float

@@ -14,14 +14,15 @@ import textwrap
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from trl_diffusion.credit import GroupCredit, leave_one_out
-from trl_diffusion.likelihood import Likelihood, MaskedViews, SubsetPairs
+import torch
+
+from trl_diffusion.credit import Credit, leave_one_out
+from trl_diffusion.likelihood import Likelihood, MaskedViews, ScoredViews, SubsetPairs
 from trl_diffusion.losses import LogRatioRegression, Loss
-from trl_diffusion.losses.log_ratio_regression import check_log_clip
 from trl_diffusion.trainers.base.choices import CreditChoice
 from trl_diffusion.trainers.base.masked import CompletionLossConfig
 from trl_diffusion.trainers.base.trainer import DiffusionGRPOTrainer
-from trl_diffusion.validation import one_of
+from trl_diffusion.validation import clip_range, one_of
 
 TOKEN_WEIGHTS = ("equal", "elbo")
 
@@ -58,9 +59,30 @@ class GDSDConfig(CompletionLossConfig):
         super().__post_init__()
         self.require_pairs()
         one_of("token_weights", self.token_weights, TOKEN_WEIGHTS)
-        check_log_clip(*self.clip_range)
+        clip_range(*self.clip_range)
         if not self.psi > 0:
             raise ValueError(f"psi must be positive, so that good completions become more likely; got {self.psi}.")
+
+
+class ScoredLeaveOneOut(Credit):
+    """Leave-one-out advantages. An advantage of 0 asks for a log-ratio of 0, which one without a reward must not."""
+
+    only_scored = True
+
+    def centre(self, advantages: torch.Tensor) -> torch.Tensor:
+        return leave_one_out(advantages)
+
+
+@dataclass
+class TokenPairs(SubsetPairs):
+    """`SubsetPairs` whose estimate is the sum of the tokens' log-probabilities, each once, in place of the ELBO's."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.independent_halves = False  # they are no estimates of the ELBO
+
+    def estimate(self, logps: torch.Tensor, views: ScoredViews) -> torch.Tensor:
+        return 2 * logps.sum(-1).mean(1)  # a pair holds every token once
 
 
 class GDSDTrainer(DiffusionGRPOTrainer):
@@ -86,12 +108,11 @@ class GDSDTrainer(DiffusionGRPOTrainer):
     }
 
     def credit(self) -> CreditChoice:
-        # An advantage of 0 asks a completion to stay where it is, which one without a reward must not.
-        return GroupCredit(leave_one_out, only_scored=True)
+        return ScoredLeaveOneOut()
 
     def likelihood(self) -> Likelihood:
-        pairs, elbo = self.args.num_mc_samples // 2, self.args.token_weights == "elbo"
-        return MaskedViews(SubsetPairs(pairs, elbo=elbo), loss_mask="canvas")
+        noise = SubsetPairs if self.args.token_weights == "elbo" else TokenPairs
+        return MaskedViews(noise(self.args.num_mc_samples // 2), loss_mask="canvas")
 
     def loss(self) -> Loss:
         args = self.args

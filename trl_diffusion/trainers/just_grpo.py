@@ -27,7 +27,8 @@ class JustGRPOConfig(TrajectoryGRPOConfig):
 
     The paper trains all weights. `loss_type="dr_grpo"` with the sum over steps is its objective in TRL's terms.
 
-    Its faster form is `step_draws="top_entropy"` with `step_share=0.25`, which is biased: other steps never learn.
+    Its faster form is `step_draws="top_entropy"`, of a quarter of the steps if `step_share` says nothing else. It is
+    biased: other steps never learn.
     `step_draws="entropy"` (ours) costs as many views and has the gradient of the whole method in expectation.
 
     Args:
@@ -60,9 +61,11 @@ class JustGRPOConfig(TrajectoryGRPOConfig):
 
     def __post_init__(self):
         self.denoising_steps = self.denoising_steps or self.max_completion_length
+        if self.step_draws == "top_entropy" and self.step_share is None:
+            self.step_share = FAST_SHARE
         if self.num_mc_samples == 0:
-            shares = {"all": 1.0, "top_entropy": self.step_share or FAST_SHARE}
-            self.num_mc_samples = math.ceil(shares.get(self.step_draws, FAST_SHARE) * self.max_completion_length)
+            share = 1.0 if self.step_draws == "all" else self.step_share or FAST_SHARE
+            self.num_mc_samples = math.ceil(share * self.max_completion_length)
         super().__post_init__()
         for name, needed in (
             ("block_length", 1),

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from trl_diffusion.credit import SelfNormalisedWeights, leave_one_out
-from trl_diffusion.credit.stable_weights import check_weight_clip
 from trl_diffusion.losses import EstimatedLikelihood, Loss, SequenceRatio
 from trl_diffusion.trainers.base.choices import CreditChoice
 from trl_diffusion.trainers.espo import ESPOConfig, ESPOTrainer
 from trl_diffusion.trainers.spg import SPGConfig, SPGTrainer
+from trl_diffusion.validation import clip_range
 
 PAPER = {
     "title": "Stabilizing Reinforcement Learning for Diffusion Language Models",
@@ -55,7 +55,7 @@ class StableDRLConfig(SPGConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_weight_clip(*self.clip_range)
+        clip_range(*self.clip_range)
 
 
 class StableDRLTrainer(SPGTrainer):
@@ -85,7 +85,7 @@ class StableESPOConfig(ESPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_weight_clip(*self.clip_range)
+        clip_range(*self.clip_range)
 
 
 class StableESPOTrainer(ESPOTrainer):

@@ -36,9 +36,10 @@ class TrajectoryGRPOConfig(RolloutCorrectionConfig, DiffusionGRPOConfig):
         step_draws: without a `step_selector`: each completion's views are Monte-Carlo draws of its steps, `uniform`,
             or `entropy`: steps that committed uncertain tokens are drawn more often and weighted back (2510.04019).
             Or a rule chooses steps, each of which is taken once, or as many of them as there are views: `all`,
-            `top_entropy` (the `step_share` with the most entropy, 2601.15165) or `forced` (those at which no position
+            `top_entropy` (those with the most entropy, 2601.15165, 2603.12554) or `forced` (those at which no position
             reached `confidence_threshold`, 2609.39859). The last two re-weight the objective: other steps never learn.
-        step_share: share of a completion's steps that `step_draws="top_entropy"` chooses.
+        step_share: share of a completion's steps that `step_draws="top_entropy"` chooses; as many steps as there are
+            views if not given.
         step_scope: which steps may learn, `exact` or `paper`, see `trl_diffusion.credit.eligible_steps`.
         step_reduction: `sum` or `mean` over the steps of a completion. `sum` makes a loss what TRL computes over all
             tokens of the completion, for a `loss_type` that adds up tokens (`dr_grpo`, `dapo`, `cispo`, `luspo`).
@@ -122,10 +123,10 @@ class TrajectoryGRPOConfig(RolloutCorrectionConfig, DiffusionGRPOConfig):
         )
 
     def _check_draws(self) -> None:
-        if (self.step_share is None) == (self.step_draws == "top_entropy"):
+        if self.step_share is not None and self.step_draws != "top_entropy":
             raise ValueError(
-                f"step_share ({self.step_share}) belongs to step_draws='top_entropy'; got step_draws="
-                f"{self.step_draws!r}. Set both or neither."
+                f"step_share={self.step_share} belongs to step_draws='top_entropy'; got step_draws="
+                f"{self.step_draws!r}. Leave it out, or set both."
             )
         if self.step_share is not None and not 0 < self.step_share <= 1:
             raise ValueError(f"step_share must lie in (0, 1], got {self.step_share}.")

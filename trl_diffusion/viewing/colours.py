@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import matplotlib
@@ -31,6 +32,7 @@ def check_colouring(by: str) -> None:
     one_of("color", by, COLOURINGS)
 
 
+@cache
 def colour(by: str, share: float) -> Colour:
     """Return the colour at a place of the scale.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,14 +44,13 @@ def write_gif(path: str | Path, denoising: Denoising, by: str = "step", delay: f
     frames = denoising.frames()
     sheet = _Sheet.of(denoising, frames[-1])
     # One palette for all frames, from two that hold all colours: masks are in the first, tokens in the last.
-    first, last = _draw(sheet, denoising, frames[0], by), _draw(sheet, denoising, frames[-1], by)
+    first, last = _pictures(sheet, denoising, [frames[0], frames[-1]], by)
     both = Image.new("RGB", (WIDTH, 2 * sheet.height))
     both.paste(first, (0, 0))
     both.paste(last, (0, sheet.height))
     palette = both.quantize(128)
-    images = [
-        _draw(sheet, denoising, frame, by).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames
-    ]
+    pictures = _pictures(sheet, denoising, frames, by)
+    images = [picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures]
     steps = [max(delay, 0.02)] * len(images)
     steps[0], steps[-1] = max(delay, _FIRST), max(delay, _LAST)
     durations = [10 * round(100 * seconds) for seconds in steps]
@@ -107,12 +107,11 @@ def _place(text: str, font: ImageFont.FreeTypeFont, x: float, y: float) -> tuple
         if text[start : start + 1] == "\n":
             start, x, y = start + 1, _MARGIN, y + _LINE
             continue
-        line_end = (text + "\n").index("\n", start)
-        ends = range(line_end, start, -1)
-        end = next((end for end in ends if x + _box_width(text[start:end], font) <= WIDTH - _MARGIN), start + 1)
-        if end < line_end and x > _MARGIN:  # a token is broken only if it is longer than a line
+        end = (text + "\n").index("\n", start)
+        if x > _MARGIN and x + _box_width(text[start:end], font) > WIDTH - _MARGIN:
             x, y = _MARGIN, y + _LINE
-            continue
+        while end > start + 1 and x + _box_width(text[start:end], font) > WIDTH - _MARGIN:
+            end -= 1  # a token is broken only if it is longer than a line
         width = _box_width(text[start:end], font)
         parts.append(_Part(start, end, x, y, width))
         start, x = end, x + width
@@ -123,38 +122,47 @@ def _box_width(text: str, font: ImageFont.FreeTypeFont) -> float:
     return font.getlength(text) + 2 * _PAD
 
 
-def _draw(sheet: _Sheet, denoising: Denoising, frame: Frame, by: str) -> Image.Image:
+def _pictures(sheet: _Sheet, denoising: Denoising, frames: list[Frame], by: str) -> Iterator[Image.Image]:
+    """Draw frames one after the other; of each, what differs from the one before."""
     large = Image.new("RGB", (WIDTH * _OVERSAMPLING, sheet.height * _OVERSAMPLING), _BACKGROUND)
     pen = _Pen(ImageDraw.Draw(large), sheet.font.font_variant(size=_FONT * _OVERSAMPLING))
     for number, line in enumerate(sheet.prompt):
         pen.text(_MARGIN, _MARGIN + number * _LINE, line, _MUTED)
-    for cell, parts in zip(frame.cells, sheet.parts, strict=True):
-        for part in parts:
-            _draw_part(pen, cell, part, denoising.num_steps, by)
-    _draw_scale(pen, sheet.height - _MARGIN - _BOX, denoising, frame.step, by)
-    return large.resize((WIDTH, sheet.height), Image.Resampling.BOX)
+    bottom = sheet.height - _MARGIN - _BOX
+    _draw_scale(pen, bottom, scale_ends(by, denoising.num_steps), by)
+    digits = len(str(denoising.num_steps))
+    drawn: list[Cell | None] = [None] * len(sheet.parts)
+    for frame in frames:
+        for place, (cell, parts) in enumerate(zip(frame.cells, sheet.parts, strict=True)):
+            if cell != drawn[place]:
+                drawn[place] = cell
+                for part in parts:
+                    _draw_part(pen, cell, part, denoising.num_steps, by)
+        count = f"step {frame.step + 1:>{digits}} / {denoising.num_steps}"
+        x = WIDTH - _MARGIN - pen.width(count)
+        pen.box(x, bottom, pen.width(count), _BOX, _BACKGROUND)  # where the last number was
+        pen.text(x, bottom, count, _INKS[Kind.GIVEN])
+        yield large.reduce(_OVERSAMPLING)
 
 
 def _draw_part(pen: _Pen, cell: Cell, part: _Part, num_steps: int, by: str) -> None:
     fill, ink = _FILLS.get(cell.kind), _INKS.get(cell.kind, _BACKGROUND)
     if cell.kind is Kind.WRITTEN:
         fill, ink = colour_of(cell, by, num_steps)
+    pen.box(part.x, part.y, part.width, _BOX, _BACKGROUND)  # what was here before
     if fill is not None:
         pen.box(part.x + 1, part.y, part.width - 2, _BOX, fill, radius=7)
     if cell.kind not in _FILLS:
         pen.text(part.x + _PAD, part.y, cell.text[part.start : part.end], ink)
 
 
-def _draw_scale(pen: _Pen, y: float, denoising: Denoising, step: int, by: str) -> None:
-    """Draw the colour scale on the left and the number of the step on the right."""
-    first, last = scale_ends(by, denoising.num_steps)
-    x = pen.text(_MARGIN, y, first, _MUTED) + _GAP
+def _draw_scale(pen: _Pen, y: float, ends: tuple[str, str], by: str) -> None:
+    """Draw the colour scale between the words at its ends."""
+    x = pen.text(_MARGIN, y, ends[0], _MUTED) + _GAP
     for place in range(_SCALE_PARTS):
         fill = colour(by, place / (_SCALE_PARTS - 1)).fill
-        pen.box(x + place * _SCALE_PART, y + (_BOX - _SCALE_HEIGHT) / 2, _SCALE_PART, _SCALE_HEIGHT, fill, radius=0)
-    pen.text(x + _SCALE_PARTS * _SCALE_PART + _GAP, y, last, _MUTED)
-    count = f"step {step + 1} / {denoising.num_steps}"
-    pen.text(WIDTH - _MARGIN - pen.width(count), y, count, _INKS[Kind.GIVEN])
+        pen.box(x + place * _SCALE_PART, y + (_BOX - _SCALE_HEIGHT) / 2, _SCALE_PART, _SCALE_HEIGHT, fill)
+    pen.text(x + _SCALE_PARTS * _SCALE_PART + _GAP, y, ends[1], _MUTED)
 
 
 class _Pen:
@@ -172,7 +180,7 @@ class _Pen:
         self.draw.text(place, text, fill=ink, font=self.font, anchor="lm")
         return x + self.width(text)
 
-    def box(self, x: float, y: float, width: float, height: float, fill: str, radius: float) -> None:
+    def box(self, x: float, y: float, width: float, height: float, fill: str, radius: float = 0) -> None:
         corners = [value * _OVERSAMPLING for value in (x, y, x + width, y + height)]
         corners[2:] = [value - 1 for value in corners[2:]]  # Pillow counts the last pixel in
         self.draw.rounded_rectangle(corners, radius * _OVERSAMPLING, fill=fill)

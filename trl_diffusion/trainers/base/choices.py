@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from trl_diffusion.credit.group_credit import Credit, GroupCredit
+from trl_diffusion.credit.token_weights import TokenCredit
 from trl_diffusion.likelihood.base import Likelihood, describe
 from trl_diffusion.losses import Loss, TokenRatio
 
@@ -62,6 +63,12 @@ class Choices:
             if not isinstance(value, kind):
                 raise TypeError(f"{name} must be a {kind.__name__}, got {type(value).__name__}.")
         loss.check(likelihood, args)
+        if isinstance(credit, TokenCredit) and not (isinstance(loss, TokenRatio) and args.loss_type != "vespo"):
+            named = f"TokenRatio with loss_type={args.loss_type!r}" if isinstance(loss, TokenRatio) else describe(loss)
+            raise ValueError(
+                f"{describe(credit)} weighs single tokens, which needs a loss that is a sum over tokens: TokenRatio "
+                f"with a loss_type other than 'vespo'. Got {named}."
+            )
         return cls(credit, likelihood, loss)
 
     @property

@@ -56,7 +56,7 @@ class DiffusionGRPOConfig(LaunchedConfig, SamplingArguments, GuardConfig, Resume
         },
     )
     # What the likelihood needs recorded; the trainer sets it.
-    shift_window: int = field(default=0, init=False)
+    shift_window: int | None = field(default=None, init=False)
     disable_dropout: bool = field(
         default=True,
         metadata={"help": "Turn dropout off, so that ratios start at 1; with dropout they measure its noise."},
@@ -86,8 +86,9 @@ class DiffusionGRPOConfig(LaunchedConfig, SamplingArguments, GuardConfig, Resume
 
     def sampling_config(self) -> SamplingConfig:
         """Return how completions are drawn; with the fields as they are now, since they may be changed later."""
-        recorded = {"record_signals": self.record_signals, "shift_window": self.shift_window}
-        return self.sampling_on(self.max_completion_length, **recorded)
+        return self.sampling_on(
+            self.max_completion_length, record_signals=self.record_signals, shift_window=self.shift_window
+        )
 
     def _refuse_what_cannot_work(self) -> None:
         autoregressive = "it generates one token after the other; completions here are drawn by diffusion"

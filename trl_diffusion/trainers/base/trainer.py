@@ -36,11 +36,12 @@ from trl_diffusion.adapters.precision import (
 )
 from trl_diffusion.adapters.renaming import is_adapter
 from trl_diffusion.credit.group_credit import Credit
-from trl_diffusion.credit.step_aware import CITATION
+from trl_diffusion.credit.step_aware import PAPER as STEP_AWARE_PAPER
 from trl_diffusion.family import family_of
 from trl_diffusion.likelihood import Likelihood, Scores
 from trl_diffusion.likelihood.base import Rows
 from trl_diffusion.losses import Loss, LossInputs, TokenRatio
+from trl_diffusion.papers import parts_of
 from trl_diffusion.runtime.arguments import (
     check_adapter,
     check_arguments,
@@ -53,6 +54,7 @@ from trl_diffusion.runtime.arguments import (
     named_eval_datasets,
     warn_of_eight_bit,
 )
+from trl_diffusion.runtime.card_method import Source, sources_of_methods
 from trl_diffusion.runtime.cost import completion_cost, padded_length
 from trl_diffusion.runtime.credit_assignment import CreditAssignment
 from trl_diffusion.runtime.launch import check_backend, check_device_map
@@ -69,6 +71,7 @@ from trl_diffusion.runtime.run_facts import Facts
 from trl_diffusion.runtime.scoring import ViewScorer
 from trl_diffusion.runtime.step_aware_probe import StepAwareProbe
 from trl_diffusion.runtime.update_guard import GuardedUpdates
+from trl_diffusion.runtime.view_credit import ViewCreditAssignment
 from trl_diffusion.sampling import Trajectory, row_generators
 from trl_diffusion.sampling.rollout import FinishedBatch, Rollout
 from trl_diffusion.streams import Purpose
@@ -198,7 +201,7 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
             self.loss() if loss is None else loss,
             args,
         )
-        args.record_signals = args.record_signals or self.choices.likelihood.needs_signals
+        args.record_signals |= self.choices.likelihood.needs_signals or self.choices.credit.needs_signals
         args.shift_window = self.choices.likelihood.shift_window
 
     def _check_loaded_model(self, datasets: dict[str, Any]) -> None:
@@ -229,6 +232,14 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
         self._credit = CreditAssignment(self.choices.credit, self._logps, self.accelerator.gather)
         self._reward_guard = RewardGuard(args, self.accelerator)
         self.reward_funcs = [self._reward_guard.wrap(function) for function in self.reward_funcs]
+        self._view_credit = ViewCreditAssignment(
+            self.choices.credit,
+            self.choices.likelihood,
+            self.reward_funcs,
+            self.reward_weights,
+            self.family,
+            self._tokenizer,
+        )
         self._probe = StepAwareProbe.of(
             self.reward_funcs,
             self._tokenizer,
@@ -289,6 +300,7 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
             completion=self.completion_cost(),
             views=self.choices.likelihood.num_views,
             backwards=self.num_backwards(),
+            choices=self.card_choices(),
             step_aware=self._probe is not None,
             rewards=tuple(zip(self.reward_func_names, self.args.reward_weights or repeat(1.0), strict=False)),
         )
@@ -425,7 +437,13 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
             rows["ref_per_token_logps"] = self._logps(rows, likelihood, rollout.updates, reference=True)
         weights, metrics = self._credit.assign(rollout, rows, advantages)
         self.meter.add(mode, metrics)
-        return rows | weights
+        rows |= weights
+        if mode == "train":
+            weights, metrics, units = self._view_credit.assign(rollout, rows, self._engine(), self.state)
+            self.meter.add(mode, metrics)
+            self.meter.count_forwards(units)
+            rows |= weights
+        return rows
 
     # ---------------------------------------------------------------- credit
 
@@ -587,11 +605,18 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
             "denoising_steps": self.args.denoising_steps,
         }
 
-    def card_notes(self) -> str:
-        """Return text for the end of the model card: the citation of SAPO if it is used."""
-        if self._probe is None:
-            return ""
-        return f"\nThe reward is step-aware (SAPO). Cite it as:\n\n```bibtex\n{CITATION}\n```\n"
+    def card_choices(self) -> dict[str, str]:
+        return self.choices.facts() if self._composed else {}
+
+    def card_sources(self) -> list[Source]:
+        """Return the papers of step-aware rewards, of what settings have added and, without a paper, of all parts."""
+        known = sources_of_methods(DiffusionGRPOTrainer)
+        whole = self._composed or not self._paper
+        found = {"": Source("step-aware rewards (SAPO)", STEP_AWARE_PAPER)} if self._probe is not None else {}
+        for part in parts_of(self.choices.credit, self.choices.likelihood, self.choices.loss):
+            if part.paper is not None and (whole or part.extends) and part.paper != self._paper.get("id"):
+                found[part.paper] = known.get(part.paper, Source(type(part).__name__, {"id": part.paper}))
+        return [*found.values()]
 
     def evaluate(self, *args, **kwargs):
         check_eval_batch(self.args)
