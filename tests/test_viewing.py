@@ -7,6 +7,7 @@ import time
 from functools import cache
 from html.parser import HTMLParser
 from io import StringIO
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from trl_diffusion.models.embedded import EMBEDDED_MODEL
 from trl_diffusion.sampling import CanvasState, SamplingConfig, row_generators, sample
 from trl_diffusion.viewing import Denoising, Kind, LiveView, picture, write_gif, write_page
 from trl_diffusion.viewing.colours import colour, colour_of
+from trl_diffusion.viewing.page import page_data
 from trl_diffusion.viewing.pieces import INCOMPLETE, pieces, visible
 
 LENGTH, BLOCK, STEPS, ROWS = 16, 4, 8, 12
@@ -296,8 +298,20 @@ def test_a_page_holds_every_frame_and_needs_nothing_else(tmp_path):
     frames = denoising.frames()
     assert [frame["step"] for frame in data["frames"]] == [frame.step for frame in frames]
     assert replayed(data["frames"]) == [[tuple(cell) for cell in frame.cells] for frame in frames]
-    assert all(frame["cells"] for frame in data["frames"])
+    assert len(data["frames"][1]["cells"]) < LENGTH  # what has changed alone
     assert data["scales"]["step"]["ends"] == ["step 1", f"step {denoising.num_steps}"]
+
+
+def test_a_page_holds_texts_that_change_when_a_neighbour_is_written():
+    """The tokenizer puts a space between words, so a word begins with one as soon as there is one before it."""
+    trajectory, changes = rollout(), 0
+    for row in range(ROWS):
+        denoising = blank(row).read(trajectory)
+        states = replayed(page_data(denoising, "step", 0.1)["frames"])
+        assert states == [[tuple(cell) for cell in frame.cells] for frame in denoising.frames()]
+        for before, after in pairwise(states):
+            changes += sum(a != b and a[0] == b[0] == Kind.WRITTEN for a, b in zip(before, after, strict=True))
+    assert changes > 0
 
 
 def test_line_ends_and_long_tokens_have_their_place_in_a_gif(tmp_path):
