@@ -113,28 +113,63 @@ def test_several_machines():
     assert hosts == ["node-1 slots=8", "node-2 slots=8"]
 
 
-def test_the_slurm_script_launches_every_machine(tmp_path):
-    """With stand-ins for Slurm's programs and for `accelerate`, on two machines."""
+def run_slurm_script(folder: Path, srun: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run the script with stand-ins for Slurm's programs, on two machines, and for `accelerate`.
+
+    Args:
+        folder: for what the stand-ins write: the arguments of `accelerate` and those of `scontrol requeue`.
+        srun: what `srun` does on each machine.
+        **environment: what Slurm says.
+    """
     programs = {
         # more than a pipe holds: a reader that stops at the first line would kill it
-        "scontrol": 'echo "first-host"; seq -f "host-%g" 2 20000',
+        "scontrol": f'if [ "$1" = show ]; then echo "first-host"; seq -f "host-%g" 2 20000; else echo "$@" '
+        f">> {folder}/asked; fi",
         # what srun does: the same command on every machine
-        "srun": 'shift; for node in 0 1; do SLURM_NODEID=$node "$@"; done',
-        "accelerate": f'printf "%s\\n" "$@" > {tmp_path}/machine-$SLURM_NODEID',
+        "srun": f"shift; for node in 0 1; do {srun}; done",
+        "accelerate": f'printf "%s\\n" "$@" > {folder}/machine-$SLURM_NODEID',
     }
     for name, text in programs.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
-        (tmp_path / name).chmod(0o755)
-    slurm = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_NODELIST": "some[1-2]"}
-    environment = os.environ | slurm | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    arguments = ["recipes/gsm8k_agrpo.py", "--run_name", "two words"]
-    subprocess.run(["bash", "recipes/slurm/train.sbatch", *arguments], env=environment, check=True)
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    slurm = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_NODELIST": "some[1-2]", "SLURM_JOB_ID": "42"}
+    return subprocess.run(
+        ["bash", "recipes/slurm/train.sbatch", "recipes/gsm8k_agrpo.py", "--run_name", "two words"],
+        env=os.environ | slurm | environment | {"PATH": f"{folder}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+ON_EACH = 'SLURM_NODEID=$node "$@"'
+
+
+@pytest.mark.parametrize("restarts", [None, "0", "1"])
+def test_the_slurm_script_launches_every_machine(restarts, tmp_path):
+    again = {} if restarts is None else {"SLURM_RESTART_COUNT": restarts}
+    assert run_slurm_script(tmp_path, ON_EACH, **again).returncode == 0
+    resume = ["--resume_from_checkpoint"] if restarts == "1" else []
     for node in range(2):
         written = (tmp_path / f"machine-{node}").read_text().splitlines()
-        assert written[0] == "launch" and written[-3:] == arguments
+        arguments = ["recipes/gsm8k_agrpo.py", "--run_name", "two words", *resume]
+        assert written[0] == "launch" and written[-len(arguments) :] == arguments
         parsed, _, _ = _validate_launch_command(launch_command_parser().parse_args(written[1:]))
         assert (parsed.num_machines, parsed.num_processes, int(parsed.machine_rank)) == (2, 8, node)
         assert parsed.main_process_ip == "first-host" and parsed.use_deepspeed
+    assert not (tmp_path / "asked").exists()
+
+
+def test_the_slurm_script_asks_to_be_started_again_before_its_time_is_up(tmp_path):
+    """The signal comes while the processes run; the script waits for them, and does not ask twice."""
+    result = run_slurm_script(tmp_path, f"{ON_EACH}; if [ $node = 0 ]; then kill -USR1 $PPID; sleep 1; fi")
+    assert (tmp_path / "asked").read_text() == "requeue 42\n"
+    assert result.returncode == 0 and "Time is almost up" in result.stdout
+    assert (tmp_path / "machine-1").is_file()  # written after the signal
+
+
+def test_the_slurm_script_fails_as_its_processes_do(tmp_path):
+    assert run_slurm_script(tmp_path, f"{ON_EACH}; exit 3").returncode == 3
 
 
 # ---------------------------------------------------------------- launches that lose the backend

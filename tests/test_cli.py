@@ -242,7 +242,7 @@ def test_two_processes_train_from_an_empty_folder(tmp_path):
         timeout=300,
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "AGRPO, 1 updates" in result.stdout and (tmp_path / "outputs" / "gsm8k_agrpo" / "README.md").is_file()
+    assert "AGRPO, 1 update, " in result.stdout and (tmp_path / "outputs" / "gsm8k_agrpo" / "README.md").is_file()
 
 
 # ---------------------------------------------------------------- evaluation on the canvas of training

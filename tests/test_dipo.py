@@ -177,7 +177,7 @@ def test_one_token_per_step_gives_the_policy_gradient(method, temperature, tmp_p
 NOISED = [
     method
     for method in METHODS
-    if method.views not in ("drawn", "chosen", "sampled", "within") and method.credit != "process_reward"
+    if method.views not in ("drawn", "every", "chosen", "sampled", "within") and method.credit != "process_reward"
 ]
 
 

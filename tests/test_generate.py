@@ -128,7 +128,7 @@ def test_the_plan_of_a_canvas(length, block, steps, attention, expected):
         (dict(unmaskin="random"), r"these settings: unmaskin\. .* has max_new_tokens, .*, unmasking, confidence_thre"),
         (
             dict(max_new_tokens=8, streamer=TextStreamer(tiny_tokenizer())),
-            r"settings: streamer \(a text is returned when",
+            r"settings: streamer \(see `observer` of `trl_diffusion.sampling.sample`",
         ),
         (dict(max_new_tokens=8, stop_strings=["b"]), r"settings: stop_strings \(cut the decoded text"),
         (dict(max_new_tokens=8, temperature=1.0, top_p=0.9, return_trajectory=True), "top_p=0.9 needs top_k > 0"),

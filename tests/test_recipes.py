@@ -404,7 +404,6 @@ def test_command_line_and_config_agree_about_the_method():
     ("arguments", "problem"),
     [
         ([], "no method was given"),
-        (["--config", str(CONFIGS / "llada_8b" / "gsm8k_agrpo.yaml")], "no method was given"),
         (["ppo"], "method must be one of .* got 'ppo'"),
         (["--method", "difu_grpo"], "got 'difu_grpo'. Did you mean 'diffu_grpo'?"),
     ],

@@ -410,7 +410,7 @@ def test_the_report_says_what_will_be_done(tokenizer, tmp_path, capsys):
         "16 positions, each masked with probability t ~ U(0.001, 1)",
         "12 rows; prompts of",
         "5 per device × 2 micro-batches × 1 process = 10 rows",
-        "6 updates, of which 2 make an epoch",
+        "6 updates = 3 epochs",
         "nonfinite_update=raise",
         "LoRA, rank 4",
         "2 of 2",  # coverage

@@ -437,7 +437,7 @@ def test_model_card_cites_the_paper(tmp_path):
         ({"denoising_steps": 5}, "multiple of the number of blocks"),
         ({"top_p": 0.9}, "needs top_k"),
         ({"unmasking": "left_to_right"}, "unmasking must be one of"),
-        ({"step_draws": "all"}, "step_draws must be one of"),
+        ({"step_draws": "every"}, "step_draws must be one of"),
         ({"num_mc_samples": 0}, "num_mc_samples"),
         ({"step_draws": "entropy", "step_reduction": "mean", "loss_type": "bnpo"}, "step_draws='uniform'"),
         ({"step_draws": "entropy", "entropy_coef": 0.1}, "step_draws='uniform'"),

@@ -6,17 +6,15 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any
 
-import yaml
 from datasets import Dataset
 from rich.console import Console
 from transformers.hf_argparser import string_to_bool
 
 from trl_diffusion.cli.loading import load_tokenizer, new_adapter
 from trl_diffusion.cli.names import ACCELERATE_CONFIGS, config_file
-from trl_diffusion.cli.parsing import with_config_path
+from trl_diffusion.cli.parsing import read_yaml, with_config_path
 from trl_diffusion.runtime.dry_run import DryRun, is_first_process
 from trl_diffusion.runtime.forecast import Machine
 from trl_diffusion.runtime.launch import pretended
@@ -95,7 +93,7 @@ def planned(arguments: Sequence[str]) -> Iterator[Launch | None]:
     parser.add_argument("--world_size", type=int)
     given = vars(parser.parse_known_args(with_config_path(arguments))[0])
     file = given.pop("config")
-    settings = {} if file is None else yaml.safe_load(Path(file).read_text()) or {}
+    settings = {} if file is None else read_yaml(file)
     settings |= {name: value for name, value in given.items() if value is not None}
     if not settings.get("dry_run"):
         yield None

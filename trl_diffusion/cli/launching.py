@@ -13,6 +13,7 @@ import yaml
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from trl_diffusion.cli.names import ACCELERATE_CONFIGS, config_file
+from trl_diffusion.cli.parsing import read_yaml
 from trl_diffusion.runtime.launch import is_launched
 
 # Passed on to `accelerate launch` as they are.
@@ -82,7 +83,7 @@ def _described(given: Mapping[str, str]) -> list[str]:
 def _resolved(name: str, folder: Path) -> Path:
     """Return an accelerate config in which DeepSpeed's file has a full path, so that it is found from any folder."""
     path = config_file(name, ACCELERATE_CONFIGS)
-    settings = yaml.safe_load(path.read_text())
+    settings = read_yaml(path)
     deepspeed = settings.get("deepspeed_config") or {}
     for key in ("deepspeed_config_file", "deepspeed_hostfile"):
         if key in deepspeed and not Path(deepspeed[key]).is_file():

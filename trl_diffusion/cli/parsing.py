@@ -6,6 +6,7 @@ import shutil
 from argparse import SUPPRESS
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -59,12 +60,11 @@ class Parser(TrlParser):
         """
         self._help(arguments)
         arguments = with_config_path(arguments)
-        try:
-            *parsed, from_file, from_line = self.parse_args_and_config(
-                arguments, return_remaining_strings=True, separate_remaining_strings=True
-            )
-        except yaml.YAMLError as error:
-            raise ValueError(f"The file given with --config is no YAML: {' '.join(str(error).split())}") from error
+        if arguments[:1] == ["--config"]:
+            read_yaml(arguments[1])  # `TrlParser` reads it again, with errors of another kind
+        *parsed, from_file, from_line = self.parse_args_and_config(
+            arguments, return_remaining_strings=True, separate_remaining_strings=True
+        )
         if from_file:
             self._refuse_unknown(from_file, f"the file {arguments[1]}", "")  # `--config` comes first
         self._refuse_unknown(from_line, self.command, "--")
@@ -127,6 +127,21 @@ def _default(field: Any) -> str:
     if field.default is MISSING or field.default in (None, "") or field.default is False:
         return ""
     return str(field.default)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Return the settings of a YAML file.
+
+    Raises:
+        ValueError: if it is no YAML, or no mapping of settings to values.
+    """
+    try:
+        settings = yaml.safe_load(Path(path).read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"The file {path} is no YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"The file {path} must map settings to values, a line `setting: value` each.")
+    return settings
 
 
 def with_config_path(arguments: Sequence[str]) -> list[str]:

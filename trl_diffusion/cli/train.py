@@ -20,19 +20,17 @@ Supervised fine-tuning: `trl-diffusion train sft`.
 from __future__ import annotations
 
 import sys
+import textwrap
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from trl_diffusion.cli import sft
 from trl_diffusion.cli.common import USED_MOST, Choice, RecipeArguments, parse, run
 from trl_diffusion.cli.names import CONFIGS, suggesting
-from trl_diffusion.cli.parsing import with_config_path
+from trl_diffusion.cli.parsing import read_yaml, with_config_path
 from trl_diffusion.credit import StepAwareReward
 from trl_diffusion.tasks import EMBEDDED, TASKS, Task
 from trl_diffusion.tasks.task import Reward
@@ -133,7 +131,7 @@ def chosen(arguments: Sequence[str]) -> Namespace:
     if words and not words[0].startswith("-"):
         method, *words = words
     given, _ = parser.parse_known_args(with_config_path(words))
-    in_file = {} if given.config is None else yaml.safe_load(Path(given.config).read_text()) or {}
+    in_file = {} if given.config is None else read_yaml(given.config)
     places = {"METHOD": method, "--method": given.method, str(given.config): in_file.get("method")}
     named = {place: name for place, name in places.items() if name is not None}
     methods = {*named.values()}
@@ -193,9 +191,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sft.main(words[1:])
         return
     if {"-h", "--help"} & {*words} and (words[0].startswith("-") and "--method" not in words):
-        print(
-            f"{__doc__}\nMethods: {', '.join(METHODS)}, sft.\n\n`trl-diffusion train METHOD --help` has the options."
-        )
+        methods = textwrap.fill(f"Methods: {', '.join([*METHODS, 'sft'])}.", 98)
+        print(f"{__doc__}\n{methods}\n\n`trl-diffusion train METHOD --help` has the options.")
         return
     chosen_ = chosen(words)
     trainer = METHODS[chosen_.method]

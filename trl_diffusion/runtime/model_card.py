@@ -143,7 +143,7 @@ class ModelCards:
 
     @cached_property
     def card_facts(self: Any) -> dict[str, str]:
-        """The facts of the start-up report, made once: every checkpoint has a card, and they are about all the data."""
+        """The facts of the start-up report, made once, because every checkpoint has a card and they read all data."""
         return {} if self.train_dataset is None else self.figures(self.as_run()).facts
 
     def card_choices(self) -> dict[str, str]:

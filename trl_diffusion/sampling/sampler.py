@@ -167,15 +167,15 @@ class _Rollout:
         )
         self._allocate_records(*self.canvas.shape)
         # All noise of a rollout is drawn here, with a shape that depends on the config alone: what a row is drawn
-        # depends neither on the other rows nor on the order of the forwards. The last of the steps + 1 rows of noise
-        # orders the positions, the others draw the tokens.
-        steps = config.steps_per_block if self.rule.redraws else 1
-        noise = uniforms(generators, config.num_blocks, steps + 1, config.block_length).to(self.canvas.device)
-        self.token_noise, self.order_noise = noise[:, :, :-1], noise[:, :, -1]
-        self.position_noise: torch.Tensor | None = None
-        if config.draws_positions:
-            shape = (config.num_blocks, config.steps_per_block, config.block_length)
-            self.position_noise = uniforms(generators, *shape).to(self.canvas.device)
+        # depends neither on the other rows nor on the order of the forwards. It is drawn block by block, so that a
+        # block's does not depend on how many blocks follow: rows for the tokens, one that orders the positions, and
+        # rows that draw them.
+        tokens = config.steps_per_block if self.rule.redraws else 1
+        kinds = (tokens, 1, config.steps_per_block if config.draws_positions else 0)
+        noise = uniforms(generators, config.num_blocks, sum(kinds), config.block_length).to(self.canvas.device)
+        self.token_noise, order_noise, position_noise = noise.split(kinds, dim=2)
+        self.order_noise = order_noise.squeeze(2)
+        self.position_noise = position_noise if config.draws_positions else None
 
     def _allocate_records(self, batch: int, length: int) -> None:
         config, device = self.config, self.canvas.device
