@@ -222,7 +222,9 @@ def test_sizes_of_published_checkpoints():
 
 def test_files_at_hand_are_read_also_without_the_hub(offline, capsys, monkeypatch):
     found = report_of(capsys, monkeypatch, "agrpo")
-    assert found["data"] == "word_problems: 4,000 rows, prompts padded to 29 tokens on average; 256 problems held out"
+    assert found["data"] == (
+        "word_problems, generated problems: 4,000 rows, prompts padded to 29 tokens on average; 256 problems held out"
+    )
     assert found["assumed"] == "nothing about model and data, which were read"
     assert found["run"].startswith("80 updates = 0.16 epochs")
 
