@@ -60,7 +60,7 @@ def alone(tmp_path_factory):
 
 def test_without_a_model_the_embedded_one_is_evaluated(alone):
     folder, output = alone
-    assert "No model given: evaluating the embedded one" in output
+    assert "No model given: evaluating the bundled one" in output
     assert "canvas 32, 16 steps, block 8, max_prob, greedy" in output and "Samples, summary.json" in output
     (result,) = json.loads((folder / "summary.json").read_text())
     assert result["settings"]["problems"] == PROBLEMS == result["completions"]
