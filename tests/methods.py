@@ -98,7 +98,6 @@ class Method:
         few_views: settings for the fewest views that it takes.
         many_views: settings for more of them.
         compares: settings with which it compares with a reference model, if it ever does.
-        rounding: absolute tolerance of a parameter when updates of the same rows are compared.
         applies: the properties that it claims.
     """
 
@@ -115,7 +114,6 @@ class Method:
     few_views: dict[str, Any] = field(default_factory=lambda: {"num_mc_samples": 1})
     many_views: dict[str, Any] = field(default_factory=lambda: {"num_mc_samples": 8})
     compares: dict[str, Any] = field(default_factory=lambda: {"loss_type": "dr_grpo", "beta": 0.1})
-    rounding: float = 1e-6
     applies: frozenset[int] = ALL_PROPERTIES
 
     def make(
@@ -341,9 +339,6 @@ METHODS = [
         views="pairs",
         credit="softmax",
         compares={},
-        # Its D is a difference of sums that weigh single tokens by up to L + 1, old against new: relative to the
-        # update, rounding is 1.5e-6, and at most 1e-6 in all other methods.
-        rounding=5e-6,
         **IN_PAIRS,
     ),
 ]

@@ -168,9 +168,9 @@ def test_the_llada_config_is_d1_s():
     config = ROOT / "trl_diffusion" / "configs" / "llada_8b" / "evaluate.yaml"
     args, by_default = evaluate.parse(["--config", str(config), "--adapter", "somewhere"])
     assert not by_default and args.model_name_or_path == "GSAI-ML/LLaDA-8B-Instruct" and args.adapter == "somewhere"
-    decodings = [(one.canvas_length, one.denoising_steps, one.block_length) for one in args.decodings()]
+    decodings = [(one.canvas_length, one.denoising_steps, one.block_length) for one in args.decodings(1, 1, 1)]
     assert decodings == [(128, 64, 32), (256, 128, 32), (512, 256, 32)]
-    assert all(one.temperature == 0 and one.unmasking == "low_confidence" for one in args.decodings())
+    assert all(one.temperature == 0 and one.unmasking == "low_confidence" for one in args.decodings(1, 1, 1))
     assert [task.name for task, _ in evaluate.requested(args)] == ["gsm8k", "math500", "countdown", "sudoku"]
 
 

@@ -29,6 +29,7 @@ ADAPTER_FILES = {
     "adapter_config.json",
     "adapter_model.safetensors",
     "chat_template.jinja",
+    "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "training_args.bin",

@@ -87,8 +87,8 @@ def test_items_that_do_not_exist_are_never_left_and_have_no_gradient():
 
 
 def test_a_small_temperature_gives_the_order_of_max_prob():
-    """The tokens' noise is the same, so completions are equal bit by bit."""
-    config = SamplingConfig(8, 8, 4, 1.3, unmasking="plackett_luce", position_temperature=1e-9)
+    """The tokens' noise of a first block is the same, so completions of one block are equal bit by bit."""
+    config = SamplingConfig(8, 8, 8, 1.3, unmasking="plackett_luce", position_temperature=1e-9)
     greedy = rollout(network(), replace(config, unmasking="max_prob", position_temperature=0.5))
     cold, warm = rollout(network(), config), rollout(network(), replace(config, position_temperature=2.0))
     assert torch.equal(cold.unmask_step, greedy.unmask_step)

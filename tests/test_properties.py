@@ -175,14 +175,18 @@ def every_step_covers(method: Method, folder) -> None:
         assert (learns & ~trajectory.forced).any()
         learns &= trajectory.forced
     if likelihood.steps.rule == "top_entropy":
-        assert unmask_step.max() == len(steps) - 1  # one token a step
-        of_step = torch.zeros(learns.shape).scatter(1, unmask_step.clamp(min=0).long(), trajectory.entropies)
+        for row in unmask_step.tolist():  # one token a step
+            assert len(set(row) - {-1}) == len(row) - row.count(-1)
+        taken, end = unmask_step >= 0, len(steps)
+        of_step = torch.zeros(len(learns), end + 1)
+        of_step.scatter_(1, torch.where(taken, unmask_step, end).long(), trajectory.entropies)
         for row in range(len(learns)):
             half = -(-int(learns[row].sum()) // 2)
             count = half if likelihood.steps.share == 0.5 else likelihood.steps.count
             order = sorted(steps[learns[row]].tolist(), key=lambda step, row=row: (-of_step[row, step], step))
             learns[row] = torch.isin(steps, torch.tensor(order[:count]))
-    assert learns.any(1).all() and len(learns.sum(1).unique()) > 1
+    fixed = likelihood.steps.rule == "top_entropy" and likelihood.steps.share != 0.5
+    assert learns.any(1).all() and (fixed or len(learns.sum(1).unique()) > 1)
     views = torch.stack([view_of(trainer, rows, 0, view).targets for view in range(num_views(trainer))], 1)
     of_token = learns.gather(1, unmask_step.clamp(min=0).long()) & eligible
     assert torch.equal(views.sum(1), of_token.long())
@@ -367,7 +371,7 @@ def test_4_the_update_does_not_depend_on_how_rows_are_laid_out(method, other, re
         monkeypatch.setattr(shuffle, lambda rows: {k: v.flip(0) if v.dim() else v for k, v in rows.items()})
     assert reference.norm() > 1e-2
     found = one_step(method, tmp_path, **other)
-    torch.testing.assert_close(found, reference, rtol=1e-4, atol=method.rounding)
+    assert (found - reference).norm() <= 1e-5 * reference.norm()  # float32, in another order of sums
 
 
 @methods(4)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from trl_diffusion.adapters.coverage import LoraCoverage, coverage_table, lora_coverage
+from trl_diffusion.cli.train import TrainArguments
 from trl_diffusion.evaluation import evaluate_accuracy
 from trl_diffusion.models.embedded import EMBEDDED_MODEL
 from trl_diffusion.models.quantised_linear import ExactLinear4bit
@@ -104,14 +104,6 @@ def test_four_bit_layers_compute_with_the_weights_they_hold(base):
         torch.testing.assert_close(layer(x), x @ weight.T, atol=1e-6, rtol=1e-5)
         # NF4 costs about a tenth of the weights' size
         assert (weight - plain[name].weight).norm() < 0.15 * plain[name].weight.norm()
-
-
-def test_bitsandbytes_still_needs_it():
-    """Negative control, and the notice when `ExactLinear4bit` can go."""
-    torch.manual_seed(0)
-    weight = torch.randn(96, 96)
-    codes, state = bnb.functional.quantize_4bit(weight, quant_type="nf4")
-    assert (bnb.functional.dequantize_4bit(codes, state) - weight).norm() > 0.15 * weight.norm()
 
 
 def test_the_mode_changes_neither_logits_nor_weights(base):
@@ -244,11 +236,6 @@ def test_the_reference_of_an_adapter_with_a_name_is_that_adapter(others, base, t
 
 def parsed(config: str):
     """Training, model, quantisation and adapter arguments of a recipe's config."""
-    sys.path.insert(0, str(CONFIGS.parent))
-    try:
-        from train import TrainArguments
-    finally:
-        sys.path.pop(0)
     parser = TrlParser((TrainArguments, AGRPOConfig, ModelConfig))
     _, training, model = parser.parse_args_and_config(
         ["--config", str(CONFIGS / config), "--use_cpu", "--bf16", "false"]

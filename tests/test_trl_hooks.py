@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
-from trl import GRPOTrainer
+from trl import GRPOTrainer, TrlParser
 from trl.trainer.base_config import _BaseConfig
 
 import trl_diffusion
@@ -146,6 +146,8 @@ ATTRIBUTES: dict[str, tuple[type, str]] = {
     "_attn_implementation": (PreTrainedConfig, "which attention runs"),
     "_VALID_DICT_FIELDS": (_BaseConfig, "fields that SFT's command line gives as JSON"),
     "_name_or_path": (PreTrainedConfig, "where a model came from"),
+    "_actions": (TrlParser, "names and defaults of options, for short helps and spellings meant"),
+    "_from_config": (PreTrainedModel, "a model on the meta device in the dtype of its weights"),
     "_compiled_call_impl": (torch.nn.Module, "networks compiled in place are sampled uncompiled"),
 }
 

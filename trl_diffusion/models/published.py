@@ -81,5 +81,5 @@ def published_config(name: str) -> PreTrainedConfig:
         )
     config_class, sizes = PUBLISHED[name]
     config = config_class.from_dict(dict(sizes))
-    config._name_or_path = name
+    config.name_or_path = name
     return config

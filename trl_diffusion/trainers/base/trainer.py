@@ -475,9 +475,8 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
 
     def _refresh_credit(self) -> None:
         """Weigh the completions again before each update of a rollout but the first, if the credit asks for it."""
-        update, micro_batch = self._place_in_buffer()
-        first_of_update = micro_batch % self.current_gradient_accumulation_steps == 0
-        if self.choices.credit.refreshes and first_of_update and (update, micro_batch) != (0, 0):
+        trained = self._trained_micro_batches()
+        if self.choices.credit.refreshes and trained and trained % self.current_gradient_accumulation_steps == 0:
             assert self._buffered_inputs is not None
             batches: list[Rows] = self._buffered_inputs
             self.meter.add("train", self._credit.refresh(batches, self.group_size("train")))
@@ -507,10 +506,14 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
         passes, micro_batch = divmod(self._step, int(self.args.steps_per_generation or 1))
         return passes % self.num_iterations, micro_batch
 
+    def _trained_micro_batches(self) -> int:
+        """Return how many micro-batches of the rollout have been trained on before this one, in all passes."""
+        passes, micro_batch = self._place_in_buffer()
+        return passes * int(self.args.steps_per_generation or 1) + micro_batch
+
     def _on_policy(self) -> bool:
         """Return whether the policy has not been updated since it wrote the completions."""
-        inner_update, micro_batch = self._place_in_buffer()
-        return self.model.training and inner_update == 0 and micro_batch < self.current_gradient_accumulation_steps
+        return self.model.training and self._trained_micro_batches() < self.current_gradient_accumulation_steps
 
     # ---------------------------------------------------------------- loss
 
