@@ -236,6 +236,7 @@ def run(
     script_args, training_args, model_args, quantization_config = arguments
     training_args.record_signals |= script_args.plot_every > 0
     if script_args.dry_run:
+        training_args.log_completions = False  # TRL would make a folder for them
         needed = training_args.generation_batch_size // training_args.num_generations
         dry_run(trainer_class, arguments, load_rows, columns, needed, reward_funcs=reward_funcs)
         return
