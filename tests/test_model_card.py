@@ -332,3 +332,16 @@ def test_the_command_line_writes_a_card_with_all_of_it(tmp_path, tmp_path_factor
     assert isinstance(found["model"], PeftModel)
     state = (tmp_path / "run" / "checkpoint-2" / "trainer_state.json").read_text()
     assert state.count('"eval_total": 8') + state.count('"eval_total": 4') == 2  # before, and after the first update
+
+
+def test_processes_that_do_not_save_write_nothing_beside_the_weights(tmp_path, monkeypatch):
+    """Under DeepSpeed and FSDP transformers calls `_save` on every process, and two would write one file at once."""
+    trainer = AGRPO.make(tmp_path)
+    trainer._save(str(tmp_path / "first"))
+    assert (tmp_path / "first" / "generation_config.json").is_file()
+    monkeypatch.setattr(type(trainer.args), "should_save", property(lambda args: False))
+    written = []
+    monkeypatch.setattr("trl_diffusion.runtime.model_card.record_decoding", lambda *given: written.append(given))
+    monkeypatch.setattr("trl_diffusion.runtime.model_card.make_portable", lambda *given: written.append(given))
+    trainer._save(str(tmp_path / "second"))
+    assert written == []

@@ -136,6 +136,7 @@ def test_real_questions_run_through_the_whole_job(tmp_path, monkeypatch, capsys)
 
 
 def test_lora_saves_an_adapter(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
     run_recipe("gsm8k_agrpo", monkeypatch, *QUICK, *LORA, "--output_dir", str(tmp_path))
     output = capsys.readouterr().out
     assert "LoRA coverage" in output and "Adapter and model card" in output

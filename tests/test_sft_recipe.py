@@ -142,9 +142,10 @@ def test_other_rows_are_measured_by_their_loss(rows_file, tmp_path, monkeypatch,
 
 @pytest.mark.slow
 def test_a_dry_run_prints_the_report_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
     started(tmp_path / "out", monkeypatch, "--dry_run")
     output = capsys.readouterr().out
-    assert "64 rows; prompts of" in output and "masked SFT" in output and "held-out accuracy" not in output
+    assert "64 rows; prompts of" in output and "masked SFT" in output and "gain" not in output
     assert not [*tmp_path.rglob("*.*")]
 
 

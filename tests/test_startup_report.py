@@ -52,22 +52,18 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "several updates from a rollout": {"steps_per_generation": 4},
     "several rollouts for an update": {"steps_per_generation": 1, "per_device_train_batch_size": 4},
 }
-# One method for every way to go through views.
-REPRESENTATIVE = ("agrpo", "diffu_grpo", "espo", "tracerl")
+# One method for every way to go through views, or to score more than its own.
+REPRESENTATIVE = ("agrpo", "diffu_grpo", "espo", "tracerl", "egspo", "stable_drl")
 
 
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        pytest.param(
-            method.name,
-            settings,
-            id=f"{method.name}, {schedule}",
-            marks=[] if schedule == "plain" or method.name in REPRESENTATIVE else pytest.mark.thorough,
-        )
+        pytest.param(method.name, settings, id=f"{method.name}, {schedule}")
         for method in METHODS
         if method.credit != "process_reward"
         for schedule, settings in SCHEDULES.items()
+        if schedule == "plain" or method.name in REPRESENTATIVE
     ],
 )
 def test_forward_units_are_those_that_a_run_logs(name, settings, tmp_path, monkeypatch):

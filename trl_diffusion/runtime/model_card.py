@@ -171,6 +171,8 @@ class ModelCards:
 
     def _save(self: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)  # type: ignore[misc]
+        if not self.args.should_save:  # under DeepSpeed and FSDP transformers comes here on every process
+            return
         record_decoding(output_dir or self.args.output_dir, self.card_generation())
         card = Path(output_dir or self.args.output_dir) / "README.md"
         if isinstance(self.accelerator.unwrap_model(self.model), PeftModel) and card.is_file():
