@@ -153,6 +153,8 @@ ARMS: dict[str, Arm] = {
     "step_rs": _tuned("step_rs", 1e-4, num_iterations=2, num_mc_samples=4),
     "step_rs_none": _tuned("step_rs", 1e-4, num_iterations=2, num_mc_samples=4, first_risk=0.0),
     "daca": _tuned("daca", 1e-4, **NOISED),
+    "diffpo": _tuned("diffpo", 1e-4, **NOISED),
+    "diffpo_unweighted": _tuned("diffpo", 1e-4, **NOISED, weight_cap=None),
     "agrpo_prefix": _cached("prefix", "recompute"),
     "agrpo_dual": _cached("dual", "recompute"),
     "agrpo_prefix_behaviour": _cached("prefix", "behaviour"),
