@@ -1,6 +1,7 @@
 """DiFFPO (2510.02212): tokens scored on two canvases, and weighted by how far these are from what the sampler saw.
 
-rollout     block by block, low-confidence unmasking, temperature 0.9
+rollout     block by block, low-confidence unmasking, temperature 0.9; or with `learn_bound` entropy-bound unmasking,
+            whose bound is drawn for each completion by a policy that learns, too
 credit      A = r − group mean
 likelihood  a denoising step τ of the completion is drawn for each update: tokens written before τ are scored on the
             masked canvas, all others on the canvas before τ
@@ -17,13 +18,12 @@ from dataclasses import dataclass, field
 
 from trl_diffusion.likelihood import Likelihood, SplitAtSteps, SplitViews
 from trl_diffusion.losses.token_ratio import SUMS_OF_TOKENS
-from trl_diffusion.trainers.base.masked import NoisedGRPOConfig
-from trl_diffusion.trainers.base.trainer import DiffusionGRPOTrainer
+from trl_diffusion.trainers.base.learnt_bound import LearntBoundConfig, LearntBoundTrainer
 
 
 @dataclass
-class DiFFPOConfig(NoisedGRPOConfig):
-    """`NoisedGRPOConfig` with DiFFPO's views and weights (2510.02212) on the settings of diffu-GRPO.
+class DiFFPOConfig(LearntBoundConfig):
+    """`LearntBoundConfig` with DiFFPO's views and weights (2510.02212) on the settings of diffu-GRPO.
 
     Args:
         num_mc_samples: two views for each drawn step τ.
@@ -54,7 +54,7 @@ class DiFFPOConfig(NoisedGRPOConfig):
             )
 
 
-class DiFFPOTrainer(DiffusionGRPOTrainer):
+class DiFFPOTrainer(LearntBoundTrainer):
     """DiFFPO, see the arguments of `DiffusionGRPOTrainer`; the model must have full attention."""
 
     config_class = DiFFPOConfig
