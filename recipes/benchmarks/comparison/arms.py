@@ -155,6 +155,7 @@ ARMS: dict[str, Arm] = {
     "daca": _tuned("daca", 1e-4, **NOISED),
     "diffpo": _tuned("diffpo", 1e-4, **NOISED),
     "diffpo_unweighted": _tuned("diffpo", 1e-4, **NOISED, weight_cap=None),
+    "diffpo_bound": _tuned("diffpo", 1e-4, **NOISED, learn_bound=True, unmasking="entropy", entropy_bound=0.05),
     "agrpo_prefix": _cached("prefix", "recompute"),
     "agrpo_dual": _cached("dual", "recompute"),
     "agrpo_prefix_behaviour": _cached("prefix", "behaviour"),

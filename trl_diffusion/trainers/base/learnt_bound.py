@@ -33,7 +33,7 @@ class LearntBoundConfig(NoisedGRPOConfig):
     """
 
     learn_bound: bool = field(default=False, metadata={"help": "Learn the entropy bound of each prompt's rollouts."})
-    bound_learning_rate: float = field(default=1.0, metadata={"help": "Learning rate of the policy of bounds."})
+    bound_learning_rate: float = field(default=10.0, metadata={"help": "Learning rate of the policy of bounds."})
     speed_exponent: float = field(default=1.0, metadata={"help": "How much fewer steps are worth to it; 0: nothing."})
 
     def __post_init__(self):
