@@ -23,6 +23,8 @@ from trl_diffusion.trainers import (
     CoupledGRPOTrainer,
     DACAConfig,
     DACATrainer,
+    DiFFPOConfig,
+    DiFFPOTrainer,
     DiffuGRPOConfig,
     DiffuGRPOTrainer,
     DiffusionGRPOConfig,
@@ -90,7 +92,8 @@ class Method:
         views: what its views show, and so what they must cover: `drawn` denoising steps, `every` step of a kind once,
             steps `chosen` or `sampled` by a selector, the `masked` canvas, masks at a random `rate`, `parts` of the
             canvas, complementary `pairs`, `coupled` pairs besides the masked canvas, subsets of fixed `sizes`, random
-            `blocks` or subsets of the `text`, `groups` of denoising steps, or groups of those `within` every block.
+            `blocks` or subsets of the `text`, `groups` of denoising steps, groups of those `within` every block, or a
+            `split` of the tokens at a step.
         fresh_views: every inner update has views of its own.
         credit: what it makes of the rewards: the `outcome`, the outcome `by_length` of the text, the outcome and a
             `process_reward`, the `leave_one_out` advantage, the `z_score`, or weights, a `softmax` or an
@@ -228,6 +231,7 @@ METHODS = [
     Method("egspo", EGSPOTrainer, EGSPOConfig, FILLS, **EVERY_STEP),
     Method("step_rs", StepRSTrainer, StepRSConfig),
     Method("daca", DACATrainer, DACAConfig, ONE_UPDATE, views="parts"),
+    Method("diffpo", DiFFPOTrainer, DiFFPOConfig, PAIR, views="split", **IN_PAIRS),
     Method("diffu_grpo", DiffuGRPOTrainer, DiffuGRPOConfig, ONE_UPDATE, views="masked"),
     Method(
         "sapo", DiffuGRPOTrainer, DiffuGRPOConfig, ONE_UPDATE, wrap=step_aware, views="masked", credit="process_reward"

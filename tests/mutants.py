@@ -42,6 +42,34 @@ class Mutant:
 LOSSES, COMPOSED, EXACT = "tests/test_losses.py", "tests/test_composition.py", "tests/test_exact_gradient.py"
 MUTANTS = [
     Mutant(
+        "likelihood: DiFFPO shows the tokens of the step that it scores",
+        "likelihood/plans.py",
+        "written = (unmask_step >= 0) & (unmask_step < steps)",
+        "written = (unmask_step >= 0) & (unmask_step <= steps)",
+        "tests/test_diffpo.py -k enumerated",
+    ),
+    Mutant(
+        "likelihood: DiFFPO's weights have no cap",
+        "likelihood/split_views.py",
+        "self.importance_cap, self.weighs_tokens = self.cap,",
+        "self.importance_cap, self.weighs_tokens = self.cap and 1e9,",
+        "tests/test_diffpo.py -k enumerated",
+    ),
+    Mutant(
+        "learnt bound: a completion's own reward is in its baseline",
+        "trainers/base/learnt_bound.py",
+        "leave_one_out(groups - groups.nanmean(1, keepdim=True))",
+        "(groups - groups.nanmean(1, keepdim=True))",
+        "tests/test_learnt_bound.py -k private_streams",
+    ),
+    Mutant(
+        "learnt bound: every row gets the bound of the config",
+        "sampling/sampler.py",
+        "bound=self.config.parallel_bound if self.bounds is None else self.bounds[rows].unsqueeze(1)",
+        "bound=self.config.parallel_bound",
+        "tests/test_learnt_bound.py -k bounds_of_their_own",
+    ),
+    Mutant(
         "credit: weights over the group are left out",
         "credit/group_credit.py",
         "group.advantages if self.weighing is None else self.weighing(group.advantages)",

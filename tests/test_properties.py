@@ -304,6 +304,24 @@ def subsets_of_the_text_cover(method: Method, folder) -> None:
     assert len(targets.sum(-1).unique()) > 2
 
 
+def split_steps_cover(method: Method, folder) -> None:
+    """Every token of the text once: on the masked canvas if it was written before a step, else on that step's."""
+    rows, hidden, targets = noised_rows(method, folder)
+    text, unmask_step = text_of(rows), rows["unmask_step"]
+    assert hidden.size(1) == 2 and hidden[:, 0].all() and (targets.sum(1) == text).all()
+    drawn = set()
+    for update, row in product(range(2), range(len(text))):
+        fits = [
+            step
+            for step in set(unmask_step[row].tolist()) - {-1}
+            if torch.equal(hidden[update, 1, row], (unmask_step[row] >= step) | (unmask_step[row] < 0))
+            and torch.equal(targets[update, 0, row], text[row] & (unmask_step[row] < step))
+        ]
+        assert len(fits) == 1  # one of the steps that were taken
+        drawn |= {tuple(fits)}
+    assert len(drawn) > 3
+
+
 def step_groups_cover(method: Method, folder, steps: int = 8) -> None:
     """Every token of the text once, in the view of its own step and its neighbours."""
     rows, hidden, targets = noised_rows(method, folder)
@@ -331,6 +349,7 @@ COVERAGE = {
     "masked": masked_canvas_covers,
     "rate": random_rates_cover,
     "parts": parts_cover,
+    "split": split_steps_cover,
     "pairs": pairs_cover,
     "sizes": fixed_sizes_cover,
     "coupled": coupled_pairs_cover,

@@ -329,6 +329,7 @@ SHARED = {
     ),
     "step_rs": ("2610.00661", dict(unmasking="random", max_grad_norm=1.0, first_risk=1.0, last_risk=0.0)),
     "daca": ("2605.16342", dict(num_mc_samples=4, progress_floor=0.5, epsilon=0.5, beta=0.04, num_iterations=12)),
+    "diffpo": ("2510.02212", dict(num_mc_samples=2, weight_cap=2.0, epsilon=0.5, beta=0.04, num_iterations=12)),
     "mapg": (
         "2607.15200",
         dict(unmasking="plackett_luce", num_generations=4, num_iterations=12, num_mc_samples=12, denoising_steps=128)

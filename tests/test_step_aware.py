@@ -693,8 +693,8 @@ def recorded_continuations(monkeypatch) -> list[dict]:
     """The arguments and result of every batch of continuations."""
     calls = []
 
-    def spy(model, input_ids, attention_mask, config, generators, any_process=None, state=None):
-        drawn = sample(model, input_ids, attention_mask, config, generators, any_process, state)
+    def spy(model, input_ids, attention_mask, config, generators, any_process=None, state=None, bounds=None):
+        drawn = sample(model, input_ids, attention_mask, config, generators, any_process, state, bounds=bounds)
         if state is not None:  # a rollout starts from all masks
             calls.append({"prompts": input_ids, "config": config, "state": state, "drawn": drawn})
         return drawn

@@ -26,6 +26,7 @@ class Purpose(IntEnum):
     PROBE_STATE = 5
     PROBE_ROLLOUT = 6
     VIEW_COUNTS = 7
+    BOUNDS = 8
 
 
 def row_generators(seed: int, *key: int, rows: Iterable[int]) -> list[np.random.Generator]:

@@ -15,6 +15,7 @@ from trl_diffusion.likelihood.noises import (
     FullMask,
     Noise,
     QuadratureSubsets,
+    SplitAtSteps,
     Strata,
     SubsetPairs,
     TextSubsets,
@@ -22,6 +23,7 @@ from trl_diffusion.likelihood.noises import (
 from trl_diffusion.likelihood.plans import NoisePlan
 from trl_diffusion.likelihood.replay_views import ReplayViews
 from trl_diffusion.likelihood.scoring import Scores, score_views
+from trl_diffusion.likelihood.split_views import SplitViews
 from trl_diffusion.likelihood.trajectory_views import TrajectoryViews
 from trl_diffusion.likelihood.views import Views, noised_views, stack_views, trajectory_views
 
@@ -37,6 +39,8 @@ __all__ = [
     "ReplayViews",
     "ScoredViews",
     "Scores",
+    "SplitAtSteps",
+    "SplitViews",
     "Strata",
     "SubsetPairs",
     "TextSubsets",

@@ -65,6 +65,7 @@ class Likelihood(FromPaper):
         records_old: the rollout recorded the old log-probabilities on these views, so they cost no pass.
         importance_cap: largest weight of a token whose old log-probability is not the one it was drawn with; `None`
             if tokens are not weighted so.
+        weighs_tokens: the method is not itself without these weights, so that only a loss that carries them will do.
         random_subsets: views mask random subsets of the text, so that bounds over subsets hold for them.
         samples: parts of equal size that the views consist of, one after the other, each with an estimate.
         independent_halves: the first and the second half of the views are two independent, unbiased ELBO estimates.
@@ -80,6 +81,7 @@ class Likelihood(FromPaper):
     at_sampling_temperature: bool = False
     records_old: bool = False
     importance_cap: float | None = None
+    weighs_tokens: bool = False
     random_subsets: bool = False
     samples: int = 1
     independent_halves: bool = False

@@ -18,6 +18,7 @@ from trl_diffusion.likelihood.plans import (
     NoisePlan,
     bernoulli,
     block_random,
+    draw_taken,
     full_mask,
     gauss_legendre,
     opposed_subsets,
@@ -25,6 +26,7 @@ from trl_diffusion.likelihood.plans import (
     random_subsets,
     random_text,
     rounded_counts,
+    split_at_steps,
     strata,
     stratified_counts,
     with_complements,
@@ -222,6 +224,35 @@ class Strata(Noise):
 
     def scored_share(self, length: int) -> float:
         return 1 / self.num_views
+
+
+@dataclass
+class SplitAtSteps(Noise):
+    """Two views for each drawn denoising step τ of the rollout, in which every token is scored once (DiFFPO).
+
+    Tokens written before τ are scored on the masked canvas, all others on the canvas before τ.
+
+    Args:
+        num_views: two for each drawn step.
+    """
+
+    paper = "2510.02212"
+
+    num_views: int = 2
+
+    random_subsets = False
+
+    def draw(self, rollout: Rollout, update: int) -> NoisePlan:
+        unmask_step = rollout.trajectory.unmask_step
+        noise = rollout.view_noise(update).uniform(self.num_views // 2)
+        return split_at_steps(unmask_step, draw_taken(noise, unmask_step, rollout.sampling.denoising_steps))
+
+    def estimate(self, logps: torch.Tensor, views: ScoredViews) -> torch.Tensor:
+        """Mean over the drawn steps of Σ log p: a surrogate, which is no likelihood and bounds none."""
+        return logps.sum((1, 2)) / (self.num_views // 2)
+
+    def scored_share(self, length: int) -> float:
+        return 0.5
 
 
 @dataclass

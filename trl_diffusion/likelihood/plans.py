@@ -269,6 +269,41 @@ def trajectory_groups(unmask_step: torch.Tensor, num_steps: int, shrink: int) ->
     return NoisePlan(masked, targets, masked.float().mean(-1))
 
 
+def draw_taken(noise: torch.Tensor, unmask_step: torch.Tensor, num_steps: int) -> torch.Tensor:
+    """Draw denoising steps uniformly among those that a completion took.
+
+    Args:
+        noise: uniform [B, K].
+        unmask_step: int [B, L], -1 where nothing was sampled.
+        num_steps: S.
+
+    Returns:
+        Long [B, K]; S − 1 for a completion that took none.
+    """
+    taken = taken_steps(unmask_step, num_steps)
+    number = (noise * taken.sum(1, keepdim=True)).long()
+    return torch.searchsorted(taken.cumsum(1), number + 1).clamp(max=num_steps - 1)
+
+
+def split_at_steps(unmask_step: torch.Tensor, steps: torch.Tensor) -> NoisePlan:
+    """Score each token once for each step τ, in one of two views (DiFFPO, 2510.02212).
+
+    The first view masks the whole canvas and scores the tokens that were written before τ. The second is the canvas
+    before τ and scores all others, which are the tokens that are masked there.
+
+    Args:
+        unmask_step: int [B, L], -1 where nothing was sampled.
+        steps: long [B, K], τ.
+
+    Returns:
+        A plan with 2 K views.
+    """
+    unmask_step, steps = unmask_step.unsqueeze(1), steps.unsqueeze(-1)
+    written = (unmask_step >= 0) & (unmask_step < steps)
+    masked = _in_pairs(torch.ones_like(written), ~written)
+    return NoisePlan(masked, _in_pairs(written, ~written), masked.float().mean(-1))
+
+
 def block_steps(unmask_step: torch.Tensor, steps_per_block: int, shrink: int) -> NoisePlan:
     """Replay all blocks at once, for block-causal attention (2509.06949, 2512.22234).
 

@@ -62,6 +62,7 @@ class RolloutEngine:
         config: SamplingConfig,
         generators: Sequence[np.random.Generator],
         state: CanvasState | None = None,
+        bounds: torch.Tensor | None = None,
     ) -> Trajectory:
         """Write canvases; see `trl_diffusion.sampling.sample`.
 
@@ -72,9 +73,12 @@ class RolloutEngine:
             config: how.
             generators: a private stream for every row.
             state: partly denoised canvases to continue; all masked if not given.
+            bounds: float [B], an entropy bound for each row; that of the config if not given.
         """
         together = self._any_process if self.sharded else None
-        return sample(model, prompt_ids, prompt_mask, config, generators, any_process=together, state=state)
+        return sample(
+            model, prompt_ids, prompt_mask, config, generators, any_process=together, state=state, bounds=bounds
+        )
 
     def _any_process(self, here: bool) -> bool:
         return bool(self.accelerator.gather(torch.tensor([here], device=self.accelerator.device)).any())

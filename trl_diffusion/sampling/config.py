@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+
 from trl_diffusion.family import DiffusionFamily
 from trl_diffusion.sampling.unmasking import RULES
 from trl_diffusion.validation import at_least, one_of
@@ -179,6 +181,26 @@ class SamplingConfig:
             raise ValueError(
                 f"{family.name} writes blocks of {block} tokens, those of its attention; got block_length="
                 f"{self.block_length}. Set block_length={block}."
+            )
+
+    def check_bounds(self, bounds: torch.Tensor | None, batch: int) -> None:
+        """Check that rows can have bounds of their own.
+
+        Args:
+            bounds: float [B], or `None`.
+            batch: B.
+
+        Raises:
+            ValueError: if there is not one for each row, one is negative, or there is no `entropy_bound` to replace.
+        """
+        if bounds is None:
+            return
+        if self.entropy_bound is None:
+            raise ValueError("A bound for each row takes the place of entropy_bound, which is not set: set it.")
+        if bounds.shape != (batch,) or not (bounds >= 0).all():
+            raise ValueError(
+                f"bounds must be {batch} numbers of at least 0 nats, one for each prompt; got shape "
+                f"{tuple(bounds.shape)} and values {bounds.flatten()[:4].tolist()}."
             )
 
     def cache_for(self, family: DiffusionFamily) -> str:

@@ -40,6 +40,7 @@ def sample(
     state: CanvasState | None = None,
     end_token_ids: Sequence[int] = (),
     observer: Observer | None = None,
+    bounds: torch.Tensor | None = None,
 ) -> Trajectory:
     """Draw one completion per prompt, block by block, and record its trajectory.
 
@@ -60,6 +61,7 @@ def sample(
             costs no forward.
         end_token_ids: ids that end a text, in addition to those of the family.
         observer: called with the tokens of each denoising step, for example to show them. It changes no draw.
+        bounds: float [B], an entropy bound for each row in place of `entropy_bound`, which must be set.
 
     Returns:
         The trajectory, on the device of `input_ids`.
@@ -83,6 +85,7 @@ def sample(
         state = CanvasState.empty(batch, config.canvas_length, family.mask_token_id, input_ids.device)
     state.check_shape(batch, config.canvas_length)
     config.check_family(family)
+    config.check_bounds(bounds, batch)
     if batch:
         check_fits(model, max(lengths), int(state.length.max()), "this batch")
     # Where processes share the weights, all must run the same number of forwards, so their rows stay together.
@@ -105,6 +108,7 @@ def sample(
                 CanvasState(state.canvas[rows], state.length[rows]),
                 any_process,
                 None if observer is None else partial(_report, observer, rows),
+                None if bounds is None else bounds[rows].double(),
             )
             rollout.write()
             parts.append(rollout.trajectory())
@@ -156,8 +160,10 @@ class _Rollout:
         state: CanvasState,
         any_process: Callable[[bool], bool] | None,
         observer: Observer | None,
+        bounds: torch.Tensor | None,
     ):
         self.family, self.config, self.any_process, self.observer = family, config, any_process, observer
+        self.bounds = bounds
         self.rule = RULES[config.unmasking]
         self.canvas, self.length = state.canvas.clone(), state.length
         self.block, unfinished = state.next_block(family, config.block_length)
@@ -287,7 +293,7 @@ class _Rollout:
                 min_commits,
                 order_noise=self.order_noise[rows, self.block[rows]].gather(1, offsets),
                 logits=logits,
-                bound=self.config.parallel_bound,
+                bound=self.config.parallel_bound if self.bounds is None else self.bounds[rows].unsqueeze(1),
                 leftmost=self.config.fallback == "leftmost",
                 position_noise=self._position_noise(rows, step, offsets),
                 position_temperature=self.config.position_temperature,

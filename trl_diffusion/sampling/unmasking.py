@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -46,7 +46,8 @@ class Candidates:
         min_commits: long [R], tokens that each row must commit at this step.
         order_noise: float64 [R, m], uniform; the same at every step of a block.
         logits: float32 [R, m, V]; `None` if the rule does not read them and no signals are recorded.
-        bound: value of the setting that `Rule.parallel` names; `None` if it is not set.
+        bound: value of the setting that `Rule.parallel` names, or float64 [R, 1] with one for each row (`entropy`
+            alone); `None` if it is not set.
         position_noise: float64 [R, m], uniform and new at every step; `None` unless the rule draws positions.
         position_temperature: divides the scores that positions are drawn by.
         leftmost: where fewer positions reach the bound than must commit, the leftmost ones fill up, and not those that
@@ -58,7 +59,7 @@ class Candidates:
     min_commits: torch.Tensor
     order_noise: torch.Tensor
     logits: torch.Tensor | None
-    bound: float | None
+    bound: float | torch.Tensor | None
     leftmost: bool
     position_noise: torch.Tensor | None
     position_temperature: float
@@ -179,7 +180,7 @@ RULES: dict[str, Rule] = {
 def _most_certain(
     candidates: Candidates,
     certainty: torch.Tensor,
-    count: Callable[[torch.Tensor, float], torch.Tensor] | None = None,
+    count: Callable[[torch.Tensor, Any], torch.Tensor] | None = None,
 ) -> Choice:
     """Choose the candidates of largest certainty [R, m].
 
@@ -203,8 +204,11 @@ def _most_certain(
     return Choice(slots[:, : int(counts.max())], counts, forced=reached < candidates.min_commits)
 
 
-def _within_entropy(certainty: torch.Tensor, bound: float) -> torch.Tensor:
-    """Count the positions [R] whose entropies, all but the largest, add up to at most the bound in nats."""
+def _within_entropy(certainty: torch.Tensor, bound: float | torch.Tensor) -> torch.Tensor:
+    """Count the positions [R] whose entropies, all but the largest, add up to at most the bound in nats.
+
+    The bound is a number, or [R, 1].
+    """
     # Entropies are in ascending order, so the sum of all but the largest is the sum of those before it.
     exists = certainty > -torch.inf
     before = sum_before((-certainty).masked_fill(~exists, 0.0), _NATS)

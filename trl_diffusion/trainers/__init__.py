@@ -6,6 +6,7 @@ from trl_diffusion.trainers.base.config import DiffusionGRPOConfig
 from trl_diffusion.trainers.base.trainer import DiffusionGRPOTrainer
 from trl_diffusion.trainers.coupled_grpo import CoupledGRPOConfig, CoupledGRPOTrainer
 from trl_diffusion.trainers.daca import DACAConfig, DACATrainer
+from trl_diffusion.trainers.diffpo import DiFFPOConfig, DiFFPOTrainer
 from trl_diffusion.trainers.diffu_grpo import DiffuGRPOConfig, DiffuGRPOTrainer
 from trl_diffusion.trainers.dipo import DiPOConfig, DiPOTrainer
 from trl_diffusion.trainers.dmpo import DMPOConfig, DMPOTrainer
@@ -53,6 +54,7 @@ METHODS: dict[str, type[DiffusionGRPOTrainer]] = {
     "egspo": EGSPOTrainer,
     "step_rs": StepRSTrainer,
     "daca": DACATrainer,
+    "diffpo": DiFFPOTrainer,
 }
 
 __all__ = [
@@ -67,6 +69,8 @@ __all__ = [
     "DACATrainer",
     "DMPOConfig",
     "DMPOTrainer",
+    "DiFFPOConfig",
+    "DiFFPOTrainer",
     "DiPOConfig",
     "DiPOTrainer",
     "DiffuGRPOConfig",

@@ -69,6 +69,11 @@ class Choices:
                 f"{describe(credit)} weighs single tokens, which needs a loss that is a sum over tokens: TokenRatio "
                 f"with a loss_type other than 'vespo'. Got {named}."
             )
+        if likelihood.weighs_tokens and not isinstance(loss, TokenRatio):
+            raise ValueError(
+                f"{describe(likelihood)} weighs single tokens, which needs the loss TokenRatio; got {describe(loss)}. "
+                "Set cap=None for no weights."
+            )
         return cls(credit, likelihood, loss)
 
     @property

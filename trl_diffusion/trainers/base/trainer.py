@@ -341,7 +341,8 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
         generators = row_generators(self.args.seed, purpose, self._rollouts[mode], rows=rows.tolist())
         start, engine = time.perf_counter(), self._engine()
         with profiling_context(self, "diffusion.sample"), engine.policy() as model:
-            trajectory = engine.sample(model, prompts, mask, self.args.sampling_config(), generators)
+            bounds = self.bounds(model, prompts, mask)
+            trajectory = engine.sample(model, prompts, mask, self.args.sampling_config(), generators, bounds=bounds)
         self._trajectory = trajectory
         figures = RolloutFigures.of(trajectory, self.family, self.accelerator, time.perf_counter() - start)
         self.meter.add(mode, figures.metrics)
@@ -350,6 +351,10 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
         lengths = self.family.effective_length(trajectory.completion_ids).tolist()
         completions = [ids[:n] for ids, n in zip(trajectory.completion_ids.tolist(), lengths, strict=True)]
         return completions, None
+
+    def bounds(self, model: Any, prompt_ids: torch.Tensor, prompt_mask: torch.Tensor) -> torch.Tensor | None:
+        """Return an entropy bound for each completion, float [B]; `None` where the setting `entropy_bound` is all."""
+        return None
 
     def _tokenize_prompts(self, prompts):
         # TRL would close a last assistant message, which is the beginning of the answer
