@@ -5,12 +5,13 @@ WORKERS ?= 2
 # DeepSpeed looks for ninja on the PATH when it compiles an operator.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help demo fast test test-all test-lowest lint docs
+.PHONY: help demo fast test test-all test-release test-lowest lint docs
 help:
 	@echo "make demo   train the embedded model with AGRPO; ARGS=\"--seed 1\" is passed to the recipe"
 	@echo "make fast   run the quick tests; ARGS=\"-k sampling\" is passed to pytest, here and below"
 	@echo "make test   run the tests, WORKERS=2 files at a time"
 	@echo "make test-all   run the thorough ones too: further backends, and the commands of the documentation"
+	@echo "make test-release   run those that are left: more backends, killed runs and benchmarks, minutes each"
 	@echo "make test-lowest   run the tests of \"make fast\" on the lowest versions that pyproject.toml admits, in .venv-lowest"
 	@echo "make lint   check style, formatting and types"
 	@echo "make docs   build the documentation into site/"
@@ -30,9 +31,13 @@ test: .venv/installed-dev
 	$(PYTEST) -m "not thorough" $(ARGS)
 
 test-all: .venv/installed-dev
-	$(PYTEST) $(ARGS)
+	$(PYTEST) -m "not release" $(ARGS)
 
-# Run by hand, before a release. Programs that tests start (accelerate, ninja) must come from the same environment.
+# Run by hand, before a release, as the next one.
+test-release: .venv/installed-dev
+	$(PYTEST) -m release $(ARGS)
+
+# Programs that tests start (accelerate, ninja) must come from the same environment.
 test-lowest: .venv-lowest/installed
 	PATH="$(CURDIR)/.venv-lowest/bin:$$PATH" OMP_NUM_THREADS=1 .venv-lowest/bin/pytest --numprocesses $(WORKERS) \
 		--dist loadfile -m "not slow and not thorough" $(ARGS)

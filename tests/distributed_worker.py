@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import gc
+import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -471,3 +473,5 @@ def fault(kind: str | None, trainer) -> Iterator[None]:
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    os._exit(0)  # everything is written; gloo's threads can abort an interpreter that ends in its own time

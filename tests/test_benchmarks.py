@@ -261,6 +261,7 @@ def test_scoring_benchmark(monkeypatch, tmp_path):
 
 
 @pytest.mark.thorough
+@pytest.mark.release
 def test_update_benchmark(monkeypatch, tmp_path):
     results = run(update, monkeypatch, tmp_path, *SAMPLING, "--views", "3", "--iterations", "2")
     agrpo, diffu = results["tiny_AGRPO"], results["tiny_diffu-GRPO"]

@@ -113,6 +113,7 @@ def test_arms_differ_in_one_thing():
 
 @pytest.mark.slow
 @pytest.mark.thorough
+@pytest.mark.release
 def test_a_second_start_does_only_what_is_missing(tmp_path):
     def compare(*arguments: str, fails: bool = False) -> str:
         command = [sys.executable, "recipes/benchmarks/compare_methods.py", "--output_dir", str(tmp_path)]

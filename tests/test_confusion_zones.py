@@ -376,6 +376,7 @@ def test_the_image_goes_to_the_trackers_that_the_run_reports_to(tmp_path, monkey
 
 @pytest.mark.slow
 @pytest.mark.thorough
+@pytest.mark.release
 def test_two_processes_draw_the_completions_of_both(tmp_path):
     checkpoint = tmp_path / "model"
     tiny_model(seed=3).save_pretrained(checkpoint)

@@ -40,6 +40,7 @@ SEVERAL = [backend for backend in BACKENDS if backend != "single"]
 SHARDED = [backend for backend in EVERY if BACKENDS[backend].stage == 3 or backend == "fsdp2"]
 # `make test` leaves these out: they differ from ZeRO-3 or DDP in where state lies, or run more methods.
 THOROUGH = ("zero1", "zero2", "zero2_offload", "zero3_methods", "zero3_offload", "fsdp2")
+RELEASE = ("zero1", "zero2_offload", "zero3_offload")  # and CI these of them
 EQUAL = (
     *("completion_ids", "completion_mask", "unmask_step", "view_steps"),
     *("masked", "targets", "prompt_masked", "global_row"),
@@ -51,7 +52,8 @@ pytestmark = pytest.mark.slow
 
 def run_of(backend: str, *case: str) -> Any:
     """Parameters of a test on a backend."""
-    return pytest.param(backend, *case, marks=[pytest.mark.thorough] if backend in THOROUGH else [])
+    marks = [pytest.mark.thorough] * (backend in THOROUGH) + [pytest.mark.release] * (backend in RELEASE)
+    return pytest.param(backend, *case, marks=marks)
 
 
 def on(backends: Iterable[str]) -> pytest.MarkDecorator:

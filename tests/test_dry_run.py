@@ -394,6 +394,7 @@ def test_a_dry_run_of_a_recipe_neither_samples_nor_trains(name, tmp_path, monkey
 
 
 @pytest.mark.thorough
+@pytest.mark.release
 def test_a_dry_run_on_two_processes_reports_once_and_exits_with_0(tmp_path):
     command = [*accelerate_launch("cpu_ddp"), "recipes/gsm8k_agrpo.py", "--dry_run", "--output_dir", str(tmp_path)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}

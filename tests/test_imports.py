@@ -110,8 +110,8 @@ def test_extras_are_not_needed():
     assert found.returncode == 0, found.stderr[-2000:]
 
 
-def run_python(code: str) -> str:
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+def run_python(code: str, *arguments: str) -> str:
+    found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
     assert found.returncode == 0, found.stderr[-2000:]
     return found.stdout
 
@@ -127,22 +127,33 @@ def test_importing_the_package_and_its_tasks_loads_no_model_code_and_no_trainer(
 
 
 CHECKPOINT, SDAR = (str(PACKAGE / "models" / name) for name in ("embedded", "embedded_sdar"))
-AUTO = "import trl_diffusion\nfrom transformers import "
+# Each in a copy of a process that has loaded nothing of the package but itself, so that none helps the next.
+IN_COPIES = """
+import os, sys
+import trl_diffusion
+from transformers import AutoConfig, AutoModelForCausalLM
+assert "trl_diffusion.models" not in sys.modules
+for code in sys.argv[1:]:
+    if (pid := os.fork()) == 0:
+        exec(code)
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0, code
+"""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("code", "expected"),
-    [
-        (f"{AUTO}AutoModelForCausalLM as Auto; print(Auto.from_pretrained({CHECKPOINT!r}))", "LLaDAModelLM("),
-        (f"{AUTO}AutoModelForCausalLM as Auto; print(Auto.from_pretrained({SDAR!r}))", "SDARForCausalLM("),
-        (f"{AUTO}AutoConfig as Auto; print(Auto.from_pretrained({CHECKPOINT!r}))", "LLaDAConfig {"),
-        (f"{AUTO}AutoConfig as Auto; print(Auto.for_model('Dream', hidden_size=8))", '"hidden_size": 8'),
-        ("import trl_diffusion; print(trl_diffusion.models.LLaDAConfig)", "trl_diffusion.models.llada"),
-    ],
-)
-def test_after_it_the_auto_classes_load_our_checkpoints(code, expected):
-    assert expected in run_python(code)
+def test_after_it_the_auto_classes_load_our_checkpoints():
+    expected = {
+        f"print(AutoModelForCausalLM.from_pretrained({CHECKPOINT!r}))": "LLaDAModelLM(",
+        f"print(AutoModelForCausalLM.from_pretrained({SDAR!r}))": "SDARForCausalLM(",
+        f"print(AutoConfig.from_pretrained({CHECKPOINT!r}))": "LLaDAConfig {",
+        "print(AutoConfig.for_model('Dream', hidden_size=8))": '"hidden_size": 8',
+        "print(trl_diffusion.models.LLaDAConfig)": "trl_diffusion.models.llada",
+    }
+    found = run_python(IN_COPIES, *expected)
+    for words in expected.values():
+        assert words in found
 
 
 @pytest.mark.slow

@@ -30,6 +30,8 @@ GSM8K = ROOT.parent / "shared" / "data" / "gsm8k_train_first1000.jsonl"
 CONFIGS = ROOT / "trl_diffusion" / "configs"
 QUICK = ["--max_steps", "2", "--eval_size", "8", "--logging_steps", "1", "--num_mc_samples", "2"]
 
+BY_HAND = [pytest.mark.thorough, pytest.mark.release]
+
 pytestmark = pytest.mark.slow
 
 
@@ -100,7 +102,7 @@ def test_other_methods_train_the_embedded_model(recipe, paper, arguments, tmp_pa
             "countdown_sapo",
             "cpu_zero3",
             ["--ds3_gather_for_generation", "false"],
-            marks=pytest.mark.thorough,
+            marks=pytest.mark.release,
         ),
     ],
 )
@@ -147,8 +149,8 @@ def test_lora_saves_an_adapter(tmp_path, monkeypatch, capsys):
     ("recipe", "weights", "backend", "dry_run"),
     [
         ("gsm8k_agrpo", "lora", "cpu_zero3", False),
-        pytest.param("gsm8k_agrpo", "full", "cpu_zero2_offload", True, marks=pytest.mark.thorough),
-        pytest.param("gsm8k_diffu_grpo", "lora", "cpu_ddp", False, marks=pytest.mark.thorough),
+        pytest.param("gsm8k_agrpo", "full", "cpu_zero2_offload", True, marks=BY_HAND),
+        pytest.param("gsm8k_diffu_grpo", "lora", "cpu_ddp", False, marks=BY_HAND),
     ],
 )
 def test_recipes_start_as_a_user_starts_them(recipe, weights, backend, dry_run, tmp_path):
@@ -417,6 +419,7 @@ def test_without_a_known_method_the_names_are_listed(arguments, problem):
 
 
 @pytest.mark.thorough
+@pytest.mark.release
 def test_memory_benchmark_runs():
     command = ["recipes/benchmarks/memory.py", "--views", "1", "2", "--updates", "1", "--vocabulary", "600"]
     command += ["--hidden", "32", "--layers", "1", "--canvas", "16"]

@@ -38,6 +38,8 @@ TIMEOUT = 600
 
 # ---------------------------------------------------------------- killed processes
 
+ZERO_STAGES = [pytest.param(2, marks=pytest.mark.release), 3]
+
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
@@ -82,7 +84,7 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(case, killed):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("zero", ZERO_STAGES)
 def test_a_run_on_two_processes_whose_ranks_are_killed(zero, killed):
     resumed, whole, output = outcome(killed, "agrpo on two processes", zero)
     assert "checkpoint-6: it has no manifest" in output
@@ -95,7 +97,7 @@ def test_a_run_on_two_processes_whose_ranks_are_killed(zero, killed):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("zero", ZERO_STAGES)
 def test_other_rates_take_effect_under_deepspeed(zero, killed):
     resumed, whole, output = outcome(killed, "other rates on two processes", zero)
     assert "`learning_rate` was 0.02 and is 0.1; `lr_scheduler_type` was cosine and is linear" in output

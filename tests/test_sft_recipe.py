@@ -151,6 +151,7 @@ def test_a_dry_run_prints_the_report_alone(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.thorough
+@pytest.mark.release
 def test_two_processes_train_like_one(tmp_path):
     weights = []
     for config, size in (("single_gpu", "16"), ("cpu_ddp", "8")):
