@@ -206,6 +206,13 @@ def cases() -> dict[str, Case]:
             backends=EVERY,
             resume=True,
         ),
+        # The bounds of a rollout follow from what the policy has learnt from all rows of the ones before.
+        "learnt bound": Case(
+            method_named("diffpo"),
+            three_updates | {"learn_bound": True, "unmasking": "entropy", "entropy_bound": 0.2},
+            rows=12,
+            backends=("single", "ddp", "zero2"),
+        ),
         "fault: local rows": Case(agrpo, one_batch, rows=16, backends=("single", "ddp"), fault="local rows"),
         "fault: step per view": Case(agrpo, three_updates, backends=("zero2",), fault="step per view"),
     }

@@ -251,3 +251,10 @@ def test_continuations_without_the_bound_are_refused(tmp_path):
     probed = replace(DIFFPO, wrap=method_named("sapo").wrap)
     with pytest.raises(ValueError, match="learn_bound=True does not go with a StepAwareReward"):
         probed.make(tmp_path, **LEARNT)
+
+
+def test_sharded_weights_are_refused(tmp_path):
+    trainer = DIFFPO.make(tmp_path, **LEARNT)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="needs whole weights on every process: it works with DDP and ZeRO-1 and 2"):
+        trainer._set_up_rollouts()
