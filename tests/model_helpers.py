@@ -165,7 +165,60 @@ SDAR_CONFIG = {
     "use_sliding_window": False,
     "vocab_size": VOCABULARY,
 }
-HUB_CONFIGS = {"llada": LLADA_CONFIG, "dream": DREAM_CONFIG, "sdar": SDAR_CONFIG}
+# config.json of dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1 with other sizes, and with the keys that it leaves out
+# (`block_size`, `mask_token_id`); its embeddings are tied
+A2D_QWEN3_CONFIG = {
+    "architectures": ["A2DQwen3LMHeadModel"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "auto_map": {
+        "AutoConfig": "modeling_qwen3.A2DQwen3Config",
+        "AutoModel": "modeling_qwen3.A2DQwen3Model",
+        "AutoModelForMaskedLM": "modeling_qwen3.A2DQwen3LMHeadModel",
+    },
+    "block_size": 0,
+    "bos_token_id": EOS,
+    "eos_token_id": EOS,
+    "head_dim": 8,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "initializer_range": 0.02,
+    "intermediate_size": 48,
+    "mask_token_id": MASK,
+    "max_position_embeddings": 128,
+    "max_window_layers": 3,
+    "model_type": "a2d-qwen3",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "transformers_version": "4.57.0",
+    "use_cache": False,
+    "use_sliding_window": False,
+    "vocab_size": VOCABULARY,
+}
+A2D_QWEN2_CONFIG = {
+    **{key: value for key, value in A2D_QWEN3_CONFIG.items() if key not in ("attention_bias", "head_dim")},
+    "architectures": ["A2DQwen2LMHeadModel"],
+    "auto_map": {
+        "AutoConfig": "modeling_qwen2.A2DQwen2Config",
+        "AutoModel": "modeling_qwen2.A2DQwen2Model",
+        "AutoModelForMaskedLM": "modeling_qwen2.A2DQwen2LMHeadModel",
+    },
+    "model_type": "a2d-qwen2",
+}
+HUB_CONFIGS = {
+    "llada": LLADA_CONFIG,
+    "dream": DREAM_CONFIG,
+    "sdar": SDAR_CONFIG,
+    "a2d-qwen3": A2D_QWEN3_CONFIG,
+    "a2d-qwen2": A2D_QWEN2_CONFIG,
+}
 
 # hub → stock, written independently of trl_diffusion.models.llada
 LLADA_TO_LLAMA = {
@@ -188,6 +241,8 @@ def stock_model(family: str, tied: bool = False, **kwargs) -> PreTrainedModel:
         "llada": (LlamaConfig, LlamaForCausalLM),
         "dream": (Qwen2Config, Qwen2ForCausalLM),
         "sdar": (Qwen3Config, Qwen3ForCausalLM),
+        "a2d-qwen3": (Qwen3Config, Qwen3ForCausalLM),
+        "a2d-qwen2": (Qwen2Config, Qwen2ForCausalLM),
     }[family]
     config = config_class(
         vocab_size=VOCABULARY,

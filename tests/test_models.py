@@ -39,11 +39,10 @@ from trl.trainer.utils import create_model_from_path
 
 from trl_diffusion.adapters.coverage import LoraCoverage, coverage_table, lora_coverage
 from trl_diffusion.models import (
-    DreamConfig,
+    A2DQwen2LMHeadModel,
+    A2DQwen3LMHeadModel,
     DreamModel,
-    LLaDAConfig,
     LLaDAModelLM,
-    SDARConfig,
     SDARForCausalLM,
     family_of,
     score_targets,
@@ -51,10 +50,16 @@ from trl_diffusion.models import (
 from trl_diffusion.models.llada import native_weight_name
 from trl_diffusion.models.scoring_head import ScoringHead
 
-CLASSES = {"llada": LLaDAModelLM, "dream": DreamModel, "sdar": SDARForCausalLM}
-CONFIGS = {"llada": LLaDAConfig, "dream": DreamConfig, "sdar": SDARConfig}
+CLASSES = {
+    "llada": LLaDAModelLM,
+    "dream": DreamModel,
+    "sdar": SDARForCausalLM,
+    "a2d-qwen3": A2DQwen3LMHeadModel,
+    "a2d-qwen2": A2DQwen2LMHeadModel,
+}
+CONFIGS = {family: model_class.config_class for family, model_class in CLASSES.items()}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-families = pytest.mark.parametrize("family", ["llada", "dream", "sdar"])
+families = pytest.mark.parametrize("family", list(CLASSES))
 
 
 @pytest.fixture
@@ -155,7 +160,7 @@ def test_logits_equal_those_of_the_stock_class(load, ids, family, attention, pad
     assert (logits - stock(input_ids=ids, attention_mask=seen).logits).abs().max() == 0.0
 
 
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "a2d-qwen2"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_attention_is_bidirectional(load, ids, family, attention, padded):
@@ -399,6 +404,40 @@ def test_deepcopy_and_pickle(load, ids, family):
             (8_190_735_360, 128),
             (151669, 151670, (151643, 151645), 151643, 0, 4),
         ),
+        (
+            "a2d-qwen3",
+            {
+                "hidden_size": 1024,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 16,
+                "num_key_value_heads": 8,
+                "head_dim": 128,
+                "intermediate_size": 3072,
+                "vocab_size": 151936,
+                "tie_word_embeddings": True,
+                "eos_token_id": 151645,
+                "mask_token_id": 151669,
+                "block_size": 32,
+            },
+            (596_049_920, 128),
+            (151669, 151670, (151643, 151645), 151643, 0, 32),
+        ),
+        (
+            "a2d-qwen2",
+            {
+                "hidden_size": 896,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 14,
+                "num_key_value_heads": 2,
+                "intermediate_size": 4864,
+                "vocab_size": 151936,
+                "tie_word_embeddings": True,
+                "eos_token_id": 151645,
+                "mask_token_id": 151665,
+            },
+            (494_032_768, 64),
+            (151665, 151666, (151643, 151645), 151643, 0, None),
+        ),
     ],
 )
 def test_published_sizes(family, published, sizes, facts):
@@ -433,6 +472,7 @@ def test_config_without_hub_keys(tmp_path, ids, family):
         rms_norm_eps=HUB_CONFIGS[family]["rms_norm_eps"],
         rope_parameters={"rope_type": "default", "rope_theta": HUB_CONFIGS[family]["rope_theta"]},
         head_dim=16,  # twice the usual
+        **({"block_size": 0} if family.startswith("a2d") else {}),
         mask_token_id=MASK,
         eos_token_id=[EOS, 56],
         end_token_ids=[EOS, 56, 58],
@@ -894,6 +934,10 @@ def test_config_without_a_special_token_is_refused(load, family, key):
         ("sdar", {"use_sliding_window": True}, "This SDAR variant has use_sliding_window=True"),
         ("sdar", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling of type 'yarn'"),
         ("sdar", {"block_size": 0}, "block_size must be at least 1, got 0"),
+        ("a2d-qwen3", {"use_sliding_window": True}, "This a2d-qwen3 variant has use_sliding_window=True"),
+        ("a2d-qwen2", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling of type 'yarn'"),
+        ("a2d-qwen2", {"block_size": -1}, "block_size must be at least 0, got -1"),
+        ("a2d-qwen3", {"num_experts": 8}, "This a2d-qwen3 variant has num_experts=8: its MLPs are mixtures"),
     ],
 )
 def test_unsupported_variant_is_refused(tmp_path, family, keys, message):

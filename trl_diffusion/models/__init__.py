@@ -7,6 +7,10 @@ from typing import Any
 
 from trl_diffusion.distribution import score_targets
 from trl_diffusion.family import DiffusionFamily, family_of
+from trl_diffusion.models.a2d import A2DQwen2Config as A2DQwen2Config
+from trl_diffusion.models.a2d import A2DQwen2LMHeadModel as A2DQwen2LMHeadModel
+from trl_diffusion.models.a2d import A2DQwen3Config as A2DQwen3Config
+from trl_diffusion.models.a2d import A2DQwen3LMHeadModel as A2DQwen3LMHeadModel
 from trl_diffusion.models.diffusion_lm import DiffusionLM, DiffusionLMOutput
 from trl_diffusion.models.dream import DreamConfig as DreamConfig
 from trl_diffusion.models.dream import DreamModel as DreamModel

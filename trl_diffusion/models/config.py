@@ -38,8 +38,8 @@ class DiffusionConfigMixin:
 
     Args:
         mask_token_id: id of the mask token.
-        end_token_ids: ids that end a text. If not given, those of the family's published vocabulary where the size
-            is that one's, else `eos_token_id`.
+        end_token_ids: ids that end a text; the first one fills the canvas behind it. If not given, those of the
+            family's published vocabulary where the size is that one's, else `eos_token_id`.
         num_tokens: number of ids that have a token; rows of the embedding from there on are never sampled.
         is_causal: `False` turns off the causal mask of the stock class.
         auto_map: remote code of the checkpoint, which is not used.

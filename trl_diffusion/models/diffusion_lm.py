@@ -115,15 +115,16 @@ class DiffusionLM(HasFamily, WholeWeights):
             if getattr(config, key) is None:
                 raise ValueError(
                     f"The {type(config).__name__} of this model has no `{key}`; a diffusion language model needs it. "
-                    f"Set it in config.json or with `model.config.{key} = …`."
+                    f"Set it in config.json, as an argument of from_pretrained, or with `model.config.{key} = …`."
                 )
         eos = config.eos_token_id if isinstance(config.eos_token_id, (list, tuple)) else [config.eos_token_id]
+        ends = tuple(config.end_token_ids or eos)
         return DiffusionFamily(
             name=config.model_type,
             mask_token_id=config.mask_token_id,
             num_tokens=config.num_tokens,
-            end_token_ids=tuple(config.end_token_ids or eos),
-            tail_token_id=eos[0],
+            end_token_ids=ends,
+            tail_token_id=ends[0],
             logit_shift=self.logit_shift,
             attention_block=self.attention_block,
         )

@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from trl_diffusion.models.a2d import A2DQwen2Config, A2DQwen3Config
 from trl_diffusion.models.dream import DreamConfig
 from trl_diffusion.models.llada import LLaDAConfig
 from trl_diffusion.models.sdar import SDARConfig
@@ -53,6 +54,37 @@ _SDAR_8B: dict[str, Any] = {
     "eos_token_id": 151643,
     "block_size": 4,
 }
+# Qwen3-0.6B's config; the mask token is the next free id of its tokenizer, as A2D's training adds it.
+_A2D_QWEN3: dict[str, Any] = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 40960,
+    "vocab_size": 151936,
+    "rope_theta": 1000000.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "eos_token_id": 151645,
+    "mask_token_id": 151669,
+}
+# Qwen2.5-Coder-0.5B's
+_A2D_QWEN2: dict[str, Any] = {
+    "hidden_size": 896,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 32768,
+    "vocab_size": 151936,
+    "rope_theta": 1000000.0,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "eos_token_id": 151645,
+    "mask_token_id": 151665,
+}
 # Checkpoints on the Hub: the config class and the sizes of each.
 PUBLISHED: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "GSAI-ML/LLaDA-8B-Base": (LLaDAConfig, _LLADA_8B),
@@ -61,6 +93,10 @@ PUBLISHED: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "Dream-org/Dream-v0-Base-7B": (DreamConfig, _DREAM_7B),
     "Dream-org/Dream-v0-Instruct-7B": (DreamConfig, _DREAM_7B),
     "JetLM/SDAR-8B-Chat": (SDARConfig, _SDAR_8B),
+    "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1": (A2DQwen3Config, _A2D_QWEN3 | {"block_size": 0}),
+    "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1": (A2DQwen3Config, _A2D_QWEN3 | {"block_size": 32}),
+    "dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion-mdlm-v0.1": (A2DQwen2Config, _A2D_QWEN2 | {"block_size": 0}),
+    "dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion-bd3lm-v0.1": (A2DQwen2Config, _A2D_QWEN2 | {"block_size": 32}),
 }
 
 
