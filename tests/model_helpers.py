@@ -16,6 +16,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 VOCABULARY, NUM_TOKENS, MASK, EOS = 64, 60, 57, 55
@@ -212,12 +214,79 @@ A2D_QWEN2_CONFIG = {
     },
     "model_type": "a2d-qwen2",
 }
+# config.json of inclusionAI/LLaDA-MoE-7B-A1B-Instruct with other sizes; its first layer is dense here
+LLADA_MOE_CONFIG = {
+    "architectures": ["LLaDAMoEModelLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "auto_map": {
+        "AutoConfig": "configuration_lladamoe.LLaDAConfig",
+        "AutoModel": "modeling_lladamoe.LLaDAMoEModel",
+        "AutoModelForCausalLM": "modeling_lladamoe.LLaDAMoEModelLM",
+    },
+    "dense_intermediate_size": 48,
+    "eos_token_id": EOS,
+    "expert_intermediate_size": 16,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "initializer_range": 0.02,
+    "mask_token_id": MASK,
+    "max_position_embeddings": 128,
+    "model_type": "llada",
+    "moe_layer_freq": [0, 1, 1],
+    "moe_router_enable_expert_bias": None,
+    "moe_router_score_function": None,
+    "norm_topk_prob": None,
+    "num_attention_heads": 4,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "output_router_logits": False,
+    "pad_token_id": EOS,
+    "partial_rotary_factor": 1,
+    "qk_layernorm": True,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 50000,
+    "routed_scaling_factor": 1,
+    "router_aux_loss_coef": 0.01,
+    "shared_expert_intermediate_size": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "transformers_version": "4.53.2",
+    "use_cache": False,
+    "vocab_size": VOCABULARY,
+}
+# config.json of JetLM/SDAR-30B-A3B-Chat with other sizes; its first layer is dense here
+SDAR_MOE_CONFIG = {
+    **{key: value for key, value in SDAR_CONFIG.items() if not key.startswith(("ep_", "fuse_", "micro_", "skip_"))},
+    "architectures": ["SDARMoeForCausalLM"],
+    "auto_map": {
+        "AutoConfig": "configuration_sdar_moe.SDARMoeConfig",
+        "AutoModel": "modeling_sdar_moe.SDARMoeModel",
+        "AutoModelForCausalLM": "modeling_sdar_moe.SDARMoeForCausalLM",
+    },
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [0],
+    "model_type": "sdar_moe",
+    "moe_intermediate_size": 16,
+    "norm_topk_prob": True,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+}
+MIXTURES = ("lladamoe", "sdar_moe")
+BLOCK_CAUSAL = ("sdar", "sdar_moe")
 HUB_CONFIGS = {
     "llada": LLADA_CONFIG,
     "dream": DREAM_CONFIG,
     "sdar": SDAR_CONFIG,
     "a2d-qwen3": A2D_QWEN3_CONFIG,
     "a2d-qwen2": A2D_QWEN2_CONFIG,
+    "lladamoe": LLADA_MOE_CONFIG,
+    "sdar_moe": SDAR_MOE_CONFIG,
 }
 
 # hub → stock, written independently of trl_diffusion.models.llada
@@ -243,7 +312,18 @@ def stock_model(family: str, tied: bool = False, **kwargs) -> PreTrainedModel:
         "sdar": (Qwen3Config, Qwen3ForCausalLM),
         "a2d-qwen3": (Qwen3Config, Qwen3ForCausalLM),
         "a2d-qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "lladamoe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+        "sdar_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
     }[family]
+    if family in MIXTURES:
+        kwargs = {
+            "moe_intermediate_size": 16,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "mlp_only_layers": [0],
+            "norm_topk_prob": family != "lladamoe",
+            **kwargs,
+        }
     config = config_class(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -263,8 +343,8 @@ def stock_model(family: str, tied: bool = False, **kwargs) -> PreTrainedModel:
 
 
 def stock_mask(family: str, attention_mask: torch.Tensor) -> torch.Tensor:
-    """What the stock model needs to see what the family sees: for SDAR, additive masks of blocks from column 0."""
-    if family != "sdar":
+    """What the stock model needs to see what the family sees: for blocks, additive masks of blocks from column 0."""
+    if family not in BLOCK_CAUSAL:
         return attention_mask
     columns = attention_mask.size(1)
     bias = torch.full((attention_mask.size(0), 1, columns, columns), torch.finfo(torch.float32).min)
@@ -290,6 +370,8 @@ def random_weights(family: str, tied: bool = False, seed: int = 0) -> dict[str, 
 
 def hub_names(family: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights under the names that they have on the hub."""
+    if family in MIXTURES:
+        return {hub: part for name, value in weights.items() for hub, part in single_experts(name, value).items()}
     if family != "llada":
         return weights
     names = {
@@ -301,6 +383,19 @@ def hub_names(family: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.
         for hub, llama in LLADA_TO_LLAMA.items():
             names[f"model.layers.{layer}.{llama}.weight"] = f"model.transformer.blocks.{layer}.{hub}.weight"
     return {names[name]: value for name, value in weights.items()}
+
+
+def single_experts(name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The weights of single experts, by their names on the hub, of a merged weight; of any other just itself."""
+    module, _, key = name.rpartition(".")
+    if not module.endswith("mlp.experts"):
+        return {name: value}
+    parts = {"down_proj": value} if key == "down_proj" else {"gate_proj": value[:, :16], "up_proj": value[:, 16:]}
+    return {
+        f"{module}.{number}.{part}.weight": weight.contiguous()
+        for part, weights in parts.items()
+        for number, weight in enumerate(weights)
+    }
 
 
 def write_checkpoint(

@@ -214,6 +214,8 @@ def test_sizes_of_published_checkpoints():
         "GSAI-ML/LLaDA": LLADA,
         "Dream-org": 7_615_616_512,
         "JetLM/SDAR-8B": 8_190_735_360,
+        "JetLM/SDAR-30B": 30_532_122_624,
+        "inclusionAI/LLaDA-MoE": 7_356_880_896,
         "dllm-hub/Qwen3": 596_049_920,
         "dllm-hub/Qwen2.5": 494_032_768,
     }

@@ -11,9 +11,11 @@ import torch
 from accelerate.utils import convert_outputs_to_fp32
 from datasets import Dataset
 from model_helpers import (
+    BLOCK_CAUSAL,
     EOS,
     HUB_CONFIGS,
     MASK,
+    MIXTURES,
     NUM_TOKENS,
     VOCABULARY,
     hub_names,
@@ -43,7 +45,9 @@ from trl_diffusion.models import (
     A2DQwen3LMHeadModel,
     DreamModel,
     LLaDAModelLM,
+    LLaDAMoEModelLM,
     SDARForCausalLM,
+    SDARMoeForCausalLM,
     family_of,
     score_targets,
 )
@@ -56,6 +60,8 @@ CLASSES = {
     "sdar": SDARForCausalLM,
     "a2d-qwen3": A2DQwen3LMHeadModel,
     "a2d-qwen2": A2DQwen2LMHeadModel,
+    "lladamoe": LLaDAMoEModelLM,
+    "sdar_moe": SDARMoeForCausalLM,
 }
 CONFIGS = {family: model_class.config_class for family, model_class in CLASSES.items()}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -150,7 +156,7 @@ def test_logits_equal_those_of_the_stock_class(load, ids, family, attention, pad
     mask = {None: None, "left": left_padded(ids), "right": left_padded(ids).flip(1)}[padding]
     seen = (
         mask
-        if mask is None and family != "sdar"
+        if mask is None and family not in BLOCK_CAUSAL
         else stock_mask(family, torch.ones_like(ids) if mask is None else mask)
     )
     logits = model(input_ids=ids, attention_mask=mask).logits
@@ -160,7 +166,7 @@ def test_logits_equal_those_of_the_stock_class(load, ids, family, attention, pad
     assert (logits - stock(input_ids=ids, attention_mask=seen).logits).abs().max() == 0.0
 
 
-@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "a2d-qwen2"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "a2d-qwen2", "lladamoe"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_attention_is_bidirectional(load, ids, family, attention, padded):
@@ -473,6 +479,7 @@ def test_config_without_hub_keys(tmp_path, ids, family):
         rope_parameters={"rope_type": "default", "rope_theta": HUB_CONFIGS[family]["rope_theta"]},
         head_dim=16,  # twice the usual
         **({"block_size": 0} if family.startswith("a2d") else {}),
+        **({"moe_intermediate_size": 16, "num_experts": 8} if family in MIXTURES else {}),
         mask_token_id=MASK,
         eos_token_id=[EOS, 56],
         end_token_ids=[EOS, 56, 58],
@@ -622,7 +629,12 @@ def test_lora_adapts_every_linear_layer_but_the_head(load, ids, family, tmp_path
     model = get_peft_model(
         base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     )
-    assert lora_coverage(model) == [*(LoraCoverage(name, 3, 3) for name in LINEAR), LoraCoverage("lm_head", 0, 1)]
+    mixtures = 2 if family in MIXTURES else 0  # layers whose MLPs are experts, which are no linear layers
+    assert lora_coverage(model) == [
+        *(LoraCoverage(name, count, count) for name in LINEAR for count in [3 - mixtures * (name in LINEAR[4:])]),
+        LoraCoverage("lm_head", 0, 1),
+        *(LoraCoverage(f"experts.{name}", 0, 2) for name in ("gate_up_proj", "down_proj") if mixtures),
+    ]
     assert family_of(model) == base.family
 
     mask = left_padded(ids)
@@ -937,6 +949,15 @@ def test_config_without_a_special_token_is_refused(load, family, key):
         ("a2d-qwen3", {"use_sliding_window": True}, "This a2d-qwen3 variant has use_sliding_window=True"),
         ("a2d-qwen2", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling of type 'yarn'"),
         ("a2d-qwen2", {"block_size": -1}, "block_size must be at least 0, got -1"),
+        ("lladamoe", {"qk_layernorm": False}, "This LLaDA-MoE variant has qk_layernorm=False"),
+        ("lladamoe", {"shared_expert_intermediate_size": 16}, "has shared_expert_intermediate_size=16"),
+        ("lladamoe", {"moe_router_score_function": "sigmoid"}, "has moe_router_score_function='sigmoid'"),
+        ("lladamoe", {"moe_router_enable_expert_bias": True}, "has moe_router_enable_expert_bias=True"),
+        ("lladamoe", {"partial_rotary_factor": 0.5}, "has partial_rotary_factor=0.5"),
+        ("lladamoe", {"use_sliding_window": True}, "This LLaDA-MoE variant has use_sliding_window=True"),
+        ("sdar_moe", {"shared_expert_intermediate_size": 16}, "This SDAR-MoE variant has .* or shared experts"),
+        ("sdar_moe", {"use_sliding_window": True}, "This SDAR-MoE variant has use_sliding_window=True"),
+        ("sdar", {"num_experts": 8}, "This sdar variant has num_experts=8: its MLPs are mixtures"),
         ("a2d-qwen3", {"num_experts": 8}, "This a2d-qwen3 variant has num_experts=8: its MLPs are mixtures"),
     ],
 )

@@ -17,8 +17,12 @@ from trl_diffusion.models.dream import DreamModel as DreamModel
 from trl_diffusion.models.families import FAMILIES
 from trl_diffusion.models.llada import LLaDAConfig as LLaDAConfig
 from trl_diffusion.models.llada import LLaDAModelLM as LLaDAModelLM
+from trl_diffusion.models.llada_moe import LLaDAMoEConfig as LLaDAMoEConfig
+from trl_diffusion.models.llada_moe import LLaDAMoEModelLM as LLaDAMoEModelLM
 from trl_diffusion.models.sdar import SDARConfig as SDARConfig
 from trl_diffusion.models.sdar import SDARForCausalLM as SDARForCausalLM
+from trl_diffusion.models.sdar_moe import SDARMoeConfig as SDARMoeConfig
+from trl_diffusion.models.sdar_moe import SDARMoeForCausalLM as SDARMoeForCausalLM
 from trl_diffusion.sampling.window_cache import WindowCache
 
 __all__ = [

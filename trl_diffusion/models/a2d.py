@@ -14,15 +14,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.models.qwen2 import modeling_qwen2 as qwen2
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
-from transformers.utils import cached_file
 
 from trl_diffusion.models.block_causal import check_block_attention
 from trl_diffusion.models.config import DiffusionConfigMixin, Vocabulary
 from trl_diffusion.models.diffusion_lm import DiffusionLM
 from trl_diffusion.models.families import register
+from trl_diffusion.models.from_tokenizer import TokenizerFacts
 from trl_diffusion.models.layers import DiffusionAttention, Float32Rotary, LastLayer
 from trl_diffusion.validation import at_least
 
@@ -33,12 +33,11 @@ A2D_QWEN3 = Vocabulary(
     end_token_ids=(151643, 151645),  # <|endoftext|>, <|im_end|>
 )
 A2D_QWEN2 = A2D_QWEN3._replace(num_tokens=151666)
-DOWNLOAD = ("revision", "cache_dir", "token", "local_files_only", "subfolder")  # arguments that say where files are
 
 
 @dataclass(kw_only=True, repr=False)
-class A2DConfigMixin(DiffusionConfigMixin):
-    """Adds the block size to `DiffusionConfigMixin`, and reads the mask token from the tokenizer.
+class A2DConfigMixin(TokenizerFacts, DiffusionConfigMixin):  # type: ignore[misc]  # sets its fields
+    """Adds the block size to `DiffusionConfigMixin`; the mask token is read from the tokenizer.
 
     Args:
         block_size: tokens per attention block, 0 for full attention; the checkpoints' `config.json` leaves it out.
@@ -54,35 +53,6 @@ class A2DConfigMixin(DiffusionConfigMixin):
             )
         if self.block_size is not None:
             at_least("block_size", self.block_size, 0)
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any):
-        """Read the config as transformers does, and the mask token from the tokenizer beside it."""
-        kwargs.setdefault("name_or_path", pretrained_model_name_or_path)  # as AutoConfig does
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
-        """Read the mask token from the checkpoint's tokenizer if neither `config.json` nor the caller names it."""
-        name, places = kwargs.get("name_or_path"), {key: kwargs[key] for key in DOWNLOAD if kwargs.get(key)}
-        loaded = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]  # the stock config comes next
-        config = loaded[0] if isinstance(loaded, tuple) else loaded  # with return_unused_kwargs=True
-        if config.mask_token_id is None and name and has_tokenizer(name, places):
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(name, **places)
-            config.mask_token_id = tokenizer.mask_token_id
-            if tokenizer.mask_token_id is not None and "num_tokens" not in config_dict:
-                config.num_tokens = min(len(tokenizer), config.vocab_size)
-        return loaded
-
-
-def has_tokenizer(name: str, places: dict[str, Any]) -> bool:
-    """Return whether there is a tokenizer next to a checkpoint.
-
-    Args:
-        name: of the checkpoint, on the Hub or a folder.
-        places: arguments of `from_pretrained` that say where its files are.
-    """
-    return cached_file(name, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **places) is not None
 
 
 class A2DQwen3Config(A2DConfigMixin, Qwen3Config):  # type: ignore[misc]  # `from_pretrained`

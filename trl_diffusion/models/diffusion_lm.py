@@ -51,6 +51,7 @@ class DiffusionLM(HasFamily, WholeWeights):
     """
 
     config: Any
+    config_class: Any  # the family's own
     model: Any  # the stock class's network
     lm_head: Any
     # the family's overrides of layers, see `trl_diffusion.models.layers`
@@ -63,6 +64,11 @@ class DiffusionLM(HasFamily, WholeWeights):
     attention_block: int | None = None
 
     def __init__(self, config: Any):
+        if not isinstance(config, self.config_class):
+            raise TypeError(
+                f"{type(self).__name__} needs a {self.config_class.__name__}, got a {type(config).__name__}: the "
+                "checkpoint is of another family. Load it with AutoModelForCausalLM."
+            )
         super().__init__(config)  # type: ignore[call-arg]  # the stock class comes next
         # Layers keep their weights and names and only change their class, so that whatever transformers sets up by
         # name or type (initialisation, FSDP wrapping, device maps) still holds.
