@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -277,8 +279,61 @@ SDAR_MOE_CONFIG = {
     "output_router_logits": False,
     "router_aux_loss_coef": 0.001,
 }
-MIXTURES = ("lladamoe", "sdar_moe")
-BLOCK_CAUSAL = ("sdar", "sdar_moe")
+# config.json of inclusionAI/LLaDA2.0-mini with other sizes, and with the keys that it leaves out (`block_size`,
+# `eos_token_id`, `mask_token_id`)
+LLADA2_CONFIG = {
+    "architectures": ["LLaDA2MoeModelLM"],
+    "attention_dropout": 0.0,
+    "auto_map": {
+        "AutoConfig": "configuration_llada2_moe.LLaDA2MoeConfig",
+        "AutoModel": "modeling_llada2_moe.LLaDA2MoeModel",
+        "AutoModelForCausalLM": "modeling_llada2_moe.LLaDA2MoeModelLM",
+    },
+    "block_size": 4,
+    "embedding_dropout": 0.0,
+    "eos_token_id": EOS,
+    "first_k_dense_replace": 1,
+    "head_dim": 8,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "initializer_range": 0.02,
+    "intermediate_size": 48,
+    "mask_token_id": MASK,
+    "max_position_embeddings": 128,
+    "model_type": "llada2_moe",
+    "moe_intermediate_size": 16,
+    "moe_router_enable_expert_bias": True,
+    "n_group": 4,
+    "norm_head": False,
+    "norm_topk_prob": True,
+    "num_attention_heads": 4,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "num_shared_experts": 1,
+    "output_dropout": 0.0,
+    "output_router_logits": False,
+    "pad_token_id": EOS,
+    "partial_rotary_factor": 0.5,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 600000,
+    "routed_scaling_factor": 2.5,
+    "router_dtype": "fp32",
+    "score_function": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 2,
+    "torch_dtype": "float32",
+    "transformers_version": "4.57.1",
+    "use_bias": False,
+    "use_cache": False,
+    "use_qk_norm": True,
+    "use_qkv_bias": False,
+    "vocab_size": VOCABULARY,
+}
+MIXTURES = ("lladamoe", "sdar_moe", "llada2_moe")
+BLOCK_CAUSAL = ("sdar", "sdar_moe", "llada2_moe")
 HUB_CONFIGS = {
     "llada": LLADA_CONFIG,
     "dream": DREAM_CONFIG,
@@ -287,6 +342,7 @@ HUB_CONFIGS = {
     "a2d-qwen2": A2D_QWEN2_CONFIG,
     "lladamoe": LLADA_MOE_CONFIG,
     "sdar_moe": SDAR_MOE_CONFIG,
+    "llada2_moe": LLADA2_CONFIG,
 }
 
 # hub → stock, written independently of trl_diffusion.models.llada
@@ -314,8 +370,22 @@ def stock_model(family: str, tied: bool = False, **kwargs) -> PreTrainedModel:
         "a2d-qwen2": (Qwen2Config, Qwen2ForCausalLM),
         "lladamoe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
         "sdar_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+        "llada2_moe": (Glm4MoeConfig, Glm4MoeForCausalLM),
     }[family]
-    if family in MIXTURES:
+    rope = {"rope_type": "default", "rope_theta": hub["rope_theta"]}
+    if family == "llada2_moe":
+        rope["partial_rotary_factor"] = 0.5
+        kwargs = {
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 2.5,
+            "use_qk_norm": True,
+            **kwargs,
+        }
+    elif family in MIXTURES:
         kwargs = {
             "moe_intermediate_size": 16,
             "num_experts": 8,
@@ -334,7 +404,7 @@ def stock_model(family: str, tied: bool = False, **kwargs) -> PreTrainedModel:
         head_dim=8,
         max_position_embeddings=128,
         rms_norm_eps=hub["rms_norm_eps"],
-        rope_parameters={"rope_type": "default", "rope_theta": hub["rope_theta"]},
+        rope_parameters=rope,
         tie_word_embeddings=tied,
         **kwargs,
     )
@@ -370,6 +440,8 @@ def random_weights(family: str, tied: bool = False, seed: int = 0) -> dict[str, 
 
 def hub_names(family: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights under the names that they have on the hub."""
+    if family == "llada2_moe":
+        weights = llada2_names(weights)
     if family in MIXTURES:
         return {hub: part for name, value in weights.items() for hub, part in single_experts(name, value).items()}
     if family != "llada":
@@ -383,6 +455,27 @@ def hub_names(family: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.
         for hub, llama in LLADA_TO_LLAMA.items():
             names[f"model.layers.{layer}.{llama}.weight"] = f"model.transformer.blocks.{layer}.{hub}.weight"
     return {names[name]: value for name, value in weights.items()}
+
+
+def llada2_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of LLaDA2 under the hub's names, apart from experts; queries, keys and values are one matrix there."""
+    names = {
+        "model.embed_tokens": "model.word_embeddings",
+        "self_attn.o_proj": "attention.dense",
+        "self_attn.q_norm": "attention.query_layernorm",
+        "self_attn.k_norm": "attention.key_layernorm",
+        "gate.e_score_correction_bias": "gate.expert_bias",
+    }
+    renamed = {}
+    for name, value in weights.items():
+        if "self_attn.q_proj" in name:
+            parts = [value, *(weights[name.replace("q_proj", part)] for part in ("k_proj", "v_proj"))]
+            renamed[name.replace("self_attn.q_proj", "attention.query_key_value")] = torch.cat(parts)
+        elif "self_attn.k_proj" not in name and "self_attn.v_proj" not in name:
+            for native, hub in names.items():
+                name = name.replace(native, hub)
+            renamed[name] = value
+    return renamed
 
 
 def single_experts(name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -14,14 +14,24 @@ from tiny import coded_prompts, tiny_model
 from trainer_helpers import largest_log_ratio, losses_seen
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from trl_diffusion.adapters import export_adapter
 from trl_diffusion.adapters.coverage import lora_coverage
-from trl_diffusion.adapters.targets import native_lora_config
+from trl_diffusion.adapters.targets import LinearLayers, native_lora_config
 from trl_diffusion.likelihood import score_views, trajectory_views
-from trl_diffusion.models import LLaDAConfig, LLaDAModelLM, LLaDAMoEConfig, LLaDAMoEModelLM, SDARMoeForCausalLM
+from trl_diffusion.models import (
+    LLaDA2MoeConfig,
+    LLaDA2MoeModelLM,
+    LLaDAConfig,
+    LLaDAModelLM,
+    LLaDAMoEConfig,
+    LLaDAMoEModelLM,
+    SDARMoeForCausalLM,
+)
 from trl_diffusion.runtime.cost import network_shape
 from trl_diffusion.sampling import SamplingConfig, row_generators, sample
 
-CLASSES = {"lladamoe": LLaDAMoEModelLM, "sdar_moe": SDARMoeForCausalLM}
+CLASSES = {"lladamoe": LLaDAMoEModelLM, "sdar_moe": SDARMoeForCausalLM, "llada2_moe": LLaDA2MoeModelLM}
+LLADA2 = {"block_size": 4, "first_k_dense_replace": 0, "n_group": 2, "topk_group": 1, "num_shared_experts": 1}
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 CANVAS, ROWS = 12, 16
 mixtures = pytest.mark.parametrize("family", list(CLASSES))
@@ -29,7 +39,8 @@ mixtures = pytest.mark.parametrize("family", list(CLASSES))
 
 def network(family: str, seed: int = 5, scale: float = 10.0, **overrides):
     sizes = {"head_dim": 8, "moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2}
-    return tiny_model(seed, scale, CLASSES[family], **sizes | overrides).eval()
+    own = LLADA2 if family == "llada2_moe" else {}
+    return tiny_model(seed, scale, CLASSES[family], **sizes | own | overrides).eval()
 
 
 def rollout(model, cache: str = "none"):
@@ -56,7 +67,7 @@ def test_rollouts_are_scored_as_they_were_sampled(family):
     torch.testing.assert_close(total, trajectory.logps, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["sdar_moe"])
+@pytest.mark.parametrize("family", ["sdar_moe", "llada2_moe"])
 @torch.no_grad()
 def test_the_block_cache_changes_nothing(family):
     model = network(family)
@@ -93,7 +104,7 @@ def test_the_load_balancing_loss_is_refused(tmp_path):
 # ------------------------------------------- routers
 
 
-@mixtures
+@pytest.mark.parametrize("family", ["lladamoe", "sdar_moe"])
 @pytest.mark.parametrize("how", ["cast", "autocast"])
 def test_routers_compute_in_float32(family, how):
     model = network(family)
@@ -115,6 +126,26 @@ def test_routers_compute_in_float32(family, how):
     assert rounded.dtype == torch.bfloat16 and (rounded.float() - logits).abs().max() > 1e-4
 
 
+def test_llada2_s_router_computes_in_float32_under_autocast():
+    """Experts are chosen by sigmoid plus bias, out of the groups whose two best are best, and weighed without it."""
+    router = network("llada2_moe", num_experts=8, n_group=4, topk_group=2).model.layers[1].mlp.gate
+    router.e_score_correction_bias.normal_(generator=torch.Generator().manual_seed(1))
+    hidden = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, weights, chosen = router(hidden)
+        rounded = type(router).__mro__[1].forward(router, hidden)[0]
+    assert logits.dtype == weights.dtype == torch.float32 and rounded.dtype == torch.bfloat16
+    for token in range(40):
+        scores = (hidden[token].double() @ router.weight.double().T).sigmoid()
+        biased = scores + router.e_score_correction_bias.double()
+        groups = biased.view(4, 2).sum(1).topk(2).indices
+        open_ = {2 * int(group) + place for group in groups for place in (0, 1)}
+        best = sorted(open_, key=lambda expert: -float(biased[expert]))[:2]
+        assert set(chosen[token].tolist()) == set(best)
+        expected = 2.5 * scores[chosen[token]] / scores[best].sum()
+        torch.testing.assert_close(weights[token].double(), expected, rtol=1e-5, atol=1e-6)
+
+
 # ------------------------------------------- LoRA
 
 
@@ -131,6 +162,7 @@ def test_lora_adapts_experts_by_their_parameters_alone(family, tmp_path):
     attention = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (2, 2))
     assert counts == {
         **attention,
+        **(dict.fromkeys(("gate_proj", "up_proj", "down_proj"), (2, 2)) if family == "llada2_moe" else {}),
         "lm_head": (0, 1),
         "experts.gate_up_proj": (2, 2),
         "experts.down_proj": (2, 2),
@@ -139,7 +171,8 @@ def test_lora_adapts_experts_by_their_parameters_alone(family, tmp_path):
     output = model(input_ids=ids, positions=positions, targets=ids[:, 6:])
     output.log_probs.sum().backward()
     trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    assert len(trained) == 2 * 2 * (4 + 2) and all(
+    kinds = 4 + 2 + 3 * (family == "llada2_moe")  # attention, experts and the shared expert
+    assert len(trained) == 2 * 2 * kinds and all(
         "lora_" in name and value.grad.any() for name, value in trained.items()
     )
 
@@ -173,8 +206,9 @@ def test_a_parameter_that_is_not_there_is_refused(family):
 def test_a_token_goes_through_its_own_experts_only(family):
     model = network(family, num_experts=8)
     shape = network_shape(model)
+    shared = 3 * 16 * 8 * (family == "llada2_moe")
     # q, o: 16 × 16; k, v: 16 × 16 with as many heads; 2 of 8 experts with 3 matrices of 16 × 8
-    experts = 2 * 3 * 16 * 8
+    experts = 2 * 3 * 16 * 8 + shared
     assert (shape.body, shape.last, shape.head) == (4 * 256 + experts + 2 * 256, 2 * 256 + experts, 5 * 16)
     assert (shape.trained_body, shape.trained_last) == (shape.body, shape.last)
     adapted = get_peft_model(model, LoraConfig(r=2, target_parameters=EXPERTS))
@@ -202,6 +236,15 @@ def test_llada_moe_calls_itself_llada(tmp_path):
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["model_type"] == "lladamoe"
 
 
+def test_adapters_of_fused_layers_are_not_renamed(tmp_path):
+    model = network("llada2_moe")
+    model.save_pretrained(tmp_path / "base")
+    assert LinearLayers(model).native_targets(["query_key_value"]) == ["k_proj", "q_proj", "v_proj"]
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"stores several layers of the native model as one \(.*query_key_value"):
+        export_adapter(tmp_path / "adapter", tmp_path / "out", str(tmp_path / "base"))
+
+
 def test_weights_of_a_dense_network_are_refused(tmp_path):
     path = write_checkpoint(tmp_path, "sdar_moe", random_weights("sdar"))
     with pytest.raises(ValueError, match=r"does not have the weights of SDARMoeForCausalLM: it lacks .*experts"):
@@ -221,5 +264,6 @@ def test_the_end_of_a_turn_is_read_from_the_tokenizer(tmp_path):
 
 
 def test_published_ids_fill_in_what_the_config_leaves_out():
-    config = LLaDAMoEConfig(hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
-    assert (config.eos_token_id, config.mask_token_id, config.end_token_ids) == (156892, 156895, [156892])
+    for config_class in (LLaDAMoEConfig, LLaDA2MoeConfig):
+        config = config_class(hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
+        assert (config.eos_token_id, config.mask_token_id, config.end_token_ids) == (156892, 156895, [156892])

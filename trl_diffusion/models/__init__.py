@@ -17,6 +17,8 @@ from trl_diffusion.models.dream import DreamModel as DreamModel
 from trl_diffusion.models.families import FAMILIES
 from trl_diffusion.models.llada import LLaDAConfig as LLaDAConfig
 from trl_diffusion.models.llada import LLaDAModelLM as LLaDAModelLM
+from trl_diffusion.models.llada2 import LLaDA2MoeConfig as LLaDA2MoeConfig
+from trl_diffusion.models.llada2 import LLaDA2MoeModelLM as LLaDA2MoeModelLM
 from trl_diffusion.models.llada_moe import LLaDAMoEConfig as LLaDAMoEConfig
 from trl_diffusion.models.llada_moe import LLaDAMoEModelLM as LLaDAMoEModelLM
 from trl_diffusion.models.sdar import SDARConfig as SDARConfig

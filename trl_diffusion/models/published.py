@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 from trl_diffusion.models.a2d import A2DQwen2Config, A2DQwen3Config
 from trl_diffusion.models.dream import DreamConfig
 from trl_diffusion.models.llada import LLaDAConfig
+from trl_diffusion.models.llada2 import LLaDA2MoeConfig
 from trl_diffusion.models.llada_moe import LLaDAMoEConfig
 from trl_diffusion.models.sdar import SDARConfig
 from trl_diffusion.models.sdar_moe import SDARMoeConfig
@@ -103,6 +104,26 @@ _LLADA_MOE: dict[str, Any] = {
     "pad_token_id": 156892,
     "mask_token_id": 156895,
 }
+_LLADA2_MINI: dict[str, Any] = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 20,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "intermediate_size": 5120,
+    "moe_intermediate_size": 512,
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "num_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 8,
+    "topk_group": 4,
+    "max_position_embeddings": 32768,
+    "vocab_size": 157184,
+    "rope_theta": 600000.0,
+    "partial_rotary_factor": 0.5,
+    "pad_token_id": 156892,
+}
 # Qwen3-30B-A3B's sizes
 _SDAR_30B: dict[str, Any] = {
     "hidden_size": 2048,
@@ -133,6 +154,8 @@ PUBLISHED: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "JetLM/SDAR-30B-A3B-Chat": (SDARMoeConfig, _SDAR_30B),
     "inclusionAI/LLaDA-MoE-7B-A1B-Base": (LLaDAMoEConfig, _LLADA_MOE),
     "inclusionAI/LLaDA-MoE-7B-A1B-Instruct": (LLaDAMoEConfig, _LLADA_MOE),
+    "inclusionAI/LLaDA2.0-mini": (LLaDA2MoeConfig, _LLADA2_MINI),
+    "inclusionAI/LLaDA2.1-mini": (LLaDA2MoeConfig, _LLADA2_MINI),
     "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1": (A2DQwen3Config, _A2D_QWEN3 | {"block_size": 0}),
     "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1": (A2DQwen3Config, _A2D_QWEN3 | {"block_size": 32}),
     "dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion-mdlm-v0.1": (A2DQwen2Config, _A2D_QWEN2 | {"block_size": 0}),
