@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -16,6 +18,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 VOCABULARY, NUM_TOKENS, MASK, EOS = 64, 60, 57, 55
@@ -165,7 +169,181 @@ SDAR_CONFIG = {
     "use_sliding_window": False,
     "vocab_size": VOCABULARY,
 }
-HUB_CONFIGS = {"llada": LLADA_CONFIG, "dream": DREAM_CONFIG, "sdar": SDAR_CONFIG}
+# config.json of dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1 with other sizes, and with the keys that it leaves out
+# (`block_size`, `mask_token_id`); its embeddings are tied
+A2D_QWEN3_CONFIG = {
+    "architectures": ["A2DQwen3LMHeadModel"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "auto_map": {
+        "AutoConfig": "modeling_qwen3.A2DQwen3Config",
+        "AutoModel": "modeling_qwen3.A2DQwen3Model",
+        "AutoModelForMaskedLM": "modeling_qwen3.A2DQwen3LMHeadModel",
+    },
+    "block_size": 0,
+    "bos_token_id": EOS,
+    "eos_token_id": EOS,
+    "head_dim": 8,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "initializer_range": 0.02,
+    "intermediate_size": 48,
+    "mask_token_id": MASK,
+    "max_position_embeddings": 128,
+    "max_window_layers": 3,
+    "model_type": "a2d-qwen3",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "transformers_version": "4.57.0",
+    "use_cache": False,
+    "use_sliding_window": False,
+    "vocab_size": VOCABULARY,
+}
+A2D_QWEN2_CONFIG = {
+    **{key: value for key, value in A2D_QWEN3_CONFIG.items() if key not in ("attention_bias", "head_dim")},
+    "architectures": ["A2DQwen2LMHeadModel"],
+    "auto_map": {
+        "AutoConfig": "modeling_qwen2.A2DQwen2Config",
+        "AutoModel": "modeling_qwen2.A2DQwen2Model",
+        "AutoModelForMaskedLM": "modeling_qwen2.A2DQwen2LMHeadModel",
+    },
+    "model_type": "a2d-qwen2",
+}
+# config.json of inclusionAI/LLaDA-MoE-7B-A1B-Instruct with other sizes; its first layer is dense here
+LLADA_MOE_CONFIG = {
+    "architectures": ["LLaDAMoEModelLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "auto_map": {
+        "AutoConfig": "configuration_lladamoe.LLaDAConfig",
+        "AutoModel": "modeling_lladamoe.LLaDAMoEModel",
+        "AutoModelForCausalLM": "modeling_lladamoe.LLaDAMoEModelLM",
+    },
+    "dense_intermediate_size": 48,
+    "eos_token_id": EOS,
+    "expert_intermediate_size": 16,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "initializer_range": 0.02,
+    "mask_token_id": MASK,
+    "max_position_embeddings": 128,
+    "model_type": "llada",
+    "moe_layer_freq": [0, 1, 1],
+    "moe_router_enable_expert_bias": None,
+    "moe_router_score_function": None,
+    "norm_topk_prob": None,
+    "num_attention_heads": 4,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "output_router_logits": False,
+    "pad_token_id": EOS,
+    "partial_rotary_factor": 1,
+    "qk_layernorm": True,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 50000,
+    "routed_scaling_factor": 1,
+    "router_aux_loss_coef": 0.01,
+    "shared_expert_intermediate_size": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "transformers_version": "4.53.2",
+    "use_cache": False,
+    "vocab_size": VOCABULARY,
+}
+# config.json of JetLM/SDAR-30B-A3B-Chat with other sizes; its first layer is dense here
+SDAR_MOE_CONFIG = {
+    **{key: value for key, value in SDAR_CONFIG.items() if not key.startswith(("ep_", "fuse_", "micro_", "skip_"))},
+    "architectures": ["SDARMoeForCausalLM"],
+    "auto_map": {
+        "AutoConfig": "configuration_sdar_moe.SDARMoeConfig",
+        "AutoModel": "modeling_sdar_moe.SDARMoeModel",
+        "AutoModelForCausalLM": "modeling_sdar_moe.SDARMoeForCausalLM",
+    },
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [0],
+    "model_type": "sdar_moe",
+    "moe_intermediate_size": 16,
+    "norm_topk_prob": True,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+}
+# config.json of inclusionAI/LLaDA2.0-mini with other sizes, and with the keys that it leaves out (`block_size`,
+# `eos_token_id`, `mask_token_id`)
+LLADA2_CONFIG = {
+    "architectures": ["LLaDA2MoeModelLM"],
+    "attention_dropout": 0.0,
+    "auto_map": {
+        "AutoConfig": "configuration_llada2_moe.LLaDA2MoeConfig",
+        "AutoModel": "modeling_llada2_moe.LLaDA2MoeModel",
+        "AutoModelForCausalLM": "modeling_llada2_moe.LLaDA2MoeModelLM",
+    },
+    "block_size": 4,
+    "embedding_dropout": 0.0,
+    "eos_token_id": EOS,
+    "first_k_dense_replace": 1,
+    "head_dim": 8,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "initializer_range": 0.02,
+    "intermediate_size": 48,
+    "mask_token_id": MASK,
+    "max_position_embeddings": 128,
+    "model_type": "llada2_moe",
+    "moe_intermediate_size": 16,
+    "moe_router_enable_expert_bias": True,
+    "n_group": 4,
+    "norm_head": False,
+    "norm_topk_prob": True,
+    "num_attention_heads": 4,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 2,
+    "num_shared_experts": 1,
+    "output_dropout": 0.0,
+    "output_router_logits": False,
+    "pad_token_id": EOS,
+    "partial_rotary_factor": 0.5,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 600000,
+    "routed_scaling_factor": 2.5,
+    "router_dtype": "fp32",
+    "score_function": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 2,
+    "torch_dtype": "float32",
+    "transformers_version": "4.57.1",
+    "use_bias": False,
+    "use_cache": False,
+    "use_qk_norm": True,
+    "use_qkv_bias": False,
+    "vocab_size": VOCABULARY,
+}
+MIXTURES = ("lladamoe", "sdar_moe", "llada2_moe")
+BLOCK_CAUSAL = ("sdar", "sdar_moe", "llada2_moe")
+HUB_CONFIGS = {
+    "llada": LLADA_CONFIG,
+    "dream": DREAM_CONFIG,
+    "sdar": SDAR_CONFIG,
+    "a2d-qwen3": A2D_QWEN3_CONFIG,
+    "a2d-qwen2": A2D_QWEN2_CONFIG,
+    "lladamoe": LLADA_MOE_CONFIG,
+    "sdar_moe": SDAR_MOE_CONFIG,
+    "llada2_moe": LLADA2_CONFIG,
+}
 
 # hub → stock, written independently of trl_diffusion.models.llada
 LLADA_TO_LLAMA = {
@@ -188,7 +366,34 @@ def stock_model(family: str, tied: bool = False, **kwargs) -> PreTrainedModel:
         "llada": (LlamaConfig, LlamaForCausalLM),
         "dream": (Qwen2Config, Qwen2ForCausalLM),
         "sdar": (Qwen3Config, Qwen3ForCausalLM),
+        "a2d-qwen3": (Qwen3Config, Qwen3ForCausalLM),
+        "a2d-qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "lladamoe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+        "sdar_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
+        "llada2_moe": (Glm4MoeConfig, Glm4MoeForCausalLM),
     }[family]
+    rope = {"rope_type": "default", "rope_theta": hub["rope_theta"]}
+    if family == "llada2_moe":
+        rope["partial_rotary_factor"] = 0.5
+        kwargs = {
+            "moe_intermediate_size": 16,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "n_group": 4,
+            "topk_group": 2,
+            "routed_scaling_factor": 2.5,
+            "use_qk_norm": True,
+            **kwargs,
+        }
+    elif family in MIXTURES:
+        kwargs = {
+            "moe_intermediate_size": 16,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "mlp_only_layers": [0],
+            "norm_topk_prob": family != "lladamoe",
+            **kwargs,
+        }
     config = config_class(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -199,7 +404,7 @@ def stock_model(family: str, tied: bool = False, **kwargs) -> PreTrainedModel:
         head_dim=8,
         max_position_embeddings=128,
         rms_norm_eps=hub["rms_norm_eps"],
-        rope_parameters={"rope_type": "default", "rope_theta": hub["rope_theta"]},
+        rope_parameters=rope,
         tie_word_embeddings=tied,
         **kwargs,
     )
@@ -208,8 +413,8 @@ def stock_model(family: str, tied: bool = False, **kwargs) -> PreTrainedModel:
 
 
 def stock_mask(family: str, attention_mask: torch.Tensor) -> torch.Tensor:
-    """What the stock model needs to see what the family sees: for SDAR, additive masks of blocks from column 0."""
-    if family != "sdar":
+    """What the stock model needs to see what the family sees: for blocks, additive masks of blocks from column 0."""
+    if family not in BLOCK_CAUSAL:
         return attention_mask
     columns = attention_mask.size(1)
     bias = torch.full((attention_mask.size(0), 1, columns, columns), torch.finfo(torch.float32).min)
@@ -235,6 +440,10 @@ def random_weights(family: str, tied: bool = False, seed: int = 0) -> dict[str, 
 
 def hub_names(family: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Weights under the names that they have on the hub."""
+    if family == "llada2_moe":
+        weights = llada2_names(weights)
+    if family in MIXTURES:
+        return {hub: part for name, value in weights.items() for hub, part in single_experts(name, value).items()}
     if family != "llada":
         return weights
     names = {
@@ -246,6 +455,40 @@ def hub_names(family: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.
         for hub, llama in LLADA_TO_LLAMA.items():
             names[f"model.layers.{layer}.{llama}.weight"] = f"model.transformer.blocks.{layer}.{hub}.weight"
     return {names[name]: value for name, value in weights.items()}
+
+
+def llada2_names(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights of LLaDA2 under the hub's names, apart from experts; queries, keys and values are one matrix there."""
+    names = {
+        "model.embed_tokens": "model.word_embeddings",
+        "self_attn.o_proj": "attention.dense",
+        "self_attn.q_norm": "attention.query_layernorm",
+        "self_attn.k_norm": "attention.key_layernorm",
+        "gate.e_score_correction_bias": "gate.expert_bias",
+    }
+    renamed = {}
+    for name, value in weights.items():
+        if "self_attn.q_proj" in name:
+            parts = [value, *(weights[name.replace("q_proj", part)] for part in ("k_proj", "v_proj"))]
+            renamed[name.replace("self_attn.q_proj", "attention.query_key_value")] = torch.cat(parts)
+        elif "self_attn.k_proj" not in name and "self_attn.v_proj" not in name:
+            for native, hub in names.items():
+                name = name.replace(native, hub)
+            renamed[name] = value
+    return renamed
+
+
+def single_experts(name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The weights of single experts, by their names on the hub, of a merged weight; of any other just itself."""
+    module, _, key = name.rpartition(".")
+    if not module.endswith("mlp.experts"):
+        return {name: value}
+    parts = {"down_proj": value} if key == "down_proj" else {"gate_proj": value[:, :16], "up_proj": value[:, 16:]}
+    return {
+        f"{module}.{number}.{part}.weight": weight.contiguous()
+        for part, weights in parts.items()
+        for number, weight in enumerate(weights)
+    }
 
 
 def write_checkpoint(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -19,6 +21,8 @@ from trl_diffusion.models.diffusion_lm import DiffusionLM
 from trl_diffusion.models.families import FAMILIES, register
 from trl_diffusion.models.layers import DiffusionAttention, Float32Rotary, LastLayer
 from trl_diffusion.models.meta_model import meta_model, native_config
+from trl_diffusion.models.published import PUBLISHED as CHECKPOINTS
+from trl_diffusion.models.table import as_markdown, family_table
 
 PUBLISHED = Vocabulary(size=40, num_tokens=37, end_token_ids=(34, 35), mask_token_id=36)
 
@@ -136,23 +140,27 @@ def test_messages_name_every_registered_family(tmp_path):
     stock = LlamaForCausalLM(
         LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     )
-    with pytest.raises(TypeError, match=r"supported families \(Dream, llada, sdar, .*toy_dlm"):
+    with pytest.raises(TypeError, match=r"supported families \(.*Dream, .*llada, .*sdar, .*toy_dlm"):
         family_of(stock)
     stock.config.save_pretrained(tmp_path)
-    with pytest.raises(TypeError, match=r"Supported: Dream, llada, sdar, .*toy_dlm"):
+    with pytest.raises(TypeError, match=r"Supported: .*Dream, .*llada, .*sdar, .*toy_dlm"):
         native_config(str(tmp_path))
 
 
+def test_the_page_on_models_has_the_table_of_all_families():
+    rows = family_table()
+    assert {row.model_type for row in rows} == {known.model_type for known in FAMILIES} - {"toy_dlm"}
+    assert sorted(name for row in rows for name in row.checkpoints) == sorted(CHECKPOINTS)
+    page = (Path(__file__).parent.parent / "docs" / "pages" / "models.md").read_text()
+    assert as_markdown(rows) in page  # python -m trl_diffusion.models.table
+    dream = next(row for row in rows if row.model_type == "Dream")
+    assert (dream.class_name, dream.stock_class, dream.logit_shift) == ("DreamModel", "Qwen2ForCausalLM", 1)
+
+
 def test_the_package_exports_the_classes_of_its_families():
-    exported = [name for config, model in list(FAMILIES.items())[:3] for name in (config.__name__, model.__name__)]
-    assert exported == [
-        "DreamConfig",
-        "DreamModel",
-        "LLaDAConfig",
-        "LLaDAModelLM",
-        "SDARConfig",
-        "SDARForCausalLM",
-    ]
+    own = [family for family in FAMILIES.items() if family[0] is not ToyConfig]
+    exported = [known.__name__ for family in own for known in family]
+    assert {"A2DQwen3Config", "DreamModel", "LLaDAConfig", "SDARForCausalLM"} <= set(exported)
     for name in trl_diffusion.models.__all__:
         assert getattr(trl_diffusion.models, name) is not None
     assert set(exported) <= set(trl_diffusion.models.__all__)

@@ -11,9 +11,11 @@ import torch
 from accelerate.utils import convert_outputs_to_fp32
 from datasets import Dataset
 from model_helpers import (
+    BLOCK_CAUSAL,
     EOS,
     HUB_CONFIGS,
     MASK,
+    MIXTURES,
     NUM_TOKENS,
     VOCABULARY,
     hub_names,
@@ -39,22 +41,33 @@ from trl.trainer.utils import create_model_from_path
 
 from trl_diffusion.adapters.coverage import LoraCoverage, coverage_table, lora_coverage
 from trl_diffusion.models import (
-    DreamConfig,
+    A2DQwen2LMHeadModel,
+    A2DQwen3LMHeadModel,
     DreamModel,
-    LLaDAConfig,
+    LLaDA2MoeModelLM,
     LLaDAModelLM,
-    SDARConfig,
+    LLaDAMoEModelLM,
     SDARForCausalLM,
+    SDARMoeForCausalLM,
     family_of,
     score_targets,
 )
 from trl_diffusion.models.llada import native_weight_name
 from trl_diffusion.models.scoring_head import ScoringHead
 
-CLASSES = {"llada": LLaDAModelLM, "dream": DreamModel, "sdar": SDARForCausalLM}
-CONFIGS = {"llada": LLaDAConfig, "dream": DreamConfig, "sdar": SDARConfig}
+CLASSES = {
+    "llada": LLaDAModelLM,
+    "dream": DreamModel,
+    "sdar": SDARForCausalLM,
+    "a2d-qwen3": A2DQwen3LMHeadModel,
+    "a2d-qwen2": A2DQwen2LMHeadModel,
+    "lladamoe": LLaDAMoEModelLM,
+    "sdar_moe": SDARMoeForCausalLM,
+    "llada2_moe": LLaDA2MoeModelLM,
+}
+CONFIGS = {family: model_class.config_class for family, model_class in CLASSES.items()}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-families = pytest.mark.parametrize("family", ["llada", "dream", "sdar"])
+families = pytest.mark.parametrize("family", list(CLASSES))
 
 
 @pytest.fixture
@@ -81,7 +94,9 @@ def left_padded(ids):
 
 
 def parameters(model):
-    return {name: value.detach().clone() for name, value in model.named_parameters()}
+    """The weights, and LLaDA2's biases of experts, which are not trained but belong to the checkpoint."""
+    biases = [item for item in model.named_buffers() if item[0].endswith("e_score_correction_bias")]
+    return {name: value.detach().clone() for name, value in (*model.named_parameters(), *biases)}
 
 
 def all_equal(left, right):
@@ -145,7 +160,7 @@ def test_logits_equal_those_of_the_stock_class(load, ids, family, attention, pad
     mask = {None: None, "left": left_padded(ids), "right": left_padded(ids).flip(1)}[padding]
     seen = (
         mask
-        if mask is None and family != "sdar"
+        if mask is None and family not in BLOCK_CAUSAL
         else stock_mask(family, torch.ones_like(ids) if mask is None else mask)
     )
     logits = model(input_ids=ids, attention_mask=mask).logits
@@ -155,7 +170,7 @@ def test_logits_equal_those_of_the_stock_class(load, ids, family, attention, pad
     assert (logits - stock(input_ids=ids, attention_mask=seen).logits).abs().max() == 0.0
 
 
-@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize("family", ["llada", "dream", "a2d-qwen3", "a2d-qwen2", "lladamoe"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_attention_is_bidirectional(load, ids, family, attention, padded):
@@ -298,7 +313,7 @@ def test_trainer_resumes_from_its_checkpoint(load, tmp_path, family):
     start = parameters(model)
     score_trainer(model, tmp_path / "run").train()
     trained = parameters(model)
-    assert not any(torch.equal(start[name], trained[name]) for name in start)
+    assert not any(torch.equal(start[name], trained[name]) for name, _ in model.named_parameters())
     saved = load_file(tmp_path / "run" / "checkpoint-1" / "model.safetensors")
     assert all_equal(saved, hub_names(family, trained))
 
@@ -399,6 +414,40 @@ def test_deepcopy_and_pickle(load, ids, family):
             (8_190_735_360, 128),
             (151669, 151670, (151643, 151645), 151643, 0, 4),
         ),
+        (
+            "a2d-qwen3",
+            {
+                "hidden_size": 1024,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 16,
+                "num_key_value_heads": 8,
+                "head_dim": 128,
+                "intermediate_size": 3072,
+                "vocab_size": 151936,
+                "tie_word_embeddings": True,
+                "eos_token_id": 151645,
+                "mask_token_id": 151669,
+                "block_size": 32,
+            },
+            (596_049_920, 128),
+            (151669, 151670, (151643, 151645), 151643, 0, 32),
+        ),
+        (
+            "a2d-qwen2",
+            {
+                "hidden_size": 896,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 14,
+                "num_key_value_heads": 2,
+                "intermediate_size": 4864,
+                "vocab_size": 151936,
+                "tie_word_embeddings": True,
+                "eos_token_id": 151645,
+                "mask_token_id": 151665,
+            },
+            (494_032_768, 64),
+            (151665, 151666, (151643, 151645), 151643, 0, None),
+        ),
     ],
 )
 def test_published_sizes(family, published, sizes, facts):
@@ -433,6 +482,8 @@ def test_config_without_hub_keys(tmp_path, ids, family):
         rms_norm_eps=HUB_CONFIGS[family]["rms_norm_eps"],
         rope_parameters={"rope_type": "default", "rope_theta": HUB_CONFIGS[family]["rope_theta"]},
         head_dim=16,  # twice the usual
+        **({"block_size": 0} if family.startswith("a2d") else {}),
+        **({"moe_intermediate_size": 16, "num_experts": 8} if family in MIXTURES else {}),
         mask_token_id=MASK,
         eos_token_id=[EOS, 56],
         end_token_ids=[EOS, 56, 58],
@@ -440,7 +491,7 @@ def test_config_without_hub_keys(tmp_path, ids, family):
     model = AutoModelForCausalLM.from_config(config)
     assert type(model) is CLASSES[family]
     assert model.model.layers[0].self_attn.q_proj.weight.shape == (64, 32)
-    assert model.model.rotary_emb.inv_freq.shape == (8,)
+    assert model.model.rotary_emb.inv_freq.shape == (4 if family == "llada2_moe" else 8,)  # half of a head is rotated
     assert (model.family.end_token_ids, model.family.tail_token_id) == ((EOS, 56, 58), EOS)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -472,7 +523,8 @@ def test_llada_config_fills_in_what_the_hub_leaves_out(tmp_path):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_bfloat16_keeps_exact_frequencies(load, ids, family, attention):
     theta = HUB_CONFIGS[family]["rope_theta"]
-    exact = 1 / theta ** (torch.arange(0, 8, 2, dtype=torch.float32) / 8)
+    size = 4 if family == "llada2_moe" else 8
+    exact = 1 / theta ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
     full = load(family, loading={"attn_implementation": attention})
     cast = copy.deepcopy(full).bfloat16()
     loaded = load(family, loading={"attn_implementation": attention, "dtype": torch.bfloat16})
@@ -481,7 +533,8 @@ def test_bfloat16_keeps_exact_frequencies(load, ids, family, attention):
         assert torch.equal(model.model.rotary_emb.inv_freq, exact)
     logits = cast(input_ids=ids, attention_mask=left_padded(ids)).logits
     assert logits.dtype == torch.bfloat16 and logits.isfinite().all()
-    assert torch.equal(logits, loaded(input_ids=ids, attention_mask=left_padded(ids)).logits)
+    if family != "llada2_moe":  # whose routers stay in float32 when it is loaded, and are rounded by a cast
+        assert torch.equal(logits, loaded(input_ids=ids, attention_mask=left_padded(ids)).logits)
     output = cast(input_ids=ids, positions=ids.new_tensor([[1]] * 3), targets=ids[:, 1:2])
     assert output.log_probs.dtype == output.entropy.dtype == torch.float32
     # float32 again, the weights are rounded and the frequencies are not
@@ -495,7 +548,8 @@ def test_queries_and_keys_are_rotated_in_float32(load, family):
     hidden = torch.randn(2, 40, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
 
     theta = HUB_CONFIGS[family]["rope_theta"]
-    angles = torch.arange(40).float()[:, None] / theta ** (torch.arange(0, 8, 2).float() / 8)
+    size = 4 if family == "llada2_moe" else 8  # rotated features of the 8 of a head
+    angles = torch.arange(40).float()[:, None] / theta ** (torch.arange(0, size, 2).float() / size)
     cos, sin = torch.cat([angles, angles], -1).cos(), torch.cat([angles, angles], -1).sin()
 
     def heads(projection, norm="none"):
@@ -503,7 +557,9 @@ def test_queries_and_keys_are_rotated_in_float32(load, family):
         return norm(projection(hidden).view(2, 40, -1, 8)).transpose(1, 2)
 
     def rotated(x, cos, sin):
-        return x * cos + torch.cat([-x[..., 4:], x[..., :4]], -1) * sin
+        turned, rest = x[..., :size], x[..., size:]
+        half = torch.cat([-turned[..., size // 2 :], turned[..., : size // 2]], -1)
+        return torch.cat([turned * cos + half * sin, rest], -1)
 
     def by_hand(rotate):
         query, key = rotate(heads(attention.q_proj, "q_norm")), rotate(heads(attention.k_proj, "k_norm"))
@@ -582,7 +638,17 @@ def test_lora_adapts_every_linear_layer_but_the_head(load, ids, family, tmp_path
     model = get_peft_model(
         base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     )
-    assert lora_coverage(model) == [*(LoraCoverage(name, 3, 3) for name in LINEAR), LoraCoverage("lm_head", 0, 1)]
+    # layers whose MLPs are experts, which are no linear layers; LLaDA2 has a shared one in addition, which is an MLP
+    mixtures, shared = (2 if family in MIXTURES else 0), 2 * (family == "llada2_moe")
+    assert lora_coverage(model) == [
+        *(
+            LoraCoverage(name, count, count)
+            for name in LINEAR
+            for count in [3 + (shared - mixtures) * (name in LINEAR[4:])]
+        ),
+        LoraCoverage("lm_head", 0, 1),
+        *(LoraCoverage(f"experts.{name}", 0, 2) for name in ("gate_up_proj", "down_proj") if mixtures),
+    ]
     assert family_of(model) == base.family
 
     mask = left_padded(ids)
@@ -894,6 +960,27 @@ def test_config_without_a_special_token_is_refused(load, family, key):
         ("sdar", {"use_sliding_window": True}, "This SDAR variant has use_sliding_window=True"),
         ("sdar", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling of type 'yarn'"),
         ("sdar", {"block_size": 0}, "block_size must be at least 1, got 0"),
+        ("a2d-qwen3", {"use_sliding_window": True}, "This a2d-qwen3 variant has use_sliding_window=True"),
+        ("a2d-qwen2", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling of type 'yarn'"),
+        ("a2d-qwen2", {"block_size": -1}, "block_size must be at least 0, got -1"),
+        ("lladamoe", {"qk_layernorm": False}, "This LLaDA-MoE variant has qk_layernorm=False"),
+        ("lladamoe", {"shared_expert_intermediate_size": 16}, "has shared_expert_intermediate_size=16"),
+        ("lladamoe", {"moe_router_score_function": "sigmoid"}, "has moe_router_score_function='sigmoid'"),
+        ("lladamoe", {"moe_router_enable_expert_bias": True}, "has moe_router_enable_expert_bias=True"),
+        ("lladamoe", {"partial_rotary_factor": 0.5}, "has partial_rotary_factor=0.5"),
+        ("lladamoe", {"use_sliding_window": True}, "This LLaDA-MoE variant has use_sliding_window=True"),
+        ("sdar_moe", {"shared_expert_intermediate_size": 16}, "This SDAR-MoE variant has .* or shared experts"),
+        ("sdar_moe", {"use_sliding_window": True}, "This SDAR-MoE variant has use_sliding_window=True"),
+        ("llada2_moe", {"score_function": "softmax"}, "This LLaDA2 variant has score_function='softmax'"),
+        ("llada2_moe", {"moe_router_enable_expert_bias": False}, "has moe_router_enable_expert_bias=False"),
+        ("llada2_moe", {"use_qkv_bias": True}, "has use_qkv_bias=True"),
+        ("llada2_moe", {"use_bias": True}, "has use_bias=True"),
+        ("llada2_moe", {"use_qk_norm": False}, "has use_qk_norm=False"),
+        ("llada2_moe", {"num_nextn_predict_layers": 1}, "or further layers"),
+        ("llada2_moe", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling of type 'yarn'"),
+        ("llada2_moe", {"block_size": 0}, "block_size must be at least 1, got 0"),
+        ("sdar", {"num_experts": 8}, "This sdar variant has num_experts=8: its MLPs are mixtures"),
+        ("a2d-qwen3", {"num_experts": 8}, "This a2d-qwen3 variant has num_experts=8: its MLPs are mixtures"),
     ],
 )
 def test_unsupported_variant_is_refused(tmp_path, family, keys, message):

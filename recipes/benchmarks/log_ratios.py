@@ -43,9 +43,10 @@ class Recorder(AGRPOTrainer):
             rows.pop("prompt_columns", None)  # there are none with "recompute"
         return rows
 
-    def _log_log_ratio(self, logps, old):
-        self.differences.append((logps.detach() - old).abs()[old != 0].float().cpu())
-        super()._log_log_ratio(logps, old)
+    def _log_distances(self, inputs):
+        targets = inputs.views.targets.view_as(inputs.logps)
+        self.differences.append((inputs.logps.detach() - inputs.old).abs()[targets].float().cpu())
+        super()._log_distances(inputs)
 
 
 def rewards(completions, **kwargs) -> list[float]:
@@ -53,8 +54,10 @@ def rewards(completions, **kwargs) -> list[float]:
     return [float(row) for row in range(len(completions))]
 
 
-def measure(way: str, dtype: str, args: argparse.Namespace, folder: str) -> torch.Tensor:
-    """Return |log ratio| of all tokens scored in one update."""
+def measure(
+    way: str, dtype: str, args: argparse.Namespace, folder: str, model: str = str(EMBEDDED_MODEL)
+) -> torch.Tensor:
+    """Return |log ratio| of all tokens scored in one update of a model with the embedded model's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL, padding_side="left")
     texts = [" ".join(["Tom has 3 apples. He buys 4 more."] * n) + " How many apples?" for n in range(1, 9)]
     config = AGRPOConfig(
@@ -83,7 +86,7 @@ def measure(way: str, dtype: str, args: argparse.Namespace, folder: str) -> torc
     )
     data = Dataset.from_dict({"prompt": [[{"role": "user", "content": text}] for text in texts]})
     trainer = Recorder(
-        str(EMBEDDED_MODEL),
+        model,
         rewards,
         config,
         data,

@@ -6,15 +6,18 @@ Published recipes name layers that do not exist; PEFT ignores these names, and h
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 from peft import PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from rich.table import Table
 from torch import nn
 
 from trl_diffusion.models.diffusion_lm import DiffusionLM
+from trl_diffusion.models.experts import expert_parameters
 
 # Submodules that PEFT puts inside an adapted layer: they are parts of a layer, not layers.
 PARTS = re.compile(r"\.(lora_\w+|base_layer|original_module|modules_to_save)\b")
@@ -25,7 +28,8 @@ class LoraCoverage:
     """Counts of the linear layers of one kind: with an adapter, quantised, in all.
 
     Args:
-        name: the last part of the layers' names, for example `q_proj`.
+        name: the last part of the layers' names, for example `q_proj`; `experts.down_proj` for the weights of all
+            experts of a layer, which are one parameter.
         adapted: number of layers with an adapter, or trained whole (`modules_to_save`).
         total: number of layers of that name.
         quantised: number of layers whose weights bitsandbytes holds in 4 or 8 bits.
@@ -38,7 +42,7 @@ class LoraCoverage:
 
 
 def lora_coverage(model: PeftModel) -> list[LoraCoverage]:
-    """Count the adapted linear layers by name, the LM head included.
+    """Count the adapted linear layers by name, the LM head and the merged weights of experts included.
 
     Args:
         model: a PEFT model.
@@ -54,6 +58,8 @@ def lora_coverage(model: PeftModel) -> list[LoraCoverage]:
         quantised_linear = QUANTISED_LINEAR
     counts: dict[str, list[int]] = {}
     for name, module in base.named_modules():
+        if isinstance(module, ParamWrapper):  # around a parameter, not a layer; counted below
+            continue
         adapted = isinstance(module, (BaseTunerLayer, ModulesToSaveWrapper))
         if not adapted and (not isinstance(module, nn.Linear) or PARTS.search(name)):
             continue
@@ -62,7 +68,18 @@ def lora_coverage(model: PeftModel) -> list[LoraCoverage]:
         count[0] += adapted
         count[1] += 1
         count[2] += isinstance(weights, quantised_linear)
+    for name, adapted_, total in _expert_counts(base):
+        counts[name] = [adapted_, total, 0]
     return [LoraCoverage(name, *count) for name, count in counts.items()]
+
+
+def _expert_counts(base: nn.Module) -> list[tuple[str, int, int]]:
+    """Count the merged weights of experts: (name, with an adapter, in all)."""
+    total = Counter(f"experts.{key}" for _, _, key, _ in expert_parameters(base))
+    wrapped = Counter(
+        f"experts.{module.parameter_name}" for module in base.modules() if isinstance(module, ParamWrapper)
+    )
+    return [(name, wrapped[name], count) for name, count in total.items()]
 
 
 def coverage_table(coverage: list[LoraCoverage]) -> Table:

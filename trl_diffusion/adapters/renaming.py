@@ -118,6 +118,11 @@ def _rename(adapter: str | Path, output: str | Path, base: str | None, to_hub: b
     if base is None:
         raise ValueError(f"The config of {adapter} does not name the model it was trained on; pass it as `base`.")
     layers = LinearLayers(meta_model(base, config.revision))
+    if fused := {hub for hub in layers.hub_names if layers.hub_names.count(hub) > 1}:
+        raise ValueError(
+            f"{base} stores several layers of the native model as one ({sorted(fused)[0]} …), so an adapter of one "
+            "side has no counterpart on the other. Merge the adapter (`merge_and_unload`) and save the model instead."
+        )
     native_to_hub = dict(zip(layers.names, layers.hub_names, strict=True))
     names = native_to_hub if to_hub else {hub: native for native, hub in native_to_hub.items()}
 

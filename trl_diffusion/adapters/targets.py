@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from trl_diffusion.models.diffusion_lm import DiffusionLM
+from trl_diffusion.models.experts import expert_parameters
 from trl_diffusion.validation import near
 
 ALL_LINEAR = "all-linear"
@@ -29,14 +30,15 @@ def native_lora_config(config: LoraConfig, model: DiffusionLM) -> LoraConfig:
             the hub's (`attn_out`, `blocks.3.ff_out`), `"all-linear"`, or be a regular expression on whole native
             names. `"all-linear"` and names of block layers never mean the LM head. If neither `target_modules` nor
             `target_parameters` is given, it becomes `"all-linear"`. `exclude_modules`, `rank_pattern` and
-            `alpha_pattern` take the same names.
+            `alpha_pattern` take the same names. `target_parameters` holds endings of names of parameters; the merged
+            weights of experts (`mlp.experts.gate_up_proj`) are adapted by this alone.
         model: the model to adapt; its weights are not read.
 
     Returns:
         The config for `get_peft_model`.
 
     Raises:
-        ValueError: if a name matches no linear layer.
+        ValueError: if a name matches no linear layer, or no parameter.
     """
     config = copy.deepcopy(config)
     layers = LinearLayers(model)
@@ -44,12 +46,25 @@ def native_lora_config(config: LoraConfig, model: DiffusionLM) -> LoraConfig:
         config.target_modules = ALL_LINEAR
     if config.target_modules is not None:
         config.target_modules = layers.native_targets(config.target_modules)
+    _check_parameters(config.target_parameters or [], model)
     if config.exclude_modules:
         config.exclude_modules = layers.native_targets(config.exclude_modules)
     for pattern in (config.rank_pattern or {}, config.alpha_pattern or {}):
         for name in [name for name in pattern if _PLAIN_NAME.fullmatch(name)]:
             pattern.update(dict.fromkeys(layers.native_targets([name]), pattern.pop(name)))
     return config
+
+
+def _check_parameters(targets: Iterable[str], model: DiffusionLM) -> None:
+    assert isinstance(model, PreTrainedModel)
+    names = [name for name, _ in model.named_parameters()]
+    for target in targets:
+        if not any(_ends_with(name, target) for name in names):
+            experts = sorted({f"mlp.experts.{key}" for _, _, key, _ in expert_parameters(model)})
+            raise ValueError(
+                f"LoRA target_parameters has {target!r}, which matches no parameter of {type(model).__name__}. "
+                f"{'Its experts are ' + ', '.join(experts) if experts else 'It has no experts'}."
+            )
 
 
 class LinearLayers:

@@ -73,6 +73,10 @@ class AnalysisArguments(SamplingArguments):
     model_revision: str | None = field(default=None, metadata={"help": "Revision of the model on the Hub."})
     dtype: str = field(default="auto", metadata={"help": "Type of the weights; `auto` for the checkpoint's."})
     attn_implementation: str | None = field(default=None, metadata={"help": "As in transformers."})
+    block_size: int | None = field(
+        default=None,
+        metadata={"help": "Attention block of a checkpoint whose config.json leaves it out; 0 for full attention."},
+    )
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU although there is a GPU."})
 
     task: str = field(default="word_problems", metadata={"help": f"One of {', '.join(TASKS)}.", "choices": [*TASKS]})
@@ -177,6 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         revision=args.model_revision,
         dtype=args.dtype,
         attn_implementation=args.attn_implementation,
+        block_size=args.block_size,
         device="cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu",
     )
     problems = held_out(args.task, args.num_completions, args.seed)

@@ -83,6 +83,10 @@ class EvaluateArguments(GreedyArguments):
     model_revision: str | None = field(default=None, metadata={"help": "Revision of the model on the Hub."})
     dtype: str = field(default="auto", metadata={"help": "Type of the weights; `auto` for the checkpoint's."})
     attn_implementation: str | None = field(default=None, metadata={"help": "As in transformers."})
+    block_size: int | None = field(
+        default=None,
+        metadata={"help": "Attention block of a checkpoint whose config.json leaves it out; 0 for full attention."},
+    )
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU although there is a GPU."})
 
     tasks: list[str] = field(
@@ -250,6 +254,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         revision=args.model_revision,
         dtype=args.dtype,
         attn_implementation=args.attn_implementation,
+        block_size=args.block_size,
         device=state.device,
         allow_other_base=args.allow_other_base,
     )

@@ -90,6 +90,10 @@ class SampleArguments(GreedyArguments):
     model_revision: str | None = field(default=None, metadata={"help": "Revision of the model on the Hub."})
     dtype: str = field(default="auto", metadata={"help": "Type of the weights; `auto` for the checkpoint's."})
     attn_implementation: str | None = field(default=None, metadata={"help": "As in transformers."})
+    block_size: int | None = field(
+        default=None,
+        metadata={"help": "Attention block of a checkpoint whose config.json leaves it out; 0 for full attention."},
+    )
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU although there is a GPU."})
 
     system: str | None = field(default=None, metadata={"help": "System message before the conversation."})
@@ -367,6 +371,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         revision=args.model_revision,
         dtype=args.dtype,
         attn_implementation=args.attn_implementation,
+        block_size=args.block_size,
         device=accelerator or "cpu",
         allow_other_base=args.allow_other_base,
     )

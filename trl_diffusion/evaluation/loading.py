@@ -23,6 +23,7 @@ def load_model(
     revision: str | None = None,
     dtype: str = "auto",
     attn_implementation: str | None = None,
+    block_size: int | None = None,
     device: torch.device | str = "cpu",
     allow_other_base: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -35,6 +36,7 @@ def load_model(
         revision: revision of the model on the Hub.
         dtype: `"auto"` for the checkpoint's, else for example `"bfloat16"`.
         attn_implementation: as in transformers.
+        block_size: attention block of a checkpoint whose config.json leaves it out; 0 for full attention.
         device: where to put it.
         allow_other_base: load an adapter although its config names another base, for example one that has moved. Its
             weights must have the shapes of the base's layers.
@@ -54,8 +56,14 @@ def load_model(
         name = _base_of(adapter, name, allow_other_base)
     if name is None:
         raise ValueError("load_model() needs a model or an adapter, got neither.")
+    settings: dict[str, Any] = {} if block_size is None else {"block_size": block_size}
     model: Any = AutoModelForCausalLM.from_pretrained(
-        name, revision=revision, dtype=dtype, attn_implementation=attn_implementation, device_map={"": device}
+        name,
+        revision=revision,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+        device_map={"": device},
+        **settings,
     )
     family_of(model)
     tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, padding_side="left")

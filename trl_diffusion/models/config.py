@@ -38,14 +38,20 @@ class DiffusionConfigMixin:
 
     Args:
         mask_token_id: id of the mask token.
-        end_token_ids: ids that end a text. If not given, those of the family's published vocabulary where the size
-            is that one's, else `eos_token_id`.
+        end_token_ids: ids that end a text; the first one fills the canvas behind it. If not given, those of the
+            family's published vocabulary where the size is that one's, else `eos_token_id`.
         num_tokens: number of ids that have a token; rows of the embedding from there on are never sampled.
         is_causal: `False` turns off the causal mask of the stock class.
         auto_map: remote code of the checkpoint, which is not used.
     """
 
     published: ClassVar[Vocabulary]
+    has_experts: ClassVar[bool] = False
+
+    @property
+    def shared_width(self) -> int:
+        """Width of the experts that every token goes through."""
+        return 0
 
     mask_token_id: int | None = None
     end_token_ids: list[int] | None = None
@@ -69,7 +75,8 @@ class DiffusionConfigMixin:
     # `self` is also the stock config, whose fields (`vocab_size` …) are not declared here: a second declaration would
     # replace theirs.
     def __post_init__(self: Any, **keys: Any):
-        require_dense(self.model_type, keys)  # first: the message that helps most with a mixture of experts
+        if not self.has_experts:
+            require_dense(self.model_type, keys)  # first: the message that helps most with a mixture of experts
         self.read_hub_keys(keys)
         is_published = self.vocab_size == self.published.size
         if is_published:
@@ -77,6 +84,8 @@ class DiffusionConfigMixin:
                 self.mask_token_id = self.published.mask_token_id
             if self.end_token_ids is None:
                 self.end_token_ids = list(self.published.end_token_ids)
+            if self.eos_token_id is None:
+                self.eos_token_id = self.published.end_token_ids[0]
         if self.num_tokens is None:
             self.num_tokens = self.published.num_tokens if is_published else self.vocab_size
         self.auto_map = self.auto_map or {}  # TRL's loader reads it from every config that it does not know

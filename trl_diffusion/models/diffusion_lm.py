@@ -51,6 +51,7 @@ class DiffusionLM(HasFamily, WholeWeights):
     """
 
     config: Any
+    config_class: Any  # the family's own
     model: Any  # the stock class's network
     lm_head: Any
     # the family's overrides of layers, see `trl_diffusion.models.layers`
@@ -63,6 +64,11 @@ class DiffusionLM(HasFamily, WholeWeights):
     attention_block: int | None = None
 
     def __init__(self, config: Any):
+        if not isinstance(config, self.config_class):
+            raise TypeError(
+                f"{type(self).__name__} needs a {self.config_class.__name__}, got a {type(config).__name__}: the "
+                "checkpoint is of another family. Load it with AutoModelForCausalLM."
+            )
         super().__init__(config)  # type: ignore[call-arg]  # the stock class comes next
         # Layers keep their weights and names and only change their class, so that whatever transformers sets up by
         # name or type (initialisation, FSDP wrapping, device maps) still holds.
@@ -115,15 +121,16 @@ class DiffusionLM(HasFamily, WholeWeights):
             if getattr(config, key) is None:
                 raise ValueError(
                     f"The {type(config).__name__} of this model has no `{key}`; a diffusion language model needs it. "
-                    f"Set it in config.json or with `model.config.{key} = …`."
+                    f"Set it in config.json, as an argument of from_pretrained, or with `model.config.{key} = …`."
                 )
         eos = config.eos_token_id if isinstance(config.eos_token_id, (list, tuple)) else [config.eos_token_id]
+        ends = tuple(config.end_token_ids or eos)
         return DiffusionFamily(
             name=config.model_type,
             mask_token_id=config.mask_token_id,
             num_tokens=config.num_tokens,
-            end_token_ids=tuple(config.end_token_ids or eos),
-            tail_token_id=eos[0],
+            end_token_ids=ends,
+            tail_token_id=ends[0],
             logit_shift=self.logit_shift,
             attention_block=self.attention_block,
         )

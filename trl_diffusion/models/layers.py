@@ -178,6 +178,10 @@ def _require_window_cache(cache: Any, others: dict[str, Any]) -> None:
 
 
 def _rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate states [R, heads, T, head size] in float32 by the angles of their columns, [R or 1, T, head size]."""
-    exact = states.float()
-    return (exact * cos.unsqueeze(1) + rotate_half(exact) * sin.unsqueeze(1)).to(states.dtype)
+    """Rotate states [R, heads, T, head size] in float32 by the angles of their columns, [R or 1, T, rotated size].
+
+    Where fewer features are rotated than a head has, these are the first ones, and the others stay as they are.
+    """
+    exact, rest = states[..., : cos.size(-1)].float(), states[..., cos.size(-1) :]
+    rotated = (exact * cos.unsqueeze(1) + rotate_half(exact) * sin.unsqueeze(1)).to(states.dtype)
+    return torch.cat([rotated, rest], dim=-1) if rest.size(-1) else rotated

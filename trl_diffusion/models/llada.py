@@ -143,6 +143,15 @@ class LLaDAConfig(DiffusionConfigMixin, LlamaConfig):
         if self.num_tokens is None and self.vocab_size != LLADA_8B.size:
             self.num_tokens = min(num_tokens, self.vocab_size)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any):
+        """Return a `LLaDAMoEConfig` for the config of LLaDA-MoE, whose `model_type` is `llada` too."""
+        if config_dict.get("num_experts") and "expert_intermediate_size" in config_dict:
+            from trl_diffusion.models.llada_moe import LLaDAMoEConfig  # imports more than most users of LLaDA need
+
+            return LLaDAMoEConfig.from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict, **kwargs)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration with the hub's keys (`d_model` …), as `config.json` stores it."""
         output = super().to_dict()

@@ -79,7 +79,7 @@ class _Layer:
             hidden=config.hidden_size,
             queries=config.num_attention_heads * config.head_dim,
             keys=config.num_key_value_heads * config.head_dim,
-            mlp=config.intermediate_size,
+            mlp=_mlp_width(run.model),
             stored=stored,
             computed=2 if autocast else stored,
             read=2 if autocast else own,
@@ -101,6 +101,16 @@ class _Layer:
         """Return the bytes per token that exist for a moment while the layer's backward pass runs."""
         copy = _FLOAT * self.mlp if self.copied and not self.trained else 0
         return self.computed * 2 * self.mlp + copy
+
+
+def _mlp_width(model: Any) -> int:
+    """Return the width of the widest MLP: of a mixture, of the experts that a token is sent to, together."""
+    config = model.config
+    if not config.has_experts:
+        return config.intermediate_size
+    # Every expert has the token's hidden state as its input and as its output, which counts like its own width.
+    routed = config.num_experts_per_tok * (config.moe_intermediate_size + config.hidden_size)
+    return max(config.intermediate_size, routed + config.shared_width)
 
 
 def training_bytes(run: TrainingRun, rows: float, tokens: float, targets: float) -> float:

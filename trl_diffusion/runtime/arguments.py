@@ -147,6 +147,20 @@ def warn_of_eight_bit(model: nn.Module) -> None:
 # ---------------------------------------------------------------- data sets
 
 
+def check_router_loss(coefficient: float | None) -> None:
+    """Refuse TRL's load-balancing loss of mixtures of experts.
+
+    Raises:
+        ValueError: if it has a coefficient other than 0.
+    """
+    if coefficient:
+        raise ValueError(
+            f"router_aux_loss_coef={coefficient} is not supported: the load-balancing loss needs the routers' scores "
+            "of all tokens with their gradients, and scoring here returns log-probabilities at single positions only. "
+            "Leave it out. With LoRA the routers are not trained, so their load does not drift by themselves."
+        )
+
+
 def check_dataset(dataset: Any, name: str = "train_dataset", columns: Mapping[str, str] | None = None) -> None:
     """Refuse something that is no data set, a data set with images, and one without a column that is needed.
 

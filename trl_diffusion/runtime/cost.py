@@ -22,6 +22,7 @@ from trl_diffusion.credit.per_view import ViewCredit
 from trl_diffusion.family import DiffusionFamily
 from trl_diffusion.likelihood import Likelihood
 from trl_diffusion.losses import Loss
+from trl_diffusion.models.experts import expert_parameters
 from trl_diffusion.runtime.run import CompletionCost, RolloutRun, TrainingRun
 from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.sampling.cost import completion_units, head_positions
@@ -122,7 +123,8 @@ class NetworkShape:
     """Sizes that the floating-point operations of a pass follow from.
 
     Args:
-        body: weights of the linear layers that see every token, adapters included.
+        body: weights of the linear layers that see every token, adapters included; of experts as many as one token
+            goes through.
         trained_body: those of them that are trained.
         last: the same of the layers that see only what is read: in the last layer, all but its keys and values.
         trained_last: those of them that are trained.
@@ -170,6 +172,22 @@ def _linear_layers(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
             yield name, module
 
 
+def _used_by_a_token(name: str, model: Any) -> float:
+    """Return which share of a layer's weights a token goes through: of experts, those that it is sent to."""
+    if ".mlp.experts" not in name:
+        return 1.0
+    return model.config.num_experts_per_tok / model.config.num_local_experts
+
+
+def _products(model: nn.Module) -> Iterator[tuple[str, float, bool]]:
+    """Yield the matrix products of a pass: name of the weights, how many a token goes through, whether trained."""
+    for name, layer in _linear_layers(model):
+        weights = layer.in_features * layer.out_features * _used_by_a_token(name, model)
+        yield name, weights, layer.weight.requires_grad
+    for name, _, _, parameter in expert_parameters(model):
+        yield name, numel(parameter) * _used_by_a_token(name, model), parameter.requires_grad
+
+
 def network_shape(model: nn.Module, recomputes: bool = False) -> NetworkShape:
     """Shape of a native model, alone or inside PEFT; also where its weights are quantised or sharded.
 
@@ -181,12 +199,12 @@ def network_shape(model: nn.Module, recomputes: bool = False) -> NetworkShape:
     attention = {"attention": 0, "last_attention": 0}
     config: Any = model.config
     last = f".layers.{config.num_hidden_layers - 1}."
-    for name, layer in _linear_layers(model):
+    for name, weights, trained in _products(model):
         narrow = last in name and not re.search(r"\.[kv]_proj\b", name)
         part = "head" if "lm_head" in name else "last" if narrow else "body"
-        weights = layer.in_features * layer.out_features
-        size[part] += weights
-        size[f"trained_{part}"] += weights * layer.weight.requires_grad
+        size[part] += round(weights)
+        size[f"trained_{part}"] += round(weights) * trained
+    for name, layer in _linear_layers(model):
         if name.removesuffix(".base_layer").endswith(".o_proj"):
             attention["last_attention" if last in name else "attention"] += layer.in_features
     return NetworkShape(**size, **attention, recomputes=recomputes)

@@ -48,6 +48,7 @@ class DiffusionHarnessLM(TemplateLM):
         revision: revision of the model on the Hub.
         dtype: type of the weights; `auto` for the checkpoint's.
         attn_implementation: as in transformers.
+        block_size: attention block of a checkpoint whose config.json leaves it out; 0 for full attention.
         allow_other_base: accept an adapter whose config names another base.
         canvas_length: positions to write; the task's `max_gen_toks`, in whole blocks, if not given.
         denoising_steps: network evaluations per canvas; half the canvas if not given.
@@ -72,6 +73,7 @@ class DiffusionHarnessLM(TemplateLM):
         revision: str | None = None,
         dtype: str = "auto",
         attn_implementation: str | None = None,
+        block_size: int | None = None,
         allow_other_base: bool = False,
         canvas_length: int | None = None,
         denoising_steps: int | None = None,
@@ -106,6 +108,7 @@ class DiffusionHarnessLM(TemplateLM):
             revision=revision,
             dtype=dtype,
             attn_implementation=attn_implementation,
+            block_size=None if block_size is None else int(block_size),
             device=self._device,
             allow_other_base=allow_other_base,
         )

@@ -50,6 +50,7 @@ from trl_diffusion.runtime.arguments import (
     check_model,
     check_prompts_fit,
     check_rollout_data,
+    check_router_loss,
     check_trainable,
     named_eval_datasets,
     warn_of_eight_bit,
@@ -182,7 +183,10 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
         check_backend(args)
         check_arguments(processing_class, kwargs)
         check_load_arguments(args.model_init_kwargs)
-        return copy.copy(args)
+        check_router_loss(args.router_aux_loss_coef)
+        args = copy.copy(args)
+        args.router_aux_loss_coef = 0.0  # `None` is the checkpoint's own coefficient for TRL
+        return args
 
     def _choose(
         self,
