@@ -6,6 +6,7 @@ The documentation's page on models holds it; `python -m trl_diffusion.models.tab
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -53,7 +54,7 @@ def _row(names: list[str]) -> FamilyRow:
     config = published_config(names[0])
     model_class = FAMILIES[type(config)]
     with torch.device("meta"):
-        model = model_class(config)
+        model: Any = model_class(config)
     stock = next(base for base in model_class.__mro__ if base.__module__.startswith("transformers.models."))
     return FamilyRow(
         model_type=config.model_type,
