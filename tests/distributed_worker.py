@@ -30,13 +30,13 @@ from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from datasets import Dataset
 from methods import PROMPTS, Method, method_named, text_reward, with_property
 from peft import LoraConfig
-from tiny import tiny_tokenizer
+from tiny import tiny_mixture, tiny_model, tiny_tokenizer
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from transformers import TrainerCallback
 
 from trl_diffusion.evaluation import AccuracyCallback, Estimate, evaluate_accuracy
-from trl_diffusion.models import LLaDAModelLM
+from trl_diffusion.models import A2DQwen3LMHeadModel, LLaDAModelLM
 from trl_diffusion.runtime import rollouts as engine
 from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.trainers import TrajectoryGRPOTrainer
@@ -111,6 +111,22 @@ class Case:
     held_out: int = 0
     resume: bool = False
     fault: str | None = None
+
+
+def a2d(**fields):
+    return tiny_model(3, 6.0, A2DQwen3LMHeadModel, head_dim=8, block_size=0, **fields)
+
+
+def llada_moe(**fields):
+    return tiny_mixture("lladamoe", **fields)
+
+
+def sdar_moe(**fields):
+    return tiny_mixture("sdar_moe", **fields)
+
+
+def llada2(**fields):
+    return tiny_mixture("llada2_moe", **fields)
 
 
 def cases() -> dict[str, Case]:
@@ -213,6 +229,12 @@ def cases() -> dict[str, Case]:
             rows=12,
             backends=("single", "ddp", "zero2"),
         ),
+        **{
+            f"{network.__name__}, two updates": Case(
+                replace(agrpo, network=network), two_updates, backends=("single", "zero3_methods")
+            )
+            for network in (a2d, llada_moe, sdar_moe, llada2)
+        },
         "fault: local rows": Case(agrpo, one_batch, rows=16, backends=("single", "ddp"), fault="local rows"),
         "fault: step per view": Case(agrpo, three_updates, backends=("zero2",), fault="step per view"),
     }

@@ -18,7 +18,6 @@ import pytest
 import torch
 from distributed_worker import BACKENDS, EVERY, cases
 from launching import accelerate_launch, run
-from methods import METHODS
 
 # The files for GPUs run where the CPU needs nothing else.
 CONFIGS = {
@@ -86,7 +85,7 @@ class Launch:
 def launched(tmp_path_factory) -> Callable[[str], Launch]:
     """Runs a backend's processes when a test first asks for it."""
     checkpoints = tmp_path_factory.mktemp("models")
-    for network in {method.network for method in METHODS}:
+    for network in {case.method.network for case in CASES.values()}:
         network().save_pretrained(checkpoints / network.__name__)
     return cache(lambda backend: launch(backend, checkpoints, tmp_path_factory.mktemp(backend)))
 

@@ -10,7 +10,7 @@ from methods import method_named
 from model_helpers import random_weights, write_checkpoint, write_tokenizer
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import MASK as TINY_MASK
-from tiny import coded_prompts, tiny_model
+from tiny import MIXTURES, coded_prompts, tiny_mixture
 from trainer_helpers import largest_log_ratio, losses_seen
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -20,27 +20,20 @@ from trl_diffusion.adapters.targets import LinearLayers, native_lora_config
 from trl_diffusion.likelihood import score_views, trajectory_views
 from trl_diffusion.models import (
     LLaDA2MoeConfig,
-    LLaDA2MoeModelLM,
     LLaDAConfig,
     LLaDAModelLM,
     LLaDAMoEConfig,
-    LLaDAMoEModelLM,
-    SDARMoeForCausalLM,
 )
 from trl_diffusion.runtime.cost import network_shape
 from trl_diffusion.sampling import SamplingConfig, row_generators, sample
 
-CLASSES = {"lladamoe": LLaDAMoEModelLM, "sdar_moe": SDARMoeForCausalLM, "llada2_moe": LLaDA2MoeModelLM}
-LLADA2 = {"block_size": 4, "first_k_dense_replace": 0, "n_group": 2, "topk_group": 1, "num_shared_experts": 1}
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 CANVAS, ROWS = 12, 16
-mixtures = pytest.mark.parametrize("family", list(CLASSES))
+mixtures = pytest.mark.parametrize("family", list(MIXTURES))
 
 
-def network(family: str, seed: int = 5, scale: float = 10.0, **overrides):
-    sizes = {"head_dim": 8, "moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2}
-    own = LLADA2 if family == "llada2_moe" else {}
-    return tiny_model(seed, scale, CLASSES[family], **sizes | own | overrides).eval()
+def network(family: str, **overrides):
+    return tiny_mixture(family, **overrides).eval()
 
 
 def rollout(model, cache: str = "none"):
@@ -78,7 +71,7 @@ def test_the_block_cache_changes_nothing(family):
 
 @mixtures
 def test_agrpo_trains_on_the_rollouts_probabilities(family, tmp_path, monkeypatch):
-    model = network(family, 21, 6.0, router_aux_loss_coef=0.01)
+    model = network(family, seed=21, scale=6.0, router_aux_loss_coef=0.01)
     trainer = method_named("agrpo").make(tmp_path, model=model, learning_rate=0.0, pad_to_multiple_of=3)
     # TRL would add the load-balancing loss of the checkpoint's config, and ask for the routers' scores
     assert not trainer.aux_loss_enabled and model.config.router_aux_loss_coef == 0.01

@@ -9,7 +9,14 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from trl_diffusion.models import DiffusionLM, LLaDAModelLM, SDARForCausalLM
+from trl_diffusion.models import (
+    DiffusionLM,
+    LLaDA2MoeModelLM,
+    LLaDAModelLM,
+    LLaDAMoEModelLM,
+    SDARForCausalLM,
+    SDARMoeForCausalLM,
+)
 
 TAIL, END, A, B, MASK = range(5)
 WORDS = ["<tail>", "<end>", "a", "b", "<mask>"]
@@ -58,6 +65,17 @@ def tiny_model(seed: int = 0, scale: float = 6.0, model_class: type[DiffusionLM]
 def tiny_sdar(seed: int = 0, scale: float = 6.0, block_size: int = 4, **overrides) -> SDARForCausalLM:
     """The same with block-causal attention."""
     return tiny_model(seed, scale, SDARForCausalLM, head_dim=8, block_size=block_size, **overrides)
+
+
+MIXTURES = {"lladamoe": LLaDAMoEModelLM, "sdar_moe": SDARMoeForCausalLM, "llada2_moe": LLaDA2MoeModelLM}
+
+
+def tiny_mixture(family: str, seed: int = 5, scale: float = 10.0, **overrides):
+    """The same with four experts, of which a token takes two."""
+    sizes = {"head_dim": 8, "moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2}
+    if family == "llada2_moe":
+        sizes |= {"block_size": 4, "first_k_dense_replace": 0, "n_group": 2, "topk_group": 1, "num_shared_experts": 1}
+    return tiny_model(seed, scale, MIXTURES[family], **sizes | overrides)
 
 
 def coded_prompts(rows: int) -> tuple[torch.Tensor, torch.Tensor]:

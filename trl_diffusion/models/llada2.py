@@ -182,13 +182,27 @@ class LLaDA2MoeModelLM(BlockCausalLM, MixtureLM, Glm4MoeForCausalLM):  # type: i
         self.register_load_state_dict_pre_hook(_rename_state_dict)
 
 
+def _sizes(config: LLaDA2MoeConfig) -> list[int]:
+    """Return the rows of the matrices of queries, keys and values."""
+    assert config.head_dim is not None
+    return [heads * config.head_dim for heads in (config.num_attention_heads, *[config.num_key_value_heads] * 2)]
+
+
+class _SplitFused(Split):
+    """`Split` by the sizes of the config; under ZeRO-3 the parameters that it would ask are empty while loading."""
+
+    def convert(self, input_dict, source_patterns, target_patterns, full_layer_name, model, **kwargs):  # type: ignore[override]
+        ((fused,),) = input_dict.values()
+        parts = fused.split(_sizes(model.config))
+        return {target: part.contiguous() for target, part in zip(target_patterns, parts, strict=True)}
+
+
 def _rename_state_dict(module, state_dict, prefix, *args) -> None:
     """Turn hub names into native ones where transformers' Trainer resumes with a plain `load_state_dict`."""
     for name in [name for name in state_dict if name.startswith(prefix)]:
         if _FUSED in name:
             names = [name.replace(_FUSED, part) for part in _PARTS]
-            sizes = [module.get_parameter(part[len(prefix) :]).size(0) for part in names]
-            state_dict.update(zip(names, state_dict.pop(name).split(sizes), strict=True))
+            state_dict.update(zip(names, state_dict.pop(name).split(_sizes(module.config)), strict=True))
         elif (native := prefix + native_weight_name(name[len(prefix) :])) != name:
             state_dict[native] = state_dict.pop(name)
 
@@ -197,7 +211,7 @@ register_checkpoint_conversion_mapping(
     LLaDA2MoeModelLM.__name__,
     [
         *(WeightRenaming(hub, native) for hub, native in _NAMES),
-        WeightConverter(f"{_FUSED}.weight", [f"{part}.weight" for part in _PARTS], operations=[Split(dim=0)]),
+        WeightConverter(f"{_FUSED}.weight", [f"{part}.weight" for part in _PARTS], operations=[_SplitFused()]),
         *get_checkpoint_conversion_mapping("glm4_moe"),
     ],
     overwrite=True,
