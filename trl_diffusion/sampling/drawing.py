@@ -30,11 +30,6 @@ class ScoredTokens(NamedTuple):
     entropies: torch.Tensor
     support: torch.Tensor | None
 
-    def pick(self, rows: torch.Tensor, slots: torch.Tensor) -> ScoredTokens:
-        """Return the tokens at [N] (row, slot) pairs, with [N] in place of [R, n]."""
-        support = None if self.support is None else self.support[rows, slots]
-        return ScoredTokens(self.tokens[rows, slots], self.logps[rows, slots], self.entropies[rows, slots], support)
-
 
 def draw_scored(logits: torch.Tensor, noise: torch.Tensor, config: SamplingConfig) -> ScoredTokens:
     """Draw a token from each distribution and score it.
@@ -78,11 +73,6 @@ def draw_everywhere(logits: torch.Tensor, noise: torch.Tensor, config: SamplingC
         if support is not None:
             supports.append(support)
     return Draws(torch.cat(tokens), torch.cat(supports) if supports else None, torch.cat(confidence))
-
-
-def take(values: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Return values[r, slots[r, j]] for values [R, m, …] and slots [R, n]."""
-    return values[torch.arange(values.size(0), device=values.device).unsqueeze(1), slots]
 
 
 def _draw_tokens(
