@@ -11,6 +11,7 @@ from launches import Launches, Step
 from test_continuation import mixed_states
 from tiny import coded_prompts, tiny_model, tiny_sdar
 
+from trl_diffusion.distribution import draw
 from trl_diffusion.models import LLaDAModelLM, SDARForCausalLM
 from trl_diffusion.sampling import CanvasState, SamplingConfig, row_generators, sample
 from trl_diffusion.sampling.unmasking import RULES, Candidates, Choice, Rule
@@ -125,3 +126,31 @@ def test_a_caller_that_knows_of_padding_gets_the_same_numbers(model_class):
         asked = model(unpadded, torch.ones_like(unpadded), positions=positions[:, :5]).logits
         for given in (torch.ones_like(unpadded), None):
             assert torch.equal(asked, model(unpadded, given, positions=positions[:, :5], padded=False).logits)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_k": 2}, {"unmasking": "low_confidence"}, {"temperature": 0.0}], ids=str
+)
+def test_logits_that_are_not_finite_are_found_at_the_end_of_their_block(settings):
+    """Until then the sampler goes on with whatever ids were drawn."""
+    model, calls = network("none"), []
+
+    def spoil(module, args, logits):
+        calls.append(logits)
+        if len(calls) >= 7:  # the third of the second block's four steps
+            logits[[3, 7], :, 2:] = torch.nan
+        return logits
+
+    model.lm_head.register_forward_hook(spoil)
+    prompts, mask = coded_prompts(ROWS)
+    config = SamplingConfig(**{"canvas_length": 16, "denoising_steps": 16, "block_length": 4} | settings)
+    with pytest.raises(FloatingPointError, match="not finite for 2 of 16 rows in forward 7 of this rollout"):
+        sample(model, prompts[:, 3:], mask[:, 3:], config, row_generators(0, rows=range(ROWS)))
+    assert len(calls) == 8
+
+
+@pytest.mark.parametrize("size", [5, 513, 1025])
+def test_a_draw_from_nan_is_an_index(size):
+    """The network is run on it before the NaN is found."""
+    drawn = draw(torch.full((2, 64, size), torch.nan), torch.linspace(0, 1, 128, dtype=torch.float64).view(2, 64))
+    assert (drawn >= 0).all() and (drawn < size).all()

@@ -112,7 +112,7 @@ def draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         uniform: float64 [...], in [0, 1).
 
     Returns:
-        Long [...], an index of non-zero probability.
+        Long [...], an index of non-zero probability; any index if there is a NaN.
     """
     size = probabilities.size(-1)
     threshold = uniform.clamp(max=_LARGEST_UNIFORM)
@@ -128,7 +128,8 @@ def draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     place = (point - before) / (cumulative.gather(-1, part) - before)
     inside = parts.gather(-2, part.unsqueeze(-1).expand(*part.shape, _PART)).squeeze(-2)
     index, _ = _index_at(cumulative_shares(inside), place.squeeze(-1).clamp(0.0, _LARGEST_UNIFORM))
-    return (part * _PART + index).squeeze(-1)
+    # Only from NaN is an index of the padding drawn.
+    return (part * _PART + index).squeeze(-1).clamp(max=size - 1)
 
 
 def _index_at(cumulative: torch.Tensor, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -85,6 +85,8 @@ def _draw_tokens(
         # A division by 1 would change no value, but it copies the logits, the largest tensor of a rollout.
         return draw((logits if config.temperature == 1 else logits / config.temperature).softmax(-1), noise), None
     log_probs, ids = truncate(logits, config.temperature, config.top_k or logits.size(-1), config.top_p)
-    tokens = ids.gather(-1, draw(log_probs.exp(), noise).unsqueeze(-1)).squeeze(-1).long()
+    # An id that was cut, -1, has no probability. But a draw from NaN can be any, and the network is run on it before
+    # the sampler asks whether the logits were finite.
+    tokens = ids.gather(-1, draw(log_probs.exp(), noise).unsqueeze(-1)).squeeze(-1).long().clamp(min=0)
     # A vocabulary smaller than top_k gives fewer ids than the trajectory has room for.
     return tokens, torch.nn.functional.pad(ids, (0, max(config.top_k - ids.size(-1), 0)), value=-1)
