@@ -29,7 +29,7 @@ CASES = [(name, None) for name in RULES] + [(name, RULES[name].parallel) for nam
 
 def network(cache: str):
     """A network whose texts never end: no row leaves early."""
-    settings = dict(vocab_size=8, num_tokens=5, eos_token_id=6, end_token_ids=[6])
+    settings = dict(vocab_size=8, num_tokens=5, eos_token_id=6, end_token_ids=[6], num_hidden_layers=1)
     return tiny_sdar(5, 10.0, **settings) if cache == "block" else tiny_model(5, 10.0, **settings)
 
 
@@ -100,18 +100,20 @@ ASKING = {
 }
 
 
-@pytest.mark.parametrize("how", ASKING)
-def test_a_step_that_waits_is_found(how, monkeypatch):
-    config = SamplingConfig(8, 8, 4)
+@pytest.fixture(scope="module")
+def undisturbed() -> list[Step]:
+    return launched("none", SamplingConfig(8, 8, 4))
 
+
+@pytest.mark.parametrize("how", ASKING)
+def test_a_step_that_waits_is_found(how, undisturbed, monkeypatch):
     def waiting(candidates: Candidates) -> Choice:
         ASKING[how](candidates.order_noise)
         return RULES["random"].choose(candidates)
 
-    before = launched("none", config)
     monkeypatch.setitem(RULES, "waiting", Rule(waiting, "as random, but slowly", reads_logits=False))
-    now = launched("none", replace(config, unmasking="waiting"))
-    assert all(waits(after) > waits(step) for step, after in zip(before, now, strict=True))
+    disturbed = launched("none", SamplingConfig(8, 8, 4, unmasking="waiting"))
+    assert all(waits(after) > waits(before) for before, after in zip(undisturbed, disturbed, strict=True))
 
 
 @pytest.mark.parametrize("model_class", [LLaDAModelLM, SDARForCausalLM])
