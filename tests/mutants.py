@@ -65,7 +65,7 @@ MUTANTS = [
     Mutant(
         "learnt bound: every row gets the bound of the config",
         "sampling/sampler.py",
-        "bound=self.config.parallel_bound if self.bounds is None else self.bounds[rows].unsqueeze(1)",
+        "bound=self.config.parallel_bound if self.bounds is None else self.bounds[self.at.column]",
         "bound=self.config.parallel_bound",
         "tests/test_learnt_bound.py -k bounds_of_their_own",
     ),

@@ -66,7 +66,7 @@ class Recorder(TrainerCallback):
         self.events.append(("parameters", {name: digest(p) for name, p in model.named_parameters()}))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        kept = {name: float(value) for name, value in logs.items() if not timed(name)}
+        kept = {name: None if value is None else float(value) for name, value in logs.items() if not timed(name)}
         self.events.append(("log", kept))
 
 

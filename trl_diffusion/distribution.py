@@ -112,31 +112,40 @@ def draw(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         uniform: float64 [...], in [0, 1).
 
     Returns:
-        Long [...], an index of non-zero probability.
+        Long [...], an index of non-zero probability; any index if there is a NaN.
     """
     size = probabilities.size(-1)
     threshold = uniform.clamp(max=_LARGEST_UNIFORM)
     if size <= _PART:
-        return _invert(probabilities, threshold)[0]
+        return _index_at(cumulative_shares(probabilities), threshold)[0].squeeze(-1)
     if size % _PART:
         probabilities = torch.nn.functional.pad(probabilities, (0, -size % _PART))
     # The threshold's place inside of its part is uniform again, and serves as the threshold there.
     parts = probabilities.unflatten(-1, (-1, _PART))
-    part, threshold = _invert(parts.sum(-1), threshold)
-    inside = parts.gather(-2, part[..., None, None].expand(*part.shape, 1, _PART)).squeeze(-2)
-    return part * _PART + _invert(inside, threshold)[0]
+    cumulative = cumulative_shares(parts.sum(-1))
+    part, point = _index_at(cumulative, threshold)
+    before = torch.nn.functional.pad(cumulative, (1, 0)).gather(-1, part)
+    place = (point - before) / (cumulative.gather(-1, part) - before)
+    inside = parts.gather(-2, part.unsqueeze(-1).expand(*part.shape, _PART)).squeeze(-2)
+    index, _ = _index_at(cumulative_shares(inside), place.squeeze(-1).clamp(0.0, _LARGEST_UNIFORM))
+    # Only from NaN is an index of the padding drawn.
+    return (part * _PART + index).squeeze(-1).clamp(max=size - 1)
 
 
-def _invert(masses: torch.Tensor, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the index whose share of the total mass holds a threshold in [0, 1), and where in this share it lies."""
+def _index_at(cumulative: torch.Tensor, threshold: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the index whose share of the total mass holds a threshold in [0, 1), and the point that was looked for.
+
+    Args:
+        cumulative: float64 [..., K], from `cumulative_shares`.
+        threshold: float64 [...].
+
+    Returns:
+        (long [..., 1], float64 [..., 1]).
+    """
     # The last share may differ from 1 by rounding, so the threshold is scaled by it. `right=True` finds the first
     # share above that point, which is never the share of an entry of mass 0.
-    cumulative = cumulative_shares(masses)
     point = threshold.unsqueeze(-1) * cumulative[..., -1:]
-    index = torch.searchsorted(cumulative, point, right=True).clamp(max=masses.size(-1) - 1)
-    before = torch.nn.functional.pad(cumulative, (1, 0)).gather(-1, index)
-    inside = (point - before) / (cumulative.gather(-1, index) - before)
-    return index.squeeze(-1), inside.squeeze(-1).clamp(0.0, _LARGEST_UNIFORM)
+    return torch.searchsorted(cumulative, point, right=True).clamp(max=cumulative.size(-1) - 1), point
 
 
 def score_targets(
@@ -161,6 +170,8 @@ def score_targets(
     entropy = -(log_probs.exp() * log_probs.clamp(min=SMALLEST)).sum(-1)
     if targets is None:
         return log_probs.amax(-1), entropy
+    if support is None:
+        return log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy
     return at_columns(log_probs, *target_columns(targets, support)), entropy
 
 

@@ -148,6 +148,7 @@ class DiffusionLM(HasFamily, WholeWeights):
         noisy_copy: int = 0,
         cache: WindowCache | None = None,
         largest: bool = False,
+        padded: bool | None = None,
         **kwargs: Any,
     ):
         """Compute logits everywhere or, with `positions`, only there; with `targets` too, their log-probabilities.
@@ -169,6 +170,8 @@ class DiffusionLM(HasFamily, WholeWeights):
             cache: keys and values of other columns. `input_ids` and `positions` are then those of its window, and
                 `attention_mask` [R, visible] covers all visible columns. For forward passes without gradient.
             largest: with `targets`, also compute the largest probability at every position.
+            padded: whether `attention_mask` hides anything, where the caller knows. The host then need not wait for
+                the mask to be read.
 
         Returns:
             The stock class's output without `positions`, else a `DiffusionLMOutput`.
@@ -185,7 +188,7 @@ class DiffusionLM(HasFamily, WholeWeights):
             first_column = 0 if cache is None else cache.start
             kwargs["position_ids"] = position_ids(input_ids, first_column, noisy_copy)
             kwargs[CACHE_KEYWORD] = cache
-        attention_mask = self._attention(input_ids, attention_mask, canvas_start, noisy_copy, cache)
+        attention_mask = self._attention(input_ids, attention_mask, canvas_start, noisy_copy, cache, padded)
         if positions is None:
             return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
 
@@ -223,12 +226,20 @@ class DiffusionLM(HasFamily, WholeWeights):
         canvas_start: int,
         noisy_copy: int,
         cache: WindowCache | None,
+        padded: bool | None,
     ) -> torch.Tensor | None:
         """Return the mask for the stock network: as given with full attention, else a bias for every query and key."""
+        if padded is False:
+            attention_mask = None
         if self.attention_block is None:
-            return attention_mask
+            if attention_mask is None or not padded or self.config._attn_implementation != "sdpa":
+                return attention_mask
+            # transformers would make the same, after reading whether anything is hidden at all.
+            return attention_mask.bool()[:, None, None, :].expand(-1, -1, input_ids.size(1), -1)
+        if attention_mask is None:
+            attention_mask = input_ids.new_ones(len(input_ids), input_ids.size(1) if cache is None else cache.visible)
         return block_causal_bias(
-            torch.ones_like(input_ids) if attention_mask is None else attention_mask,
+            attention_mask,
             self.attention_block,
             self.get_input_embeddings().weight.dtype,  # type: ignore[attr-defined]
             canvas_start,

@@ -10,9 +10,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from trl_diffusion.family import DiffusionFamily
+from trl_diffusion.sampling.active_blocks import ActiveBlocks, to_device
 from trl_diffusion.sampling.config import SamplingConfig
 from trl_diffusion.sampling.window_cache import WindowCache
 
@@ -24,41 +26,52 @@ class Forwards(ABC):
         model: a native diffusion language model, possibly inside PEFT.
         family: its facts.
         config: how completions are drawn.
-        input_ids: long [B, P], left-padded prompts.
+        tokens: long [B, P + L], left-padded prompts and canvases; the sampler writes into the latter between forwards.
         attention_mask: [B, P], 0 on padding.
-        canvas: long [B, L]; the sampler writes into it between forwards.
         length: long [B], positions of the canvas that exist.
 
     Attributes:
+        prompt_length: P.
         forwards: network evaluations so far.
         sync_forwards: those among them that no row here needed.
         row_units: float32 [B], the forwards of each row, each counted by the share of its columns that it computed.
     """
 
     def __init__(
-        self, model, family: DiffusionFamily, config: SamplingConfig, input_ids, attention_mask, canvas, length
+        self,
+        model,
+        family: DiffusionFamily,
+        config: SamplingConfig,
+        tokens: torch.Tensor,
+        attention_mask: torch.Tensor,
+        length: np.ndarray,
     ):
         self.model, self.family, self.config = model, family, config
-        self.input_ids, self.attention_mask = input_ids, attention_mask
-        self.canvas, self.length = canvas, length
+        self.tokens, self.length = tokens, length
+        self.prompt_length = attention_mask.size(1)
+        positions = np.arange(tokens.size(1) - self.prompt_length)
+        exists = to_device(positions < length[:, None], tokens.device)
+        self.visible = torch.cat([attention_mask, exists.to(attention_mask)], dim=1)
+        self._is_padded = (attention_mask == 0).any(1).cpu().numpy()
         self.forwards = self.sync_forwards = 0
-        self.row_units = torch.zeros(input_ids.size(0), device=input_ids.device)
+        self.row_units = np.zeros(len(tokens), dtype=np.float32)
+        self._largest: dict[int, torch.Tensor] = {}
 
     @abstractmethod
-    def batch_of(self, alive: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    def batch_of(self, alive: np.ndarray, block: np.ndarray) -> np.ndarray:
         """Return the live rows (long [A]) that are written together now, given the active block [B] of every row."""
 
     @abstractmethod
-    def active(self, is_masked: torch.Tensor, min_commits: torch.Tensor) -> torch.Tensor:
+    def active(self, num_masked: np.ndarray, min_commits: np.ndarray) -> np.ndarray:
         """Return the rows that take part in this step, bool [R].
 
         Args:
-            is_masked: bool [R, m], the masked positions of their blocks.
+            num_masked: long [R], the number of masked positions of their blocks.
             min_commits: long [R], tokens that the step must commit.
         """
 
     @abstractmethod
-    def begin_block(self, rows: torch.Tensor, first: torch.Tensor, any_rank: Callable[[bool], bool]) -> None:
+    def begin_block(self, rows: np.ndarray, first: np.ndarray, any_rank: Callable[[bool], bool]) -> None:
         """Prepare for the next block of rows that are written together.
 
         Args:
@@ -69,63 +82,91 @@ class Forwards(ABC):
         """
 
     @abstractmethod
-    def logits(self, rows: torch.Tensor, first: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    def logits(self, at: ActiveBlocks, offsets: torch.Tensor) -> torch.Tensor:
         """Evaluate the network at positions of the active blocks.
 
         Args:
-            rows: long [R].
-            first: long [R], the first position of each row's block.
+            at: the rows and their blocks.
             offsets: long [R, n], positions within the block.
 
         Returns:
-            Float32 [R, n, V], never-sampled ids at -inf.
-
-        Raises:
-            FloatingPointError: if they are not finite.
+            Float32 [R, n, V], never-sampled ids at -inf. Whether they are finite is seen by `check_finite`.
         """
 
     def sync_forward(self) -> None:
         """Run a dummy forward, so that every rank makes the same number of calls (sharded weights)."""
         self.forwards += 1
         self.sync_forwards += 1
-        ids, mask = self.input_ids[:1], self.attention_mask[:1]
+        ids = self.tokens[:1, : self.prompt_length]
         if not ids.numel():  # this rank has no rows at all
-            ids = mask = self.input_ids.new_ones(1, 1)
-        self.model(input_ids=ids, attention_mask=mask, positions=ids.new_zeros(1, 1))
+            ids = self.tokens.new_ones(1, 1)
+        self.model(input_ids=ids, positions=ids.new_zeros(1, 1))
 
-    def _columns(self, rows: torch.Tensor) -> int:
+    def check_finite(self) -> None:
+        """Check the logits since the last check, once for all steps of a block because the host waits for it.
+
+        Raises:
+            FloatingPointError: if they are not finite.
+        """
+        # A draw from NaN raises nothing: some id would be drawn all the same. The largest logit of a distribution is
+        # NaN if any logit is, and infinite if one is +inf; -inf is how ids that are never sampled are marked.
+        seen, self._largest = self._largest, {}
+        if not seen or torch.cat([largest.flatten() for largest in seen.values()]).isfinite().all():
+            return
+        finite = {forward: largest.isfinite().all(1) for forward, largest in seen.items()}
+        forward = next(forward for forward in finite if not finite[forward].all())
+        raise FloatingPointError(
+            f"The network's logits are not finite for {int((~finite[forward]).sum())} of {len(finite[forward])} rows "
+            f"in forward {forward} of this rollout, so no token can be drawn. Its weights or activations have "
+            "overflowed: go back to a checkpoint with a lower learning_rate, or use bfloat16 or float32 in place "
+            "of float16."
+        )
+
+    def _columns(self, rows: np.ndarray) -> int:
         """Columns of the prompts and whole canvases of these rows, the unit that `row_units` counts in."""
-        return self.input_ids.size(1) + int(self.length[rows].max())
+        return self.prompt_length + int(self.length[rows].max())
 
     def _evaluate(
-        self, rows, start: int, end: int, visible: int, positions: torch.Tensor, cache: WindowCache | None = None
+        self,
+        rows: np.ndarray,
+        index: torch.Tensor,
+        window: tuple[int, int, int],
+        columns: torch.Tensor,
+        cache: WindowCache | None = None,
     ) -> torch.Tensor:
-        """Compute the columns [start, end), which attend to [0, visible); return logits at canvas positions [R, n]."""
+        """Compute the columns of a window, and return the logits at some of them.
+
+        Args:
+            rows: long [R].
+            index: long [R], the same on the device.
+            window: (start, end, visible): the columns [start, end) are computed, and attend to [0, visible).
+            columns: long [R, n], where logits are needed, in 0..P+L-1.
+            cache: holds the keys and values of the other columns.
+        """
+        start, end, visible = window
         self.forwards += 1
-        prompt_length, length = self.input_ids.size(1), self.canvas.size(1)
-        exists = torch.arange(length, device=rows.device) < self.length[rows].unsqueeze(1)
+        # The network would have to read the mask to find out that it hides nothing, and the host to wait for it.
+        padded = bool(self._is_padded[rows].any()) or self.prompt_length + int(self.length[rows].min()) < visible
         logits = self.model(
-            input_ids=torch.cat([self.input_ids[rows], self.canvas[rows]], dim=1)[:, start:end],
-            attention_mask=torch.cat([self.attention_mask[rows], exists.to(self.attention_mask)], dim=1)[:, :visible],
-            positions=prompt_length + positions - start,
-            canvas_start=prompt_length,
+            input_ids=self.tokens[:, start:end][index],
+            attention_mask=self.visible[:, :visible][index] if padded else None,
+            padded=padded,
+            positions=columns - start if start else columns,
+            canvas_start=self.prompt_length,
             cache=None if cache is None else cache.window(start, visible),
         ).logits
         self.row_units[rows] += (end - start) / self._columns(rows)
-        self._check_finite(logits)
+        self._largest[self.forwards] = logits.amax(-1)
         return logits
 
-    def _check_finite(self, logits: torch.Tensor) -> None:
-        # A draw from NaN raises nothing: some id would be drawn all the same. The largest logit of a distribution is
-        # NaN if any logit is, and infinite if one is +inf; -inf is how ids that are never sampled are marked.
-        finite = logits.amax(-1).isfinite().all(1)
-        if not finite.all():
-            raise FloatingPointError(
-                f"The network's logits are not finite for {int((~finite).sum())} of {len(finite)} rows in forward "
-                f"{self.forwards} of this rollout, so no token can be drawn. Its weights or activations have "
-                "overflowed: go back to a checkpoint with a lower learning_rate, or use bfloat16 or float32 in place "
-                "of float16."
-            )
+    def _columns_at(self, at: ActiveBlocks, offsets: torch.Tensor, end: int) -> torch.Tensor:
+        """Return the columns of offsets [R, n] within the active blocks, those past `end` moved to the last before it.
+
+        Rows with fewer positions to write than others have padded offsets, which may lie past the end of the canvas.
+        Their logits are computed and never read.
+        """
+        columns = offsets + (self.prompt_length + at.first)
+        return columns.clamp(max=end - 1) if self.prompt_length + at.end > end else columns
 
 
 class NoCache(Forwards):
@@ -134,40 +175,47 @@ class NoCache(Forwards):
     def batch_of(self, alive, block):
         return alive
 
-    def active(self, is_masked, min_commits):
+    def active(self, num_masked, min_commits):
         return min_commits > 0
 
     def begin_block(self, rows, first, any_rank):
         pass
 
-    def logits(self, rows, first, offsets):
-        width = int(self.length[rows].max())
+    def logits(self, at, offsets):
+        end = self._columns(at.rows)
         if self.family.attention_block is not None:  # nothing sees what comes after its block
-            width = min(width, int(first.max()) + self.config.block_length)
-        # Rows with fewer positions to write than others have padded offsets, which may lie past the end of the
-        # canvas. Their logits are computed and never read.
-        positions = (first.unsqueeze(1) + offsets).clamp(max=width - 1)
-        end = self.input_ids.size(1) + width
-        return self._evaluate(rows, 0, end, end, positions)
+            end = min(end, self.prompt_length + at.end)
+        return self._evaluate(at.rows, at.index, (0, end, end), self._columns_at(at, offsets, end))
 
 
 class _OneWindow(Forwards):
     """Forwards with a cache: all rows are at the same block, so that a forward computes the same columns of each."""
 
     # Rows that the cache holds, in ascending order: row i of the cache belongs to row _rows[i] of the batch.
-    _rows: torch.Tensor
+    _rows = np.empty(0, dtype=np.int64)
+    _index: torch.Tensor  # the same on the device
     _cache: WindowCache
 
     def batch_of(self, alive, block):
-        return alive[block[alive] == block[alive].min()] if alive.numel() else alive
+        return alive[block[alive] == block[alive].min()] if len(alive) else alive
 
-    def active(self, is_masked, min_commits):
+    def active(self, num_masked, min_commits):
         # Rows that wait for their turn stay in the batch: leaving and coming back would cost their cache.
-        return is_masked.any(1)
+        return num_masked > 0
 
-    def _cache_rows(self, rows: torch.Tensor) -> torch.Tensor:
+    def _hold(self, rows: np.ndarray) -> None:
+        """Note the rows that the cache holds."""
+        self._rows, self._index = rows, to_device(rows, self.tokens.device)
+
+    def _keep(self, rows: np.ndarray) -> None:
+        """Drop other rows from the cache."""
+        if len(rows) < len(self._rows):
+            self._cache.keep(self._cache_rows(rows))
+            self._hold(rows)
+
+    def _cache_rows(self, rows: np.ndarray) -> torch.Tensor:
         """Return the rows of the cache that belong to rows of the batch."""
-        return torch.isin(self._rows, rows).nonzero().squeeze(1)
+        return to_device(np.isin(self._rows, rows).nonzero()[0], self.tokens.device)
 
 
 class ApproximateCache(_OneWindow):
@@ -179,27 +227,23 @@ class ApproximateCache(_OneWindow):
     """
 
     def begin_block(self, rows, first, any_rank):
-        self._rows, self._age = rows, 0
-        if rows.numel():
+        self._age = 0
+        if len(rows):
             self._total = self._columns(rows)
 
-    def logits(self, rows, first, offsets):
-        prompt_length, begin = self.input_ids.size(1), int(first[0])
-        columns = self._total
-        positions = (begin + offsets).clamp(max=columns - prompt_length - 1)  # as in `NoCache.logits`
-        refresh, age = self.config.cache_refresh, self._age
+    def logits(self, at, offsets):
+        total, refresh, age = self._total, self.config.cache_refresh, self._age
+        columns = self._columns_at(at, offsets, total)
         self._age += 1
         if age == 0 or (refresh and age % refresh == 0):
-            self._rows, self._cache = rows, WindowCache(columns)
-            return self._evaluate(rows, 0, columns, columns, positions, self._cache)
-        if len(rows) < len(self._rows):  # some rows have finished their block
-            self._cache.keep(self._cache_rows(rows))
-            self._rows = rows
+            self._hold(at.rows)
+            self._cache = WindowCache(total)
+            return self._evaluate(at.rows, at.index, (0, total, total), columns, self._cache)
+        self._keep(at.rows)  # some rows may have finished their block
         # With shifted logits (Dream) the column before a position predicts it, so the window begins one earlier.
-        start = prompt_length + begin - self.family.logit_shift
-        block_end = min(prompt_length + begin + self.config.block_length, columns)
-        end = block_end if self.config.cache == "dual" else columns
-        return self._evaluate(rows, start, end, columns, positions, self._cache)
+        start = self.prompt_length + at.first - self.family.logit_shift
+        end = min(self.prompt_length + at.end, total) if self.config.cache == "dual" else total
+        return self._evaluate(at.rows, at.index, (start, end, total), columns, self._cache)
 
 
 class BlockCache(_OneWindow):
@@ -221,50 +265,50 @@ class BlockCache(_OneWindow):
     whole batch. Ranks that share weights must agree on that forward, see `begin_block`.
     """
 
-    _rows = torch.empty(0, dtype=torch.long)
     _unwritten = 0
 
     def begin_block(self, rows, first, any_rank):
-        in_cache = bool(torch.isin(rows, self._rows.to(rows.device)).all())
+        in_cache = bool(np.isin(rows, self._rows).all())
         # No short cut past `any_rank`: it is a collective call, which every rank must make.
         if any_rank(not in_cache):
             if in_cache:
                 self.sync_forward()
             else:
-                self._prefill(rows, int(first[0]))
-        if in_cache and rows.numel():
-            if len(rows) < len(self._rows):
-                self._cache.keep(self._cache_rows(rows))
-                self._rows = rows
+                self._prefill(rows, self.prompt_length + int(first[0]))
+        if in_cache and len(rows):
+            self._keep(rows)
             self._unwritten += self.config.block_length
 
-    def _prefill(self, rows: torch.Tensor, begin: int) -> None:
-        """Compute the columns before position `begin` of the canvas, once for all rows that are equal there."""
-        prompt_length = self.input_ids.size(1)
-        end = prompt_length + begin
-        seen = torch.cat([self.attention_mask[rows], self.input_ids[rows], self.canvas[rows, :begin]], dim=1)
+    def _prefill(self, rows: np.ndarray, end: int) -> None:
+        """Compute the columns [0, end), once for all rows that are equal there."""
+        index = to_device(rows, self.tokens.device)
+        seen = torch.cat([self.visible[:, :end], self.tokens[:, :end]], dim=1)[index]
         distinct, same = torch.unique(seen, dim=0, return_inverse=True)
-        example = rows.new_empty(len(distinct)).scatter_(0, same, rows)
-        self._cache = WindowCache(prompt_length + self.canvas.size(1))
-        self._evaluate(example, 0, end, end, rows.new_empty(len(example), 0), self._cache)
+        example = np.empty(len(distinct), dtype=np.int64)
+        example[same.cpu().numpy()] = rows
+        self._cache = WindowCache(self.tokens.size(1))
+        example_index = to_device(example, self.tokens.device)
+        self._evaluate(example, example_index, (0, end, end), index.new_empty(len(example), 0), self._cache)
         self._cache.keep(same)
         # `_evaluate` has charged the forward to the examples; all rows share it in equal parts.
         self.row_units[example] -= end / self._columns(example)
         self.row_units[rows] += end / self._columns(rows) * len(example) / len(rows)
-        self._rows, self._unwritten = rows, 0
+        self._hold(rows)
+        self._unwritten = 0
 
-    def logits(self, rows, first, offsets):
+    def logits(self, at, offsets):
         # All rows of the cache are computed, also those that have finished the block: their finished block is to be
         # written as well.
-        begin, cache_rows = int(first[0]), self._cache_rows(rows)
-        all_offsets = offsets.new_zeros(len(self._rows), offsets.size(1))
-        all_offsets[cache_rows] = offsets
-        block_start = self.input_ids.size(1) + begin
-        start = block_start - self.family.logit_shift - self._unwritten
-        end = block_start + self.config.block_length
+        start = self.prompt_length + at.first - self.family.logit_shift - self._unwritten
+        end = self.prompt_length + at.end
         self._unwritten = 0
-        logits = self._evaluate(self._rows, start, end, end, begin + all_offsets, self._cache)
-        return logits[cache_rows] if len(cache_rows) < len(all_offsets) else logits
+        columns = offsets + (self.prompt_length + at.first)
+        if len(at) == len(self._rows):
+            return self._evaluate(at.rows, at.index, (start, end, end), columns, self._cache)
+        cache_rows = self._cache_rows(at.rows)
+        everywhere = columns.new_full((len(self._rows), columns.size(1)), self.prompt_length + at.first)
+        everywhere[cache_rows] = columns
+        return self._evaluate(self._rows, self._index, (start, end, end), everywhere, self._cache)[cache_rows]
 
 
 CACHE_CLASSES: dict[str, type[Forwards]] = {

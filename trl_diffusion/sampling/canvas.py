@@ -48,8 +48,17 @@ class CanvasState:
             (the block, long [B]; true if the text is unfinished, bool [B]).
         """
         positions = torch.arange(self.canvas.size(1), device=self.canvas.device)
-        masked = (self.canvas == family.mask_token_id) & (positions < self.length.unsqueeze(1))
+        masked = self._masked(family)
         block = masked.int().argmax(1) // block_length
         before = positions < (block * block_length).unsqueeze(1)
         ended = (family.is_end(self.canvas) & before).any(1)
         return block, masked.any(1) & ~ended
+
+    def num_masked(self, family: DiffusionFamily, block_length: int) -> torch.Tensor:
+        """Count the masked positions of every block, long [B, blocks]."""
+        return self._masked(family).unflatten(1, (-1, block_length)).sum(2)
+
+    def _masked(self, family: DiffusionFamily) -> torch.Tensor:
+        """Return which positions are masked, bool [B, L]."""
+        positions = torch.arange(self.canvas.size(1), device=self.canvas.device)
+        return (self.canvas == family.mask_token_id) & (positions < self.length.unsqueeze(1))

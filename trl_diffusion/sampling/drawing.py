@@ -30,11 +30,6 @@ class ScoredTokens(NamedTuple):
     entropies: torch.Tensor
     support: torch.Tensor | None
 
-    def pick(self, rows: torch.Tensor, slots: torch.Tensor) -> ScoredTokens:
-        """Return the tokens at [N] (row, slot) pairs, with [N] in place of [R, n]."""
-        support = None if self.support is None else self.support[rows, slots]
-        return ScoredTokens(self.tokens[rows, slots], self.logps[rows, slots], self.entropies[rows, slots], support)
-
 
 def draw_scored(logits: torch.Tensor, noise: torch.Tensor, config: SamplingConfig) -> ScoredTokens:
     """Draw a token from each distribution and score it.
@@ -80,11 +75,6 @@ def draw_everywhere(logits: torch.Tensor, noise: torch.Tensor, config: SamplingC
     return Draws(torch.cat(tokens), torch.cat(supports) if supports else None, torch.cat(confidence))
 
 
-def take(values: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-    """Return values[r, slots[r, j]] for values [R, m, …] and slots [R, n]."""
-    return values[torch.arange(values.size(0), device=values.device).unsqueeze(1), slots]
-
-
 def _draw_tokens(
     logits: torch.Tensor, noise: torch.Tensor, config: SamplingConfig
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -95,6 +85,8 @@ def _draw_tokens(
         # A division by 1 would change no value, but it copies the logits, the largest tensor of a rollout.
         return draw((logits if config.temperature == 1 else logits / config.temperature).softmax(-1), noise), None
     log_probs, ids = truncate(logits, config.temperature, config.top_k or logits.size(-1), config.top_p)
-    tokens = ids.gather(-1, draw(log_probs.exp(), noise).unsqueeze(-1)).squeeze(-1).long()
+    # An id that was cut, -1, has no probability. But a draw from NaN can be any, and the network is run on it before
+    # the sampler asks whether the logits were finite.
+    tokens = ids.gather(-1, draw(log_probs.exp(), noise).unsqueeze(-1)).squeeze(-1).long().clamp(min=0)
     # A vocabulary smaller than top_k gives fewer ids than the trajectory has room for.
     return tokens, torch.nn.functional.pad(ids, (0, max(config.top_k - ids.size(-1), 0)), value=-1)

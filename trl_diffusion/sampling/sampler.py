@@ -13,19 +13,19 @@ from accelerate.utils import extract_model_from_parallel
 from transformers import PreTrainedModel
 
 from trl_diffusion.family import DiffusionFamily, family_of
+from trl_diffusion.sampling.active_blocks import ActiveBlocks, to_device
 from trl_diffusion.sampling.batching import prompt_buckets
 from trl_diffusion.sampling.caches import CACHE_CLASSES
 from trl_diffusion.sampling.canvas import CanvasState
 from trl_diffusion.sampling.config import SamplingConfig
 from trl_diffusion.sampling.cost import prompt_share
-from trl_diffusion.sampling.drawing import ScoredTokens, draw_everywhere, draw_scored, score, take
+from trl_diffusion.sampling.drawing import ScoredTokens, draw_everywhere, draw_scored, score
 from trl_diffusion.sampling.observing import Commits, Observer
 from trl_diffusion.sampling.positions import check_fits
 from trl_diffusion.sampling.prompts import checked_prompts
-from trl_diffusion.sampling.settling import LikeliestTokens
-from trl_diffusion.sampling.shifts import ShiftRecorder
+from trl_diffusion.sampling.recording import Recorder
 from trl_diffusion.sampling.trajectory import Trajectory
-from trl_diffusion.sampling.unmasking import RULES, Candidates, Choice, step_signals
+from trl_diffusion.sampling.unmasking import RULES, Candidates, Choice
 from trl_diffusion.streams import uniforms
 
 
@@ -144,9 +144,9 @@ def _report(observer: Observer, rows: torch.Tensor, commits: Commits) -> None:
 class _Rollout:
     """The growing canvases of one batch; rows may be at different blocks.
 
-    `write` fills them, `trajectory` returns what was recorded on the way. A step works on R of the B rows, which
-    `rows` (long [R]) names; the masked positions of their active blocks are given as `offsets` within the block,
-    long [R, m], of which those count where `is_masked` (bool [R, m]) is true.
+    `write` fills them, `trajectory` returns what was recorded on the way. The host never asks the device what follows
+    from the start: which rows are at which block, and how many positions are masked there. It waits for the device at
+    the end of a block, and with parallel unmasking once in a step for the number of tokens that it commits.
     """
 
     def __init__(
@@ -162,52 +162,28 @@ class _Rollout:
         observer: Observer | None,
         bounds: torch.Tensor | None,
     ):
-        self.family, self.config, self.any_process, self.observer = family, config, any_process, observer
+        self.family, self.config, self.any_process = family, config, any_process
         self.bounds = bounds
         self.rule = RULES[config.unmasking]
-        self.canvas, self.length = state.canvas.clone(), state.length
-        self.block, unfinished = state.next_block(family, config.block_length)
-        self.alive = unfinished.nonzero().squeeze(1)
+        # Prompts and canvases are one tensor, of which the forwards see columns and the sampler writes the canvas.
+        tokens = torch.cat([input_ids, state.canvas], dim=1)
+        self.canvas, self.length = tokens[:, input_ids.size(1) :], state.length.cpu().numpy()
+        block, unfinished = state.next_block(family, config.block_length)
+        self.block, self.alive = block.cpu().numpy(), unfinished.nonzero().squeeze(1).cpu().numpy()
+        self.num_masked = state.num_masked(family, config.block_length).cpu().numpy()
+        self.end_token_ids = torch.tensor(family.end_token_ids, device=tokens.device)
         self.forwards = CACHE_CLASSES[config.cache_for(family)](
-            model, family, config, input_ids, attention_mask, self.canvas, self.length
+            model, family, config, tokens, attention_mask, self.length
         )
-        self._allocate_records(*self.canvas.shape)
+        self.records = Recorder(config, self.canvas, observer)
         # All noise of a rollout is drawn here, with a shape that depends on the config alone: what a row is drawn
         # depends neither on the other rows nor on the order of the forwards. It is drawn block by block, so that a
         # block's does not depend on how many blocks follow: rows for the tokens, one that orders the positions, and
         # rows that draw them.
-        tokens = config.steps_per_block if self.rule.redraws else 1
-        kinds = (tokens, 1, config.steps_per_block if config.draws_positions else 0)
-        noise = uniforms(generators, config.num_blocks, sum(kinds), config.block_length).to(self.canvas.device)
-        self.token_noise, order_noise, position_noise = noise.split(kinds, dim=2)
-        self.order_noise = order_noise.squeeze(2)
-        self.position_noise = position_noise if config.draws_positions else None
-
-    def _allocate_records(self, batch: int, length: int) -> None:
-        config, device = self.config, self.canvas.device
-        self.row_forwards = torch.zeros(batch, dtype=torch.long, device=device)
-        self.unmask_step = torch.full((batch, length), -1, dtype=torch.int32, device=device)
-        self.logps = torch.zeros(batch, length, device=device)
-        self.entropies = torch.zeros(batch, length, device=device)
-        self.support: torch.Tensor | None = None
-        if config.record_support and config.truncates:
-            self.support = torch.full((batch, length, config.top_k), -1, dtype=torch.int32, device=device)
-        self.step_entropy: torch.Tensor | None = None
-        self.step_margin: torch.Tensor | None = None
-        self.position_logps: torch.Tensor | None = None
-        self.position_ranks: torch.Tensor | None = None
-        if config.draws_positions:
-            self.position_logps = torch.zeros(batch, length, device=device)
-            self.position_ranks = torch.zeros(batch, length, dtype=torch.int32, device=device)
-        self.forced: torch.Tensor | None = None
-        if config.parallel:
-            self.forced = torch.zeros(batch, config.denoising_steps, dtype=torch.bool, device=device)
-        self.likeliest: LikeliestTokens | None = None
-        if config.record_signals:
-            self.likeliest = LikeliestTokens(self.canvas)
-            self.step_entropy = torch.zeros(batch, config.denoising_steps, device=device)
-            self.step_margin = torch.zeros(batch, config.denoising_steps, device=device)
-        self.shifts = None if config.shift_window is None else ShiftRecorder(batch, config, device)
+        self.token_draws = config.steps_per_block if self.rule.redraws else 1
+        draws = self.token_draws + 1 + (config.steps_per_block if config.draws_positions else 0)
+        self.noise = uniforms(generators, config.num_blocks, draws, config.block_length).to(tokens.device)
+        self.at = ActiveBlocks(self.alive[:0], self.block[:0], self.length[:0], self.noise)
 
     def _any_rank(self, here: bool) -> bool:
         """All-reduced "any" over the ranks that share the weights; `here` alone if none do."""
@@ -215,7 +191,7 @@ class _Rollout:
 
     def write(self) -> None:
         """Write until every text has ended or its canvas is full, on every rank that shares the weights."""
-        while self._any_rank(self.alive.numel() > 0):
+        while self._any_rank(len(self.alive) > 0):
             self._write_block()
 
     def _write_block(self) -> None:
@@ -225,26 +201,28 @@ class _Rollout:
         """
         rows = self.forwards.batch_of(self.alive, self.block)
         self.forwards.begin_block(rows, self.block[rows] * self.config.block_length, self._any_rank)
-        if self.shifts is not None:
-            self.shifts.begin_block(rows)
+        if self.records.shifts is not None:
+            self.records.shifts.begin_block(to_device(rows, self.canvas.device))
         commits = self.config.commits()
         for step in range(len(commits)):
-            offsets, is_masked = self._masked(rows)
+            num_masked = self.num_masked[rows, self.block[rows]]
             # With parallel unmasking a block can be written before its last step, but only if it is on every rank.
-            if self.config.parallel and not self._any_rank(offsets.size(1) > 0):
+            if self.config.parallel and not self._any_rank(bool(num_masked.any())):
                 break
-            min_commits = self._min_commits(is_masked.sum(1), sum(commits[step + 1 :]))
+            min_commits = self._min_commits(num_masked, sum(commits[step + 1 :]))
             if min_commits.any():
-                active = self.forwards.active(is_masked, min_commits)
-                self._write_step(rows[active], step, offsets[active], is_masked[active], min_commits[active])
+                active = self.forwards.active(num_masked, min_commits)
+                self._look_at(rows[active])
+                self._write_step(step, int(num_masked.max()), min_commits[active])
             elif self.any_process is not None:
                 self.forwards.sync_forward()
-        ended = self.family.is_end(self.canvas[rows.unsqueeze(1), self._block_positions(rows)]).any(1)
+        self.forwards.check_finite()
+        self._look_at(rows)
         self.block[rows] += 1
-        leave = ended | (self.block[rows] * self.config.block_length >= self.length[rows])
-        self.alive = self.alive[~torch.isin(self.alive, rows[leave])]
+        leave = self._ended() | (self.block[rows] * self.config.block_length >= self.length[rows])
+        self.alive = self.alive[~np.isin(self.alive, rows[leave])]
 
-    def _min_commits(self, num_masked: torch.Tensor, later: int) -> torch.Tensor:
+    def _min_commits(self, num_masked: np.ndarray, later: int) -> np.ndarray:
         """Minimum number of tokens each row must commit now, long [R].
 
         Args:
@@ -254,137 +232,94 @@ class _Rollout:
         A row that starts inside a block, or on a shorter canvas, has fewer masks than the schedule expects: it skips
         steps until what is left is its share. With parallel unmasking every row commits at least one token at once.
         """
-        least = (num_masked - later).clamp(min=0)
-        return torch.maximum(least, num_masked.clamp(max=1)) if self.config.parallel else least
+        least = (num_masked - later).clip(min=0)
+        return np.maximum(least, num_masked.clip(max=1)) if self.config.parallel else least
 
-    def _block_positions(self, rows: torch.Tensor) -> torch.Tensor:
-        """Canvas positions [R, block] of the active blocks."""
-        offsets = torch.arange(self.config.block_length, device=rows.device)
-        return self.block[rows].unsqueeze(1) * self.config.block_length + offsets
+    def _look_at(self, rows: np.ndarray) -> None:
+        """Let the next step write these rows (long [R]), at their active blocks."""
+        # The steps of a block mostly write the same rows, and then nothing is copied to the device.
+        if not self.at.are(rows, self.block[rows]):
+            self.at = ActiveBlocks(rows, self.block[rows], self.length[rows], self.noise)
 
-    def _masked(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Find the masked positions of the active blocks: (offsets long [R, m], is_masked bool [R, m])."""
-        positions = self._block_positions(rows)
-        masked = self.canvas[rows.unsqueeze(1), positions] == self.family.mask_token_id
-        masked &= positions < self.length[rows].unsqueeze(1)
-        # A stable sort puts the masked positions first and keeps them from left to right; the columns after the most
-        # that any row has are cut.
-        order = masked.int().argsort(dim=1, descending=True, stable=True)
-        most = int(masked.sum(1).max()) if rows.numel() else 0
-        return order[:, :most], masked.gather(1, order)[:, :most]
+    def _ended(self) -> np.ndarray:
+        """Return which of the active blocks hold an end token, bool [R]."""
+        written = self.canvas[self.at.column, self.at.positions].unsqueeze(-1)
+        return (written == self.end_token_ids).flatten(1).any(1).cpu().numpy()
 
-    def _write_step(
+    def _write_step(self, step: int, most: int, min_commits: np.ndarray) -> None:
+        """Choose positions, draw their tokens and commit them.
+
+        Args:
+            step: of the block.
+            most: m, the most masked positions that a block has.
+            min_commits: long [R], how many tokens of each row to commit at least.
+        """
+        offsets, is_masked = self.at.masked(self.canvas, self.family.mask_token_id, most)
+        logits = self.forwards.logits(self.at, offsets) if self.config.reads_every_mask else None
+        self.records.see(self.at, step, offsets, is_masked, logits)
+        choice = self.rule.choose(self._candidates(step, offsets, is_masked, logits, min_commits))
+        chosen = offsets.gather(1, choice.slots)
+        # Without logits of all candidates the LM head runs at the chosen positions only.
+        at_chosen = self.forwards.logits(self.at, chosen) if logits is None else self.at.take(logits, choice.slots)
+        self.records.commit(self.at, step, chosen, choice, self._tokens_at(chosen, at_chosen, choice))
+        self.num_masked[self.at.rows, self.at.blocks] -= choice.counts
+
+    def _candidates(
         self,
-        rows: torch.Tensor,
         step: int,
         offsets: torch.Tensor,
         is_masked: torch.Tensor,
-        min_commits: torch.Tensor,
-    ) -> None:
-        """Choose positions, draw their tokens and commit them: at least `min_commits` [R] of each row."""
-        self.row_forwards[rows] += 1
-        logits = self._logits(rows, offsets) if self.config.reads_every_mask else None
-        if self.shifts is not None:
-            assert logits is not None
-            self.shifts.observe(rows, self.block[rows] * self.config.block_length, offsets, is_masked, logits)
-        choice = self.rule.choose(
-            Candidates(
-                is_masked,
-                min_commits,
-                order_noise=self.order_noise[rows, self.block[rows]].gather(1, offsets),
-                logits=logits,
-                bound=self.config.parallel_bound if self.bounds is None else self.bounds[rows].unsqueeze(1),
-                leftmost=self.config.fallback == "leftmost",
-                position_noise=self._position_noise(rows, step, offsets),
-                position_temperature=self.config.position_temperature,
-                draw=lambda logits: draw_everywhere(logits, self._noise(rows, step, offsets), self.config),
-            )
+        logits: torch.Tensor | None,
+        min_commits: np.ndarray,
+    ) -> Candidates:
+        """Return what the rule chooses from: the masked positions among offsets [R, m]."""
+        positions = self.token_draws + 1  # the first row of noise that draws positions
+        return Candidates(
+            is_masked,
+            min_commits,
+            order_noise=self.at.uniform(self.token_draws, offsets),
+            logits=logits,
+            bound=self.config.parallel_bound if self.bounds is None else self.bounds[self.at.column],
+            leftmost=self.config.fallback == "leftmost",
+            position_noise=self.at.uniform(positions + step, offsets) if self.config.draws_positions else None,
+            position_temperature=self.config.position_temperature,
+            draw=lambda logits: draw_everywhere(logits, self.at.uniform(step, offsets), self.config),
         )
-        chosen = offsets.gather(1, choice.slots)
-        # Without logits of all candidates the LM head runs at the chosen positions only.
-        at_chosen = self._logits(rows, chosen) if logits is None else take(logits, choice.slots)
-        self._commit(rows, step, chosen, choice, self._tokens_at(rows, chosen, at_chosen, choice))
-        at = (rows, self.block[rows] * self.config.steps_per_block + step)
-        if self.forced is not None and choice.forced is not None:
-            self.forced[at] = choice.forced
-        if self.step_entropy is not None and self.step_margin is not None:
-            assert logits is not None
-            self.step_entropy[at], self.step_margin[at] = step_signals(logits, is_masked)
-        if self.likeliest is not None:
-            assert logits is not None
-            row, slot = is_masked.nonzero(as_tuple=True)
-            positions = self.block[rows[row]] * self.config.block_length + offsets[row, slot]
-            self.likeliest.note(rows[row], positions, at[1][row], logits.argmax(-1)[row, slot])
 
-    def _tokens_at(
-        self, rows: torch.Tensor, chosen: torch.Tensor, logits: torch.Tensor, choice: Choice
-    ) -> ScoredTokens:
+    def _tokens_at(self, chosen: torch.Tensor, logits: torch.Tensor, choice: Choice) -> ScoredTokens:
         """Return tokens for the chosen positions: those that the rule drew to choose them, or new ones."""
         if choice.draws is None:
             # The noise of step 0 at whatever step: a position is drawn once, when it is committed. So the token of a
             # position does not depend on the order of the others, given the same canvas.
-            return draw_scored(logits, self._noise(rows, 0, chosen), self.config)
-        support = None if choice.draws.support is None else take(choice.draws.support, choice.slots)
-        return score(logits, take(choice.draws.tokens, choice.slots), support, self.config)
-
-    def _noise(self, rows: torch.Tensor, step: int, offsets: torch.Tensor) -> torch.Tensor:
-        """Uniform noise for the tokens at offsets [R, n]; step 0 unless the rule draws anew at every step."""
-        return self.token_noise[rows, self.block[rows], step].gather(1, offsets)
-
-    def _position_noise(self, rows: torch.Tensor, step: int, offsets: torch.Tensor) -> torch.Tensor | None:
-        """Uniform noise for the choice among offsets [R, m] at this step; `None` if positions are not drawn."""
-        if self.position_noise is None:
-            return None
-        return self.position_noise[rows, self.block[rows], step].gather(1, offsets)
-
-    def _logits(self, rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        return self.forwards.logits(rows, self.block[rows] * self.config.block_length, offsets)
-
-    def _commit(
-        self, rows: torch.Tensor, step: int, chosen: torch.Tensor, choice: Choice, drawn: ScoredTokens
-    ) -> None:
-        """Write the tokens that the choice commits of those drawn at offsets `chosen` [R, n], and record them."""
-        slots = torch.arange(chosen.size(1), device=rows.device)
-        row, slot = (slots < choice.counts.unsqueeze(1)).nonzero(as_tuple=True)
-        block, drawn = self.block[rows[row]], drawn.pick(row, slot)
-        where = (rows[row], block * self.config.block_length + chosen[row, slot])
-        self.canvas[where] = drawn.tokens
-        self.unmask_step[where] = (block * self.config.steps_per_block + step).int()
-        self.logps[where] = drawn.logps
-        self.entropies[where] = drawn.entropies
-        if self.shifts is not None:
-            self.shifts.wrote(rows[row], chosen[row, slot])
-        if self.support is not None and drawn.support is not None:
-            self.support[where] = drawn.support
-        if self.observer is not None:
-            self.observer(Commits(*where, self.unmask_step[where], drawn.tokens, drawn.logps))
-        if choice.logps is not None and self.position_logps is not None and self.position_ranks is not None:
-            self.position_logps[where] = choice.logps[row, slot]
-            self.position_ranks[where] = slot.int()
+            return draw_scored(logits, self.at.uniform(0, chosen), self.config)
+        support = None if choice.draws.support is None else self.at.take(choice.draws.support, choice.slots)
+        return score(logits, choice.draws.tokens.gather(1, choice.slots), support, self.config)
 
     def trajectory(self) -> Trajectory:
         """Return what was written, with the tail id where nothing was."""
+        records, device = self.records, self.canvas.device
+        row_forwards = to_device(records.row_forwards, device)
         return Trajectory(
             completion_ids=self.canvas.masked_fill(
                 self.canvas == self.family.mask_token_id, self.family.tail_token_id
             ),
-            unmask_step=self.unmask_step,
-            logps=self.logps,
-            entropies=self.entropies,
-            support=self.support,
+            unmask_step=records.unmask_step,
+            logps=records.logps,
+            entropies=records.entropies,
+            support=records.support,
             temperature=self.config.temperature,
-            step_entropy=self.step_entropy,
-            step_margin=self.step_margin,
-            row_forwards=self.row_forwards,
-            row_units=self.forwards.row_units,
+            step_entropy=records.step_entropy,
+            step_margin=records.step_margin,
+            row_forwards=row_forwards,
+            row_units=to_device(self.forwards.row_units, device),
             forwards=self.forwards.forwards,
             sync_forwards=self.forwards.sync_forwards,
-            prompt_columns=torch.full_like(self.row_forwards, self.forwards.input_ids.size(1)),
-            confidence_shift=None if self.shifts is None else self.shifts.shift,
-            forced=self.forced,
-            position_logps=self.position_logps,
-            position_ranks=self.position_ranks,
+            prompt_columns=torch.full_like(row_forwards, self.forwards.prompt_length),
+            confidence_shift=None if records.shifts is None else records.shifts.shift,
+            forced=None if records.forced is None else to_device(records.forced, device),
+            position_logps=records.position_logps,
+            position_ranks=records.position_ranks,
             settled_step=None
-            if self.likeliest is None
-            else self.likeliest.settled_step(self.canvas, self.unmask_step),
+            if records.likeliest is None
+            else records.likeliest.settled_step(self.canvas, records.unmask_step),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from trl_diffusion.sampling.active_blocks import ActiveBlocks
 from trl_diffusion.sampling.config import SamplingConfig
 
 
@@ -41,35 +42,27 @@ class ShiftRecorder:
         """Forget the tokens of the rows' previous blocks (rows long [R])."""
         self._waiting[rows] = False
 
-    def observe(
-        self,
-        rows: torch.Tensor,
-        first: torch.Tensor,
-        offsets: torch.Tensor,
-        is_masked: torch.Tensor,
-        logits: torch.Tensor,
-    ) -> None:
+    def observe(self, at: ActiveBlocks, offsets: torch.Tensor, is_masked: torch.Tensor, logits: torch.Tensor) -> None:
         """Read the confidences of a step, and record the shifts of the tokens that the step before wrote.
 
         Args:
-            rows: long [R].
-            first: long [R], the first position of each row's block.
+            at: the rows and their blocks.
             offsets: long [R, m], positions within the block, all different.
             is_masked: bool [R, m], which of them are masked.
             logits: float32 [R, m, V].
         """
         top = (logits.amax(-1) - logits.logsumexp(-1)).exp()
-        before = self._confidence[rows]
+        before = self._confidence[at.index]
         masked = torch.zeros_like(before, dtype=torch.bool).scatter(1, offsets, is_masked)
         confidence = torch.zeros_like(before).scatter(1, offsets, top)
         near = _window_sums((confidence - before).abs() * masked, self.window)
-        row, offset = self._waiting[rows].nonzero(as_tuple=True)
-        self.shift[rows[row], first[row] + offset] = near[row, offset]
-        self._confidence[rows] = confidence
-        self._waiting[rows] = False
+        where = (at.column, at.positions)
+        self.shift[where] = near.where(self._waiting[at.index], self.shift[where])
+        self._confidence[at.index] = confidence
+        self._waiting[at.index] = False
 
     def wrote(self, rows: torch.Tensor, offsets: torch.Tensor) -> None:
-        """Note the tokens, [N] pairs of row and offset, whose shifts the next step will show."""
+        """Note the tokens whose shifts the next step will show, at rows and offsets that broadcast."""
         self._waiting[rows, offsets] = True
 
 

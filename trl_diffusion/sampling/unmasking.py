@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from trl_diffusion.distribution import ordered_choice, sum_before
@@ -43,7 +44,7 @@ class Candidates:
     Args:
         is_masked: bool [R, m], false where a row has fewer than m masked positions, which come first and from left to
             right.
-        min_commits: long [R], tokens that each row must commit at this step.
+        min_commits: long [R], tokens that each row must commit at this step; an array, which the host knows.
         order_noise: float64 [R, m], uniform; the same at every step of a block.
         logits: float32 [R, m, V]; `None` if the rule does not read them and no signals are recorded.
         bound: value of the setting that `Rule.parallel` names, or float64 [R, 1] with one for each row (`entropy`
@@ -56,7 +57,7 @@ class Candidates:
     """
 
     is_masked: torch.Tensor
-    min_commits: torch.Tensor
+    min_commits: np.ndarray
     order_noise: torch.Tensor
     logits: torch.Tensor | None
     bound: float | torch.Tensor | None
@@ -76,17 +77,17 @@ class Choice(NamedTuple):
 
     Args:
         slots: long [R, n], indices of candidates, the first to commit first.
-        counts: long [R], how many of a row's n slots are committed.
+        counts: long [R], how many of a row's n slots are committed; an array, which the host knows.
         draws: the tokens, if the rule has drawn them to choose; else they are drawn at the chosen positions.
-        forced: bool [R], fewer positions reached the bound than had to commit; `None` without a bound.
+        forced: bool [R], fewer positions reached the bound than had to commit, an array; `None` without a bound.
         logps: float32 [R, n], log-probability of choosing each slot after those before it; `None` if the rule does not
             draw positions with a probability that depends on the network.
     """
 
     slots: torch.Tensor
-    counts: torch.Tensor
+    counts: np.ndarray
     draws: Draws | None = None
-    forced: torch.Tensor | None = None
+    forced: np.ndarray | None = None
     logps: torch.Tensor | None = None
 
 
@@ -196,11 +197,12 @@ def _most_certain(
         return Choice(slots, candidates.min_commits)
     # The bound can let any number of positions commit, so all are sorted.
     certainty, slots = certainty.sort(dim=1, descending=True)
-    reached = count(certainty, candidates.bound)
-    counts = candidates.min_commits.maximum(reached)
+    num_reached = count(certainty, candidates.bound)
     if candidates.leftmost:
-        reaches = slots.argsort(1) < reached.unsqueeze(1)
+        reaches = slots.argsort(1) < num_reached.unsqueeze(1)
         slots = (~reaches).int().argsort(dim=1, stable=True)  # candidates come from left to right
+    reached = num_reached.cpu().numpy()  # the one thing that the host waits for in a step
+    counts = np.maximum(candidates.min_commits, reached)
     return Choice(slots[:, : int(counts.max())], counts, forced=reached < candidates.min_commits)
 
 
