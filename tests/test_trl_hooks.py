@@ -100,6 +100,7 @@ METHODS: dict[tuple[type, str], tuple[list[str], str]] = {
         ["load_config", "loading_info"],
         "overridden: missing and unexpected weights are errors; static, the model comes first",
     ),
+    (PreTrainedModel, "_can_set_experts_implementation"): ([], "overridden: it looks into the file of the class"),
     (Trainer, "train"): (["resume_from_checkpoint", "trial", "ignore_keys_for_eval"], "overridden: what is resumed"),
     (Trainer, "_save"): (["output_dir", "state_dict"], "overridden: cards next to adapters name the Hub's id"),
     (Trainer, "create_scheduler"): (
@@ -148,6 +149,7 @@ ATTRIBUTES: dict[str, tuple[type, str]] = {
     "_name_or_path": (PreTrainedConfig, "where a model came from"),
     "_actions": (TrlParser, "names and defaults of options, for short helps and spellings meant"),
     "_from_config": (PreTrainedModel, "a model on the meta device in the dtype of its weights"),
+    "_keys_to_ignore_on_load_unexpected": (PreTrainedModel, "unexpected weights of a mixture are not ignored"),
     "_compiled_call_impl": (torch.nn.Module, "networks compiled in place are sampled uncompiled"),
 }
 
