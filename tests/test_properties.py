@@ -391,7 +391,7 @@ def test_4_the_update_does_not_depend_on_how_rows_are_laid_out(method, other, re
         monkeypatch.setattr(shuffle, lambda rows: {k: v.flip(0) if v.dim() else v for k, v in rows.items()})
     assert reference.norm() > 1e-2
     found = one_step(method, tmp_path, **other)
-    assert (found - reference).norm() <= 1e-5 * reference.norm()  # float32, in another order of sums
+    assert (found - reference).norm() <= 5e-6 * reference.norm()  # float32, in another order of sums
 
 
 @methods(4)
