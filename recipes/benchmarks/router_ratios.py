@@ -23,7 +23,7 @@ from transformers.utils import logging
 
 from trl_diffusion.models import LLaDAMoEConfig, LLaDAMoEModelLM
 from trl_diffusion.models.embedded import EMBEDDED_MODEL
-from trl_diffusion.models.llada_moe import LLaDAMoERouter
+from trl_diffusion.models.qwen_layers import Qwen3MoeRouter
 
 
 def save_network(folder: Path, dense: bool, seed: int) -> str:
@@ -68,10 +68,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         dense, mixture = (save_network(Path(folder) / name, name == "dense", args.seed) for name in ("dense", "moe"))
         for dtype, model, router in [
-            ("bfloat16", dense, LLaDAMoERouter),
+            ("bfloat16", dense, Qwen3MoeRouter),
             ("bfloat16", mixture, Qwen3MoeTopKRouter),  # computes in the dtype of the network
-            ("bfloat16", mixture, LLaDAMoERouter),
-            ("float32", mixture, LLaDAMoERouter),
+            ("bfloat16", mixture, Qwen3MoeRouter),
+            ("float32", mixture, Qwen3MoeRouter),
         ]:
             LLaDAMoEModelLM.router_class = router
             own = "none" if model == dense else dtype if router is Qwen3MoeTopKRouter else "float32"

@@ -15,15 +15,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
-from transformers.models.qwen2 import modeling_qwen2 as qwen2
-from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from trl_diffusion.models.block_causal import check_block_attention
 from trl_diffusion.models.config import DiffusionConfigMixin, Vocabulary
 from trl_diffusion.models.diffusion_lm import DiffusionLM
 from trl_diffusion.models.families import register
 from trl_diffusion.models.from_tokenizer import TokenizerFacts
-from trl_diffusion.models.layers import DiffusionAttention, Float32Rotary, LastLayer
+from trl_diffusion.models.qwen_layers import (
+    Qwen2DecoderLayer,
+    Qwen2DiffusionAttention,
+    Qwen2RotaryEmbedding,
+    Qwen3DecoderLayer,
+    Qwen3DiffusionAttention,
+    Qwen3RotaryEmbedding,
+)
 from trl_diffusion.validation import at_least
 
 # The mask token `<|mask|>` is added behind the last token of Qwen's vocabulary. Its id is read from the tokenizer.
@@ -112,48 +117,21 @@ class A2DLM(DiffusionLM):
         return size or None
 
 
-class A2DQwen3RotaryEmbedding(Float32Rotary, qwen3.Qwen3RotaryEmbedding):
-    """Qwen3's rotary embedding in float32."""
-
-
-class A2DQwen3Attention(DiffusionAttention, qwen3.Qwen3Attention):  # type: ignore[misc]  # adds `queries`
-    """Qwen3's attention, with norms of queries and keys, and with the rotation in float32."""
-
-    def _normalised(self, query, key):
-        return self.q_norm(query), self.k_norm(key)
-
-
-class Qwen3DecoderLayer(LastLayer, qwen3.Qwen3DecoderLayer):  # type: ignore[misc]  # adds `read`
-    """The last layer. It has the name of the stock class, by which FSDP and device maps recognise layers."""
-
-
 class A2DQwen3LMHeadModel(A2DLM, Qwen3ForCausalLM):  # type: ignore[misc]  # `generate` samples by diffusion
     """Qwen3 as a diffusion model with its LM head, under the class name of the hub's code."""
 
     config_class = A2DQwen3Config
-    rotary_class = A2DQwen3RotaryEmbedding
-    attention_class = A2DQwen3Attention
+    rotary_class = Qwen3RotaryEmbedding
+    attention_class = Qwen3DiffusionAttention
     last_layer_class = Qwen3DecoderLayer
-
-
-class A2DQwen2RotaryEmbedding(Float32Rotary, qwen2.Qwen2RotaryEmbedding):
-    """Qwen2's rotary embedding in float32."""
-
-
-class A2DQwen2Attention(DiffusionAttention, qwen2.Qwen2Attention):  # type: ignore[misc]  # adds `queries`
-    """Qwen2's attention with the rotation in float32."""
-
-
-class Qwen2DecoderLayer(LastLayer, qwen2.Qwen2DecoderLayer):  # type: ignore[misc]  # adds `read`
-    """The last layer. It has the name of the stock class, by which FSDP and device maps recognise layers."""
 
 
 class A2DQwen2LMHeadModel(A2DLM, Qwen2ForCausalLM):  # type: ignore[misc]  # `generate` samples by diffusion
     """Qwen2 as a diffusion model with its LM head, under the class name of the hub's code."""
 
     config_class = A2DQwen2Config
-    rotary_class = A2DQwen2RotaryEmbedding
-    attention_class = A2DQwen2Attention
+    rotary_class = Qwen2RotaryEmbedding
+    attention_class = Qwen2DiffusionAttention
     last_layer_class = Qwen2DecoderLayer
 
 

@@ -9,12 +9,11 @@ from typing import Any
 
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 from transformers.models.auto.tokenization_auto import REGISTERED_TOKENIZER_CLASSES
-from transformers.models.qwen2 import modeling_qwen2 as qwen2
 
 from trl_diffusion.models.config import DiffusionConfigMixin, Vocabulary
 from trl_diffusion.models.diffusion_lm import DiffusionLM
 from trl_diffusion.models.families import register
-from trl_diffusion.models.layers import DiffusionAttention, Float32Rotary, LastLayer
+from trl_diffusion.models.qwen_layers import Qwen2DecoderLayer, Qwen2DiffusionAttention, Qwen2RotaryEmbedding
 
 DREAM_7B = Vocabulary(
     size=152064,
@@ -48,18 +47,6 @@ class DreamConfig(DiffusionConfigMixin, Qwen2Config):
             )
 
 
-class DreamRotaryEmbedding(Float32Rotary, qwen2.Qwen2RotaryEmbedding):
-    """Qwen2's rotary embedding in float32."""
-
-
-class DreamAttention(DiffusionAttention, qwen2.Qwen2Attention):  # type: ignore[misc]  # adds `queries`
-    """Qwen2's attention with the rotation in float32."""
-
-
-class Qwen2DecoderLayer(LastLayer, qwen2.Qwen2DecoderLayer):  # type: ignore[misc]  # adds `read`
-    """The last layer. It has the name of the stock class, by which FSDP and device maps recognise layers."""
-
-
 class DreamTokenizer(Qwen2Tokenizer):
     """Qwen2's tokenizer under the name that checkpoints ask for; it gives the same ids as Dream's remote code."""
 
@@ -68,8 +55,8 @@ class DreamModel(DiffusionLM, Qwen2ForCausalLM):  # type: ignore[misc]  # `gener
     """Dream with its LM head, under the class name of the hub's remote code."""
 
     config_class = DreamConfig
-    rotary_class = DreamRotaryEmbedding
-    attention_class = DreamAttention
+    rotary_class = Qwen2RotaryEmbedding
+    attention_class = Qwen2DiffusionAttention
     last_layer_class = Qwen2DecoderLayer
     logit_shift = 1  # trained from an autoregressive model: the logits at i - 1 predict the token at i
 

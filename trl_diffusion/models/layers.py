@@ -117,6 +117,16 @@ class DiffusionAttention:
         return query, key
 
 
+class NormedAttention(DiffusionAttention):
+    """`DiffusionAttention` of networks that normalise every head of queries and keys (Qwen3, GLM-4-MoE)."""
+
+    q_norm: Any
+    k_norm: Any
+
+    def _normalised(self, query, key):
+        return self.q_norm(query), self.k_norm(key)
+
+
 class LastLayer:
     """A decoder layer that computes only the columns which are read; of the others it needs keys and values alone.
 

@@ -22,18 +22,12 @@ from transformers.core_model_loading import Split, WeightConverter, WeightRenami
 from transformers.models.glm4_moe import modeling_glm4_moe as glm4_moe
 
 from trl_diffusion.models.block_causal import BlockCausalConfigMixin, BlockCausalLM
-from trl_diffusion.models.config import Vocabulary
 from trl_diffusion.models.experts import MixtureLM, merged_name
 from trl_diffusion.models.families import register
 from trl_diffusion.models.from_tokenizer import TokenizerFacts
-from trl_diffusion.models.layers import DiffusionAttention, Float32Rotary, LastLayer
+from trl_diffusion.models.layers import Float32Rotary, LastLayer, NormedAttention
+from trl_diffusion.models.llada_moe import LLADA_MOE  # the vocabulary is the same
 
-LLADA2 = Vocabulary(
-    size=157184,
-    num_tokens=157184,  # the tokenizer's number where there is one
-    end_token_ids=(156892,),  # <|endoftext|>
-    mask_token_id=156895,  # <|mask|>
-)
 # hub key → GLM-4-MoE key
 CONFIG_KEYS = {"num_experts": "n_routed_experts", "num_shared_experts": "n_shared_experts"}
 # Hub keys that change the network, with the only value that this class computes.
@@ -92,11 +86,11 @@ class LLaDA2MoeConfig(TokenizerFacts, BlockCausalConfigMixin, Glm4MoeConfig):  #
     """
 
     model_type = "llada2_moe"
-    published = LLADA2
+    published = LLADA_MOE
     has_experts = True
     turn_end = "<|role_end|>"
 
-    vocab_size: int = LLADA2.size
+    vocab_size: int = LLADA_MOE.size
     rms_norm_eps: float = 1e-6
     block_size: int = 32
     use_qk_norm: bool = True
@@ -141,11 +135,8 @@ class LLaDA2RotaryEmbedding(Float32Rotary, glm4_moe.Glm4MoeRotaryEmbedding):
     """GLM-4-MoE's rotary embedding in float32; it rotates a part of every head."""
 
 
-class LLaDA2Attention(DiffusionAttention, glm4_moe.Glm4MoeAttention):  # type: ignore[misc]  # adds `queries`
-    """GLM-4-MoE's attention, with norms of queries and keys, and with the rotation in float32."""
-
-    def _normalised(self, query, key):
-        return self.q_norm(query), self.k_norm(key)
+class LLaDA2Attention(NormedAttention, glm4_moe.Glm4MoeAttention):  # type: ignore[misc]  # adds `queries`
+    """GLM-4-MoE's attention, with the rotation in float32."""
 
 
 class LLaDA2Router(glm4_moe.Glm4MoeTopkRouter):

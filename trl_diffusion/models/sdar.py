@@ -11,12 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import Qwen3Config, Qwen3ForCausalLM
-from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 from trl_diffusion.models.block_causal import BlockCausalConfigMixin, BlockCausalLM
 from trl_diffusion.models.config import Vocabulary
 from trl_diffusion.models.families import register
-from trl_diffusion.models.layers import DiffusionAttention, Float32Rotary, LastLayer
+from trl_diffusion.models.qwen_layers import Qwen3DecoderLayer, Qwen3DiffusionAttention, Qwen3RotaryEmbedding
 
 SDAR = Vocabulary(
     size=151936,
@@ -54,21 +53,6 @@ class SDARConfig(BlockCausalConfigMixin, Qwen3Config):
         super().read_hub_keys(keys)
 
 
-class SDARRotaryEmbedding(Float32Rotary, qwen3.Qwen3RotaryEmbedding):
-    """Qwen3's rotary embedding in float32."""
-
-
-class SDARAttention(DiffusionAttention, qwen3.Qwen3Attention):  # type: ignore[misc]  # adds `queries`
-    """Qwen3's attention, with norms of queries and keys, and with the rotation in float32."""
-
-    def _normalised(self, query, key):
-        return self.q_norm(query), self.k_norm(key)
-
-
-class Qwen3DecoderLayer(LastLayer, qwen3.Qwen3DecoderLayer):  # type: ignore[misc]  # adds `read`
-    """The last layer. It has the name of the stock class, by which FSDP and device maps recognise layers."""
-
-
 class SDARForCausalLM(BlockCausalLM, Qwen3ForCausalLM):  # type: ignore[misc]  # `generate` samples by diffusion
     """SDAR with its LM head, under the class name of the hub's remote code.
 
@@ -77,8 +61,8 @@ class SDARForCausalLM(BlockCausalLM, Qwen3ForCausalLM):  # type: ignore[misc]  #
     """
 
     config_class = SDARConfig
-    rotary_class = SDARRotaryEmbedding
-    attention_class = SDARAttention
+    rotary_class = Qwen3RotaryEmbedding
+    attention_class = Qwen3DiffusionAttention
     last_layer_class = Qwen3DecoderLayer
 
 

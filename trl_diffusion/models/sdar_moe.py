@@ -12,9 +12,14 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.qwen3_moe import modeling_qwen3_moe as qwen3_moe
 
 from trl_diffusion.models.block_causal import BlockCausalConfigMixin, BlockCausalLM
-from trl_diffusion.models.experts import Float32Router, MixtureLM
+from trl_diffusion.models.experts import MixtureLM
 from trl_diffusion.models.families import register
-from trl_diffusion.models.layers import DiffusionAttention, Float32Rotary, LastLayer
+from trl_diffusion.models.qwen_layers import (
+    Qwen3MoeDecoderLayer,
+    Qwen3MoeDiffusionAttention,
+    Qwen3MoeRotaryEmbedding,
+    Qwen3MoeRouter,
+)
 from trl_diffusion.models.sdar import SDAR
 
 
@@ -58,25 +63,6 @@ class SDARMoeConfig(BlockCausalConfigMixin, Qwen3MoeConfig):
         return output
 
 
-class SDARMoeRotaryEmbedding(Float32Rotary, qwen3_moe.Qwen3MoeRotaryEmbedding):
-    """Qwen3-MoE's rotary embedding in float32."""
-
-
-class SDARMoeAttention(DiffusionAttention, qwen3_moe.Qwen3MoeAttention):  # type: ignore[misc]  # adds `queries`
-    """Qwen3-MoE's attention, with norms of queries and keys, and with the rotation in float32."""
-
-    def _normalised(self, query, key):
-        return self.q_norm(query), self.k_norm(key)
-
-
-class SDARMoeRouter(Float32Router, qwen3_moe.Qwen3MoeTopKRouter):
-    """Qwen3-MoE's router in float32."""
-
-
-class Qwen3MoeDecoderLayer(LastLayer, qwen3_moe.Qwen3MoeDecoderLayer):  # type: ignore[misc]  # adds `read`
-    """The last layer. It has the name of the stock class, by which FSDP and device maps recognise layers."""
-
-
 class SDARMoeForCausalLM(BlockCausalLM, MixtureLM, Qwen3MoeForCausalLM):  # type: ignore[misc]  # as in `SDARForCausalLM`
     """SDAR-MoE with its LM head, under the class name of the hub's remote code.
 
@@ -85,11 +71,11 @@ class SDARMoeForCausalLM(BlockCausalLM, MixtureLM, Qwen3MoeForCausalLM):  # type
     """
 
     config_class = SDARMoeConfig
-    rotary_class = SDARMoeRotaryEmbedding
-    attention_class = SDARMoeAttention
+    rotary_class = Qwen3MoeRotaryEmbedding
+    attention_class = Qwen3MoeDiffusionAttention
     last_layer_class = Qwen3MoeDecoderLayer
     mixture_class = qwen3_moe.Qwen3MoeSparseMoeBlock
-    router_class = SDARMoeRouter
+    router_class = Qwen3MoeRouter
 
 
 register_checkpoint_conversion_mapping(
