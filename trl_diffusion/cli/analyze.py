@@ -30,9 +30,9 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
+from trl_diffusion.cli.loading import LoadingArguments
 from trl_diffusion.cli.parsing import Parser, model_first
 from trl_diffusion.credit import SELECTORS, step_signals, taken_steps
-from trl_diffusion.evaluation import load_model
 from trl_diffusion.evaluation.confusion_zones import (
     SIGNALS,
     confusion_zone_figure,
@@ -58,26 +58,8 @@ def held_out(task: str, size: int, seed: int) -> Dataset:
 
 
 @dataclass
-class AnalysisArguments(SamplingArguments):
+class AnalysisArguments(LoadingArguments, SamplingArguments):
     """The model, the problems, and how completions are drawn. The defaults are made for the embedded model."""
-
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Model on the Hub or folder, or `embedded_sdar`; the embedded one if there is no model or adapter."
-        },
-    )
-    adapter: str | None = field(
-        default=None, metadata={"help": "PEFT adapter; its own base is loaded if none is given."}
-    )
-    model_revision: str | None = field(default=None, metadata={"help": "Revision of the model on the Hub."})
-    dtype: str = field(default="auto", metadata={"help": "Type of the weights; `auto` for the checkpoint's."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "As in transformers."})
-    block_size: int | None = field(
-        default=None,
-        metadata={"help": "Attention block of a checkpoint whose config.json leaves it out; 0 for full attention."},
-    )
-    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU although there is a GPU."})
 
     task: str = field(default="word_problems", metadata={"help": f"One of {', '.join(TASKS)}.", "choices": [*TASKS]})
     num_completions: int = field(default=256, metadata={"help": "Completions, one per held-out problem."})
@@ -175,15 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.model_name_or_path is None and args.adapter is None:
         args.model_name_or_path = EMBEDDED_MODEL
         console.print("No model given: analysing the embedded one. It is tiny and was trained on faulty solutions.")
-    model, tokenizer = load_model(
-        args.model_name_or_path,
-        args.adapter,
-        revision=args.model_revision,
-        dtype=args.dtype,
-        attn_implementation=args.attn_implementation,
-        block_size=args.block_size,
-        device="cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu",
-    )
+    model, tokenizer = args.load("cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu")
     problems = held_out(args.task, args.num_completions, args.seed)
     correct = TASKS[args.task].is_correct
     entropy, margin, steps, taken, success = sample_signals(model, tokenizer, problems, correct, args)

@@ -24,6 +24,7 @@ from typing import Any
 
 from rich.console import Console
 
+from trl_diffusion.cli.loading import LoadingArguments
 from trl_diffusion.cli.names import CONFIGS, check_model_name
 from trl_diffusion.cli.parsing import Parser, model_first
 from trl_diffusion.evaluation import (
@@ -31,7 +32,6 @@ from trl_diffusion.evaluation import (
     Problems,
     console_table,
     join_processes,
-    load_model,
     measure,
     weights_checksum,
     write_results,
@@ -65,29 +65,12 @@ LONGEST_CANVAS, LONGEST_BLOCK = 256, 32  # where nothing is given and nothing re
 
 
 @dataclass
-class EvaluateArguments(GreedyArguments):
+class EvaluateArguments(LoadingArguments, GreedyArguments):
     """The model, the tasks, and how they are decoded."""
 
-    model_name_or_path: str | None = field(
-        default=None,
-        metadata={
-            "help": "Model on the Hub or folder, or `embedded_sdar`; the embedded one if there is no model or adapter."
-        },
-    )
-    adapter: str | None = field(
-        default=None, metadata={"help": "PEFT adapter; its own base is loaded if none is given."}
-    )
     allow_other_base: bool = field(
         default=False, metadata={"help": "Accept an adapter whose config names another base, because it has moved."}
     )
-    model_revision: str | None = field(default=None, metadata={"help": "Revision of the model on the Hub."})
-    dtype: str = field(default="auto", metadata={"help": "Type of the weights; `auto` for the checkpoint's."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "As in transformers."})
-    block_size: int | None = field(
-        default=None,
-        metadata={"help": "Attention block of a checkpoint whose config.json leaves it out; 0 for full attention."},
-    )
-    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU although there is a GPU."})
 
     tasks: list[str] = field(
         default_factory=list,
@@ -248,16 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print("No model given: evaluating the bundled one. It is tiny and was trained on faulty solutions.")
     with state.main_process_first():  # one process downloads, the others find it in the cache
         rows = [task.load(args.split, source=source, limit=args.limit, prompt=args.prompt) for task, source in tasks]
-    model, tokenizer = load_model(
-        args.model_name_or_path,
-        args.adapter,
-        revision=args.model_revision,
-        dtype=args.dtype,
-        attn_implementation=args.attn_implementation,
-        block_size=args.block_size,
-        device=state.device,
-        allow_other_base=args.allow_other_base,
-    )
+    model, tokenizer = args.load(state.device, args.allow_other_base)
     problems = [
         Problems.encode(task.name, data, score, tokenizer, origin(args, source))
         for (task, source), data, score in zip(tasks, rows, scores, strict=True)

@@ -1,12 +1,54 @@
-"""Load what the commands that train need besides the model: its tokenizer, and the config of a new adapter."""
+"""Load what commands need: a model to decode with; or, to train, a tokenizer and the config of a new adapter."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
+import torch
 from peft import PeftConfig
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config
 
 from trl_diffusion.adapters.renaming import base_of, is_adapter
+from trl_diffusion.evaluation.loading import load_model
+
+
+@dataclass
+class LoadingArguments:
+    """Options of the commands that decode with a model."""
+
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Model on the Hub or folder, or `embedded_sdar`; the embedded one if there is no model or adapter."
+        },
+    )
+    adapter: str | None = field(
+        default=None, metadata={"help": "PEFT adapter; its own base is loaded if none is given."}
+    )
+    model_revision: str | None = field(default=None, metadata={"help": "Revision of the model on the Hub."})
+    dtype: str = field(default="auto", metadata={"help": "Type of the weights; `auto` for the checkpoint's."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "As in transformers."})
+    block_size: int | None = field(
+        default=None,
+        metadata={"help": "Attention block of a checkpoint whose config.json leaves it out; 0 for full attention."},
+    )
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU although there is a GPU."})
+
+    def load(
+        self, device: torch.device | str, allow_other_base: bool = False
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load the model, with its adapter, and the tokenizer; see `load_model`."""
+        return load_model(
+            self.model_name_or_path,
+            self.adapter,
+            revision=self.model_revision,
+            dtype=self.dtype,
+            attn_implementation=self.attn_implementation,
+            block_size=self.block_size,
+            device=device,
+            allow_other_base=allow_other_base,
+        )
 
 
 def load_tokenizer(model_args: ModelConfig) -> PreTrainedTokenizerBase:

@@ -34,9 +34,9 @@ from accelerate.utils import extract_model_from_parallel
 from rich.console import Console
 
 from trl_diffusion.cli.evaluate import canvas_that_fits
+from trl_diffusion.cli.loading import LoadingArguments
 from trl_diffusion.cli.names import check_model_name
 from trl_diffusion.cli.parsing import HELP, HELP_ALL, Parser
-from trl_diffusion.evaluation import load_model
 from trl_diffusion.evaluation.decoding import decode_completions
 from trl_diffusion.evaluation.results import describe_decoding
 from trl_diffusion.family import family_of
@@ -72,7 +72,7 @@ BUNDLED_CANVAS = ("--canvas_length", "32")  # what the bundled models were train
 
 
 @dataclass
-class SampleArguments(GreedyArguments):
+class SampleArguments(LoadingArguments, GreedyArguments):
     """The model and its prompt, how the answer is decoded, and how it is shown."""
 
     model_name_or_path: str | None = field(
@@ -81,20 +81,9 @@ class SampleArguments(GreedyArguments):
     prompt: str | None = field(
         default=None, metadata={"help": "The prompt, in place of the second word; without one, a conversation begins."}
     )
-    adapter: str | None = field(
-        default=None, metadata={"help": "PEFT adapter; its own base is loaded if none is given."}
-    )
     allow_other_base: bool = field(
         default=False, metadata={"help": "Accept an adapter whose config names another base, because it has moved."}
     )
-    model_revision: str | None = field(default=None, metadata={"help": "Revision of the model on the Hub."})
-    dtype: str = field(default="auto", metadata={"help": "Type of the weights; `auto` for the checkpoint's."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "As in transformers."})
-    block_size: int | None = field(
-        default=None,
-        metadata={"help": "Attention block of a checkpoint whose config.json leaves it out; 0 for full attention."},
-    )
-    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU although there is a GPU."})
 
     system: str | None = field(default=None, metadata={"help": "System message before the conversation."})
     canvas_length: int | None = field(
@@ -365,16 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     args = parse(sys.argv[1:] if arguments is None else arguments)
     accelerator = None if args.use_cpu else torch.accelerator.current_accelerator(check_available=True)
-    model, tokenizer = load_model(
-        args.model_name_or_path,
-        args.adapter,
-        revision=args.model_revision,
-        dtype=args.dtype,
-        attn_implementation=args.attn_implementation,
-        block_size=args.block_size,
-        device=accelerator or "cpu",
-        allow_other_base=args.allow_other_base,
-    )
+    model, tokenizer = args.load(accelerator or "cpu", args.allow_other_base)
     # The first time that a model is unwrapped, accelerate imports DeepSpeed where it is installed, and that writes to
     # stdout, which is for answers alone.
     with redirect_stdout(sys.stderr):
