@@ -21,6 +21,10 @@ CONFIG = SamplingConfig(8, 8, 4, 1.3, unmasking="entropy", entropy_bound=0.2)
 LEARNT = {"learn_bound": True, "unmasking": "entropy", "entropy_bound": 0.2, "denoising_steps": 8}
 
 
+def weights_of(policy: BoundPolicy) -> dict[str, torch.Tensor]:
+    return {name: weight.clone() for name, weight in policy.state_dict().items()}
+
+
 def drawn(model, bounds: list[float] | None, rows: list[int], config: SamplingConfig = CONFIG):
     """Completions of one prompt with the private streams of these rows."""
     given = None if bounds is None else torch.tensor(bounds, dtype=torch.float64)
@@ -107,12 +111,12 @@ def test_the_gradient_of_the_bounds_is_that_of_the_enumerated_reward():
 def test_a_step_of_learning_is_gradient_descent_on_the_loss():
     policy, states = BoundPolicy(3, 0.05), torch.nn.functional.normalize(torch.arange(12.0).view(4, 3) + 1, dim=-1)
     choices, advantages = torch.tensor([0, 2, 6, 2]), torch.tensor([1.0, -0.5, 0.2, 0.0])
-    chances = policy.logits(states).softmax(-1).detach()
+    chances = policy(states).softmax(-1).detach()
     slopes = (advantages.unsqueeze(1) * (torch.nn.functional.one_hot(choices, 7) - chances)) / 4
-    before = policy.state()
+    before = weights_of(policy)
     policy.learn(states, choices, advantages, rate=0.5)
-    torch.testing.assert_close(policy.state()["weight"], before["weight"] + 0.5 * slopes.T @ states)
-    torch.testing.assert_close(policy.state()["bias"], before["bias"] + 0.5 * slopes.sum(0))
+    torch.testing.assert_close(weights_of(policy)["weight"], before["weight"] + 0.5 * slopes.T @ states)
+    torch.testing.assert_close(weights_of(policy)["bias"], before["bias"] + 0.5 * slopes.sum(0))
 
 
 def test_bounds_are_drawn_with_their_probabilities_and_start_at_one():
@@ -153,7 +157,7 @@ def test_states_are_means_over_the_prompt_alone_and_do_not_depend_on_padding():
 
 def test_a_rollout_draws_bounds_from_private_streams_and_trains_their_policy(tmp_path, monkeypatch):
     trainer = DIFFPO.make(tmp_path, bound_learning_rate=2.0, **LEARNT)
-    before, learnt = trainer.bound_policy.state(), []
+    before, learnt = weights_of(trainer.bound_policy), []
     monkeypatch.setattr(trainer.bound_policy, "learn", lambda *given: learnt.append(given))
     torch_state = torch.get_rng_state()
     rollout_of(trainer, "a b", "b a a", copies=8)
@@ -176,16 +180,16 @@ def test_a_rollout_draws_bounds_from_private_streams_and_trains_their_policy(tmp
     groups = paid.view(-1, 4)
     expected = groups - (groups.sum(1, keepdim=True) - groups) / 3
     torch.testing.assert_close(advantages, expected.flatten(), atol=1e-5, rtol=1e-5)
-    assert expected.abs().max() > 0.1 and torch.equal(before["bias"], trainer.bound_policy.state()["bias"])
+    assert expected.abs().max() > 0.1 and torch.equal(before["bias"], weights_of(trainer.bound_policy)["bias"])
 
 
 def test_evaluations_take_the_likeliest_bound_and_do_not_train(tmp_path):
     trainer = DIFFPO.make(tmp_path, **LEARNT)
     trainer.model.eval()
-    before = trainer.bound_policy.state()
+    before = weights_of(trainer.bound_policy)
     trainer._generate_and_score_completions([{"prompt": "a b"}] * 4)
     assert set(trainer._bound_choice[1].tolist()) == {BOUNDS.index(0.2)}
-    assert torch.equal(before["bias"], trainer.bound_policy.state()["bias"])
+    assert torch.equal(before["bias"], weights_of(trainer.bound_policy)["bias"])
 
 
 @pytest.mark.slow
@@ -196,13 +200,13 @@ def test_paying_for_speed_raises_the_bound_and_paying_for_nothing_leaves_it(tmp_
         "reward": lambda completions, **_: [1.0] * len(completions),
     }
     paid = DIFFPO.make(tmp_path, bound_learning_rate=20.0, **settings)
-    before = paid.bound_policy.state()["bias"].softmax(0) @ torch.tensor(BOUNDS)
+    before = weights_of(paid.bound_policy)["bias"].softmax(0) @ torch.tensor(BOUNDS)
     paid.train()
-    assert paid.bound_policy.state()["bias"].softmax(0) @ torch.tensor(BOUNDS) > before + 0.05
+    assert weights_of(paid.bound_policy)["bias"].softmax(0) @ torch.tensor(BOUNDS) > before + 0.05
     unpaid = DIFFPO.make(tmp_path, bound_learning_rate=20.0, speed_exponent=0.0, **settings)
-    start = unpaid.bound_policy.state()
+    start = weights_of(unpaid.bound_policy)
     unpaid.train()
-    assert torch.equal(unpaid.bound_policy.state()["bias"], start["bias"])  # negative control
+    assert torch.equal(weights_of(unpaid.bound_policy)["bias"], start["bias"])  # negative control
 
 
 @pytest.mark.slow
@@ -211,11 +215,11 @@ def test_a_resumed_run_has_the_policy_of_one_that_was_not_stopped(tmp_path):
     whole = DIFFPO.make(tmp_path / "whole", save_strategy="steps", save_steps=3, **settings)
     whole.train()
     resumed = DIFFPO.make(tmp_path / "whole", save_strategy="steps", save_steps=3, **settings)
-    start = resumed.bound_policy.state()
+    start = weights_of(resumed.bound_policy)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert torch.equal(parameters_of(resumed), parameters_of(whole))
-    for name, value in whole.bound_policy.state().items():
-        assert torch.equal(value, resumed.bound_policy.state()[name])
+    for name, value in weights_of(whole.bound_policy).items():
+        assert torch.equal(value, weights_of(resumed.bound_policy)[name])
         assert not torch.equal(value, start[name])
 
 
@@ -223,13 +227,13 @@ def test_a_resumed_run_has_the_policy_of_one_that_was_not_stopped(tmp_path):
 def test_an_adapter_learns_bounds_too(tmp_path):
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     trainer = DIFFPO.make(tmp_path, peft_config=lora, **LEARNT)
-    before = trainer.bound_policy.state()["weight"]
+    before = weights_of(trainer.bound_policy)["weight"]
     ids, mask = torch.tensor([[A, B]]), torch.ones(1, 2, dtype=torch.long)
     adapted = prompt_states(trainer.model, ids, mask)
     with trainer.model.disable_adapter():
         assert not torch.allclose(prompt_states(trainer.model, ids, mask), adapted)
     trainer.train()
-    assert not torch.equal(trainer.bound_policy.state()["weight"], before)
+    assert not torch.equal(weights_of(trainer.bound_policy)["weight"], before)
 
 
 @pytest.mark.parametrize(

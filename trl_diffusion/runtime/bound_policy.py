@@ -19,8 +19,8 @@ from trl_diffusion.distribution import draw
 BOUNDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
-class BoundPolicy:
-    """A softmax over `BOUNDS`, linear in the state of the prompt.
+class BoundPolicy(torch.nn.Linear):
+    """A softmax over `BOUNDS`, linear in the state of the prompt: states float32 [B, H] → logits [B, K].
 
     The prompt's state is not trained through it: only the linear layer learns.
 
@@ -32,14 +32,14 @@ class BoundPolicy:
     """
 
     def __init__(self, hidden_size: int, start: float, device: torch.device | str = "cpu"):
-        self.weight = torch.zeros(len(BOUNDS), hidden_size, device=device, requires_grad=True)
-        bias = torch.zeros(len(BOUNDS), device=device)
-        bias[BOUNDS.index(start)] = math.log(len(BOUNDS) - 1)
-        self.bias = bias.requires_grad_()
+        super().__init__(hidden_size, len(BOUNDS), device=device)
+        with torch.no_grad():
+            self.bias[BOUNDS.index(start)] = math.log(len(BOUNDS) - 1)
 
-    def logits(self, states: torch.Tensor) -> torch.Tensor:
-        """Return logits [B, K] over the bounds, from states float32 [B, H]."""
-        return torch.nn.functional.linear(states, self.weight, self.bias)
+    def reset_parameters(self) -> None:
+        """Begin at zero, and draw nothing from PyTorch's global generator."""
+        torch.nn.init.zeros_(self.weight)
+        torch.nn.init.zeros_(self.bias)
 
     @torch.no_grad()
     def choose(self, states: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
@@ -52,27 +52,16 @@ class BoundPolicy:
         Returns:
             Indices of `BOUNDS`, long [B].
         """
-        logits = self.logits(states)
+        logits = self(states)
         return logits.argmax(-1) if noise is None else draw(logits.softmax(-1), noise)
 
+    @torch.enable_grad()
     def learn(self, states: torch.Tensor, choices: torch.Tensor, advantages: torch.Tensor, rate: float) -> None:
         """Take one step of gradient descent on `reinforce_loss`, with a learning rate."""
-        with torch.enable_grad():
-            loss = reinforce_loss(self.logits(states), choices, advantages)
-            gradients = torch.autograd.grad(loss, (self.weight, self.bias))
-        with torch.no_grad():
-            for parameter, gradient in zip((self.weight, self.bias), gradients, strict=True):
-                parameter -= rate * gradient
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """Return the weights, for a checkpoint."""
-        return {"weight": self.weight.detach().clone(), "bias": self.bias.detach().clone()}
-
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Restore what `state` returned."""
-        with torch.no_grad():
-            self.weight.copy_(state["weight"])
-            self.bias.copy_(state["bias"])
+        optimizer = torch.optim.SGD(self.parameters(), lr=rate)
+        reinforce_loss(self(states), choices, advantages).backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def reinforce_loss(logits: torch.Tensor, choices: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:

@@ -131,9 +131,9 @@ class LearntBoundTrainer(DiffusionGRPOTrainer):
 
     def _extra_state(self) -> dict[str, Any]:
         found = super()._extra_state()
-        return found if self.bound_policy is None else found | {"bound_policy": self.bound_policy.state()}
+        return found if self.bound_policy is None else found | {"bound_policy": self.bound_policy.state_dict()}
 
     def _load_extra_state(self, state: dict[str, Any]) -> None:
         super()._load_extra_state(state)
         if self.bound_policy is not None:
-            self.bound_policy.load_state(state["bound_policy"])
+            self.bound_policy.load_state_dict(state["bound_policy"])
