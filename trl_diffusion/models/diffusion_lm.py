@@ -14,7 +14,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from trl_diffusion.distribution import score_targets
 from trl_diffusion.family import DiffusionFamily, HasFamily
-from trl_diffusion.models.block_attention import block_causal_bias, position_ids
+from trl_diffusion.models.block_attention import block_causal_bias, copied_tail, position_ids
 from trl_diffusion.models.layers import CACHE_KEYWORD
 from trl_diffusion.models.scoring_head import ScoringHead
 from trl_diffusion.models.whole_weights import WholeWeights
@@ -44,7 +44,8 @@ class DiffusionLMOutput(ModelOutput):
 class DiffusionLM(HasFamily, WholeWeights):
     """Mixin that turns a stock `…ForCausalLM` with `config.is_causal = False` into a diffusion language model.
 
-    Attention is full unless a class sets `attention_block`, the block size of block-causal attention. The mixin adds
+    Attention is full unless a class sets `attention_block`, the block size of block-causal attention, and
+    `block_origin`, where blocks are counted from. The mixin adds
     scoring to `forward`, samples by diffusion in `generate`, and refuses the autoregressive `labels=`. Scoring is part
     of `forward` because wrappers (DDP, PEFT, ZeRO-3, FSDP2) synchronise and gather weights there alone: calling
     submodules past the wrapper gives wrong gradients without an error.
@@ -62,6 +63,7 @@ class DiffusionLM(HasFamily, WholeWeights):
     training: bool
     logit_shift: int = 0
     attention_block: int | None = None
+    block_origin: str = "completion"
 
     def __init__(self, config: Any):
         if not isinstance(config, self.config_class):
@@ -133,6 +135,7 @@ class DiffusionLM(HasFamily, WholeWeights):
             tail_token_id=ends[0],
             logit_shift=self.logit_shift,
             attention_block=self.attention_block,
+            block_origin=self.block_origin,
         )
 
     def forward(
@@ -164,7 +167,9 @@ class DiffusionLM(HasFamily, WholeWeights):
             support: int [R, K, C], ids each target was drawn from (top-k, top-p), -1 for none; full vocabulary if
                 not given.
             temperature: divides the logits before the softmax; > 0.
-            canvas_start: a column at which an attention block begins; full attention does not depend on it.
+            canvas_start: the first column of the completion, where an attention block begins. Full attention does not
+                depend on it, nor do blocks that are counted from the start of the sequence, the first column that
+                `attention_mask` shows.
             noisy_copy: number of tokens at the end that are a noised copy of those before them, see
                 `block_causal_bias`; with block-causal attention only.
             cache: keys and values of other columns. `input_ids` and `positions` are then those of its window, and
@@ -183,6 +188,11 @@ class DiffusionLM(HasFamily, WholeWeights):
         """
         self._check_call(labels, noisy_copy, cache)
         assert input_ids is not None
+        if noisy_copy and self.block_origin == "sequence":
+            tail = copied_tail(input_ids, attention_mask, noisy_copy, self.attention_block)
+            input_ids, attention_mask, length = tail
+            noisy_copy += length
+            positions = None if positions is None else positions + length * (positions >= 0)
         kwargs.setdefault("use_cache", False)  # the hub's configs ask for the growing cache of autoregressive models
         if cache is not None or noisy_copy:
             first_column = 0 if cache is None else cache.start
@@ -237,12 +247,16 @@ class DiffusionLM(HasFamily, WholeWeights):
             # transformers would make the same, after reading whether anything is hidden at all.
             return attention_mask.bool()[:, None, None, :].expand(-1, -1, input_ids.size(1), -1)
         if attention_mask is None:
+            padded = False
             attention_mask = input_ids.new_ones(len(input_ids), input_ids.size(1) if cache is None else cache.visible)
+        start: int | torch.Tensor = canvas_start
+        if self.block_origin == "sequence":
+            start = 0 if padded is False else attention_mask.long().argmax(1)  # the first column that is shown
         return block_causal_bias(
             attention_mask,
             self.attention_block,
             self.get_input_embeddings().weight.dtype,  # type: ignore[attr-defined]
-            canvas_start,
+            start,
             0 if cache is None else cache.start,
             noisy_copy,
         )

@@ -281,6 +281,12 @@ class BlockCache(_OneWindow):
 
     def _prefill(self, rows: np.ndarray, end: int) -> None:
         """Compute the columns [0, end), once for all rows that are equal there."""
+        if end == 0:  # every prompt is shorter than a block, and nothing lies before the first one
+            self.sync_forward()
+            self._cache = WindowCache(self.tokens.size(1))
+            self._hold(rows)
+            self._unwritten = 0
+            return
         index = to_device(rows, self.tokens.device)
         seen = torch.cat([self.visible[:, :end], self.tokens[:, :end]], dim=1)[index]
         distinct, same = torch.unique(seen, dim=0, return_inverse=True)

@@ -417,7 +417,7 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
             global_rows=self._global_rows(count),
             own_rows=slice(first, first + count),
             family=self.family,
-            sampling=args.sampling_config(),
+            sampling=args.sampling_config().on_grid(self.family),
             prompt_ids=rows["prompt_ids"],
             prompt_mask=rows["prompt_mask"],
             trajectory=trajectory,
