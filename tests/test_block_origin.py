@@ -8,25 +8,33 @@ import numpy as np
 import pytest
 import torch
 from methods import method_named
-from tiny import A, END, MASK, TAIL, coded_prompts, tiny_mixture, tiny_sdar
+from tiny import END, MASK, TAIL, A, coded_prompts, tiny_mixture, tiny_model, tiny_sdar
 from trainer_helpers import largest_log_ratio, losses_seen
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from trl_diffusion.credit.step_aware_states import probe_points, probe_state
 from trl_diffusion.credit.step_draws import eligible_steps
 from trl_diffusion.family import family_of
 from trl_diffusion.likelihood import noised_views, score_views, trajectory_views
 from trl_diffusion.likelihood.plans import block_steps
-from trl_diffusion.models import SDARConfig, SDARForCausalLM
+from trl_diffusion.models import Fast_dLLM_QwenForCausalLM, SDARConfig, SDARForCausalLM
 from trl_diffusion.models.block_attention import block_causal_bias
 from trl_diffusion.sampling import SamplingConfig, row_generators, sample
 
-BLOCK, CANVAS, ROWS = 4, 8, 16
+BLOCK, CANVAS, ROWS, SHIFTED_SEED = 4, 8, 16, 10
 CONFIG = SamplingConfig(CANVAS, CANVAS, BLOCK, temperature=0.0, unmasking="max_prob")
 
 
 def network(**overrides) -> SDARForCausalLM:
     return tiny_sdar(9, 10.0, BLOCK, block_origin="sequence", **overrides).eval()
+
+
+def shifted(**overrides) -> Fast_dLLM_QwenForCausalLM:
+    """The first token of a block is predicted from the block before it."""
+    return tiny_model(SHIFTED_SEED, 10.0, Fast_dLLM_QwenForCausalLM, block_size=BLOCK, **overrides).eval()
+
+
+NETWORKS = pytest.mark.parametrize("build", [network, shifted])
 
 
 def drawn(model, config: SamplingConfig = CONFIG, rows: int = ROWS, **options):
@@ -38,16 +46,18 @@ def drawn(model, config: SamplingConfig = CONFIG, rows: int = ROWS, **options):
 # ------------------------------------------- SDAR's own loop, written from its description
 
 
-def stock(model: SDARForCausalLM) -> Qwen3ForCausalLM:
+def stock(model):
     """The network as transformers' own class."""
-    settings = {key: value for key, value in model.config.to_dict().items() if key in Qwen3Config().to_dict()}
-    twin = Qwen3ForCausalLM(Qwen3Config(**settings | {"rope_parameters": model.config.rope_parameters}))
+    qwen2 = isinstance(model, Qwen2ForCausalLM)
+    config_class, model_class = (Qwen2Config, Qwen2ForCausalLM) if qwen2 else (Qwen3Config, Qwen3ForCausalLM)
+    settings = {key: value for key, value in model.config.to_dict().items() if key in config_class().to_dict()}
+    twin = model_class(config_class(**settings | {"rope_parameters": model.config.rope_parameters}))
     twin.load_state_dict(model.state_dict())
     return twin.eval()
 
 
 @torch.no_grad()
-def stock_logits(twin: Qwen3ForCausalLM, ids: torch.Tensor) -> torch.Tensor:
+def stock_logits(twin, ids: torch.Tensor) -> torch.Tensor:
     """Logits [T, V] of one text (long [T]) whose tokens see the blocks up to their own, counted from its start."""
     block = torch.arange(len(ids)) // BLOCK
     bias = torch.zeros(len(ids), len(ids)).masked_fill(block > block[:, None], torch.finfo(torch.float32).min)
@@ -56,17 +66,20 @@ def stock_logits(twin: Qwen3ForCausalLM, ids: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def plain_completion(twin: Qwen3ForCausalLM, prompt: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+def plain_completion(twin, prompt: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Complete one prompt greedily, a token a step, the surest first: tokens and their log-probabilities [length].
 
     Blocks of the whole text are finished one after the other, beginning with the one that holds the end of the prompt.
     """
+    shift = isinstance(twin, Qwen2ForCausalLM)  # the logits at i - 1 predict the token at i
     text = torch.cat([prompt, torch.full((length,), MASK)])
     logps = torch.zeros(len(text))
     for block in range(len(prompt) // BLOCK, -(-len(text) // BLOCK)):
         first, end = block * BLOCK, min((block + 1) * BLOCK, len(text))
         while (text[first:end] == MASK).any():
             log_probs = stock_logits(twin, text[:end]).log_softmax(-1)
+            if shift:
+                log_probs = torch.cat([log_probs[:1], log_probs[:-1]])
             surest = log_probs.exp().amax(-1).masked_fill(text[:end] != MASK, -1.0)
             surest[:first] = -1.0
             place = int(surest.argmax())
@@ -76,9 +89,10 @@ def plain_completion(twin: Qwen3ForCausalLM, prompt: torch.Tensor, length: int) 
     return text[len(prompt) :].masked_fill(text[len(prompt) :] == MASK, TAIL), logps[len(prompt) :]
 
 
+@NETWORKS
 @pytest.mark.parametrize("cache", ["none", "block"])
-def test_sampling_is_the_plain_loop_for_every_remainder_in_one_batch(cache):
-    model = network()
+def test_sampling_is_the_plain_loop_for_every_remainder_in_one_batch(cache, build):
+    model = build()
     ids, mask, trajectory = drawn(model, replace(CONFIG, cache=cache))
     assert {*(mask.sum(1) % BLOCK).tolist()} == {0, 1, 2, 3}
     twin = stock(model)
@@ -98,9 +112,10 @@ def test_the_origins_differ_unless_the_prompt_fills_its_blocks():
     assert whole.any() and not differs[whole].any() and differs[~whole].any()
 
 
-def test_drawn_completions_do_not_depend_on_the_batch_or_on_sharing():
+@NETWORKS
+def test_drawn_completions_do_not_depend_on_the_batch_or_on_sharing(build):
     config = replace(CONFIG, temperature=1.0, unmasking="random")
-    model = network()
+    model = build()
     ids, mask, together = drawn(model, config)
     _, _, shared = drawn(model, config, any_process=lambda here: here)
     assert torch.equal(shared.completion_ids, together.completion_ids)
@@ -112,8 +127,9 @@ def test_drawn_completions_do_not_depend_on_the_batch_or_on_sharing():
 
 @pytest.mark.parametrize("cache", ["none", "block"])
 @pytest.mark.parametrize("sharing", [None, lambda here: here])
-def test_prompts_shorter_than_a_block(cache, sharing):
-    model = network()
+@NETWORKS
+def test_prompts_shorter_than_a_block(cache, sharing, build):
+    model = build()
     ids = torch.tensor([[TAIL, TAIL, A], [TAIL, A, A + 1], [A, A + 1, A]])
     mask = (ids != TAIL).long()
     config = replace(CONFIG, cache=cache)
@@ -185,9 +201,10 @@ def test_the_mask_with_a_start_for_each_row_is_that_of_each_row():
         assert torch.equal(together[row], alone[0])
 
 
+@NETWORKS
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_trajectory_views_give_the_log_probabilities_of_the_rollout(temperature):
-    model = network()
+def test_trajectory_views_give_the_log_probabilities_of_the_rollout(temperature, build):
+    model = build()
     ids, mask, trajectory = drawn(model, replace(CONFIG, temperature=temperature))
     scored = torch.zeros_like(trajectory.logps)
     for step in range(int(trajectory.unmask_step.max()) + 1):
@@ -200,7 +217,7 @@ def test_trajectory_views_give_the_log_probabilities_of_the_rollout(temperature)
     torch.testing.assert_close(scored, trajectory.logps, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("build", [network, lambda: tiny_mixture("sdar_moe", block_origin="sequence").eval()])
+@pytest.mark.parametrize("build", [network, shifted, lambda: tiny_mixture("sdar_moe", block_origin="sequence").eval()])
 def test_two_streams_replay_the_rollout_of_every_remainder(build):
     model = build()
     ids, mask, trajectory = drawn(model, replace(CONFIG, temperature=1.0, unmasking="random"))
@@ -219,9 +236,10 @@ def test_two_streams_replay_the_rollout_of_every_remainder(build):
     assert (other - trajectory.logps * plan.targets[:, 0]).abs().max() > 1e-3
 
 
+@NETWORKS
 @pytest.mark.parametrize("name", ["agrpo", "agrpo, max_prob", "mapg", "fork_grpo", "dipo"])
-def test_ratios_start_at_one(name, tmp_path, monkeypatch):
-    trainer = method_named(name).make(tmp_path, model=network(), learning_rate=0.0)
+def test_ratios_start_at_one(name, build, tmp_path, monkeypatch):
+    trainer = method_named(name).make(tmp_path, model=build(), learning_rate=0.0)
     seen = losses_seen(trainer, monkeypatch)
     trainer.train()
     assert sum(x["targets"].sum() for x in seen) > 5 and largest_log_ratio(seen) <= 1e-4

@@ -198,11 +198,15 @@ class DiffusionLM(HasFamily, WholeWeights):
             first_column = 0 if cache is None else cache.start
             kwargs["position_ids"] = position_ids(input_ids, first_column, noisy_copy)
             kwargs[CACHE_KEYWORD] = cache
-        attention_mask = self._attention(input_ids, attention_mask, canvas_start, noisy_copy, cache, padded)
+        if padded is False:
+            attention_mask = None
+        start = self._block_start(attention_mask, canvas_start)
+        attention = self._attention(input_ids, attention_mask, start, noisy_copy, cache, padded)
         if positions is None:
-            return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
+            return super().forward(input_ids=input_ids, attention_mask=attention, **kwargs)  # type: ignore[misc]
 
-        hidden = self._hidden_at(positions, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        read = self._columns_before(positions, start, noisy_copy)
+        hidden = self._hidden_at(read, input_ids=input_ids, attention_mask=attention, **kwargs)
         if targets is None:
             return DiffusionLMOutput(logits=self._diffusion_logits(hidden))
         scores = self._score_at(positions, hidden, targets, support, temperature)
@@ -229,29 +233,29 @@ class DiffusionLM(HasFamily, WholeWeights):
                 "per forward pass."
             )
 
+    def _block_start(self, attention_mask: torch.Tensor | None, canvas_start: int) -> int | torch.Tensor:
+        """Return a column at which an attention block begins: one for all rows, or long [R]."""
+        if self.block_origin == "completion":
+            return canvas_start
+        return 0 if attention_mask is None else attention_mask.long().argmax(1)  # the first column that is shown
+
     def _attention(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        canvas_start: int,
+        start: int | torch.Tensor,
         noisy_copy: int,
         cache: WindowCache | None,
         padded: bool | None,
     ) -> torch.Tensor | None:
         """Return the mask for the stock network: as given with full attention, else a bias for every query and key."""
-        if padded is False:
-            attention_mask = None
         if self.attention_block is None:
             if attention_mask is None or not padded or self.config._attn_implementation != "sdpa":
                 return attention_mask
             # transformers would make the same, after reading whether anything is hidden at all.
             return attention_mask.bool()[:, None, None, :].expand(-1, -1, input_ids.size(1), -1)
         if attention_mask is None:
-            padded = False
             attention_mask = input_ids.new_ones(len(input_ids), input_ids.size(1) if cache is None else cache.visible)
-        start: int | torch.Tensor = canvas_start
-        if self.block_origin == "sequence":
-            start = 0 if padded is False else attention_mask.long().argmax(1)  # the first column that is shown
         return block_causal_bias(
             attention_mask,
             self.attention_block,
@@ -261,20 +265,32 @@ class DiffusionLM(HasFamily, WholeWeights):
             noisy_copy,
         )
 
-    def _hidden_at(self, positions: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Run the network and return the last hidden states [R, K, H] from which tokens at `positions` are predicted.
-
-        Args:
-            positions: long [R, K], -1 for none, where any hidden state is returned.
-            **kwargs: for the stock network.
-        """
+    def _columns_before(self, positions: torch.Tensor, start: int | torch.Tensor, noisy_copy: int) -> torch.Tensor:
+        """Return the columns whose hidden states predict the tokens at `positions` (long [R, K], -1 for none)."""
         # Under a shift of 1 the first token has no logits before it; as in Dream's own code, it takes those at its
         # own position.
-        read = (positions - self.family.logit_shift).clamp(min=0)
+        read = (positions - self.logit_shift).clamp(min=0)
+        if not (noisy_copy and self.logit_shift):
+            return read
+        # The first token of a noised block is predicted from the block before it, which is finished: its last column
+        # is read in the clean stream.
+        assert self.attention_block is not None
+        begin = start.unsqueeze(1) if isinstance(start, torch.Tensor) else start
+        clean = positions - noisy_copy
+        return torch.where((clean - begin) % self.attention_block == 0, (clean - 1).clamp(min=0), read)
+
+    def _hidden_at(self, read: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Run the network and return the last hidden states [R, K, H] of columns.
+
+        Args:
+            read: long [R, K].
+            **kwargs: for the stock network.
+        """
         # Nothing to predict: a forward pass for its keys and values alone. Attention needs at least one query.
-        if read.size(1) == 0:
+        count = read.size(1)
+        if count == 0:
             read = read.new_zeros(len(read), 1)
-        return self.model(read=read, **kwargs).last_hidden_state[:, : positions.size(1)]
+        return self.model(read=read, **kwargs).last_hidden_state[:, :count]
 
     def _score_at(
         self,

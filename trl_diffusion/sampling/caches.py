@@ -305,7 +305,7 @@ class BlockCache(_OneWindow):
     def logits(self, at, offsets):
         # All rows of the cache are computed, also those that have finished the block: their finished block is to be
         # written as well.
-        start = self.prompt_length + at.first - self.family.logit_shift - self._unwritten
+        start = max(self.prompt_length + at.first - self.family.logit_shift - self._unwritten, 0)
         end = self.prompt_length + at.end
         self._unwritten = 0
         columns = offsets + (self.prompt_length + at.first)
