@@ -70,6 +70,7 @@ class A2DQwen3Config(A2DConfigMixin, Qwen3Config):  # type: ignore[misc]  # `fro
 
     Args:
         block_size: tokens per attention block (32 for bd3lm), 0 for full attention (mdlm).
+        block_origin: where the first block begins, `sequence` or `completion`.
         mask_token_id: id of the mask token; the tokenizer's if not given.
         end_token_ids: ids that end a text; `<|endoftext|>` and `<|im_end|>` in Qwen's vocabulary if not given, else
             `eos_token_id`.

@@ -35,6 +35,7 @@ class FastDLLMConfig(BlockCausalConfigMixin, Qwen2Config):
             else `eos_token_id`.
         num_tokens: number of ids that have a token; rows of the embedding from there on are never sampled.
         block_size: tokens per attention block; `bd_size` in the hub's `config.json`.
+        block_origin: where the first block begins, `sequence` or `completion`.
         **kwargs: `Qwen2Config` arguments.
 
     Raises:

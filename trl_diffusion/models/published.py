@@ -125,6 +125,14 @@ _LLADA2_MINI: dict[str, Any] = {
     "partial_rotary_factor": 0.5,
     "pad_token_id": 156892,
 }
+# The width of the only dense layer is that of Ling-flash-2.0, from which LLaDA2.0-flash was trained on.
+_LLADA2_FLASH = _LLADA2_MINI | {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "intermediate_size": 9216,
+    "moe_intermediate_size": 1024,
+}
 # Qwen3-30B-A3B's sizes
 _SDAR_30B: dict[str, Any] = {
     "hidden_size": 2048,
@@ -178,6 +186,8 @@ PUBLISHED: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "inclusionAI/LLaDA-MoE-7B-A1B-Instruct": (LLaDAMoEConfig, _LLADA_MOE),
     "inclusionAI/LLaDA2.0-mini": (LLaDA2MoeConfig, _LLADA2_MINI),
     "inclusionAI/LLaDA2.1-mini": (LLaDA2MoeConfig, _LLADA2_MINI),
+    "inclusionAI/LLaDA2.0-flash": (LLaDA2MoeConfig, _LLADA2_FLASH),
+    "inclusionAI/LLaDA2.1-flash": (LLaDA2MoeConfig, _LLADA2_FLASH),
     "Efficient-Large-Model/Fast_dLLM_v2_7B": (FastDLLMConfig, _FAST_DLLM_7B),
     "Efficient-Large-Model/Fast_dLLM_v2_1.5B": (FastDLLMConfig, _FAST_DLLM_1_5B),
     "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1": (A2DQwen3Config, _A2D_QWEN3 | {"block_size": 0}),
