@@ -429,8 +429,8 @@ def stock_model(family: str, tied: bool = False, **kwargs) -> PreTrainedModel:
 
 
 def stock_mask(family: str, attention_mask: torch.Tensor) -> torch.Tensor:
-    """What the stock model needs to see what the family sees: for blocks, additive masks of blocks from the first token
-    on."""
+    """What the stock model needs to see what the family sees: for blocks, additive masks that count from the first
+    token."""
     if family not in BLOCK_CAUSAL:
         return attention_mask
     columns = attention_mask.size(1)

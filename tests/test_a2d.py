@@ -256,7 +256,9 @@ def test_the_recipe_trains_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
     train.main(
         [*command, "--max_steps", "2", "--output_dir", str(tmp_path / "parts"), "--resume_from_checkpoint", "true"]
     )
-    whole, parts = (load_file(tmp_path / folder / "checkpoint-2" / "model.safetensors") for folder in ("whole", "parts"))
+    whole, parts = (
+        load_file(tmp_path / folder / "checkpoint-2" / "model.safetensors") for folder in ("whole", "parts")
+    )
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
     first = load_file(path / "model.safetensors")
     assert any(not torch.equal(first[name], whole[name]) for name in whole)

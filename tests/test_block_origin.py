@@ -105,7 +105,7 @@ def test_sampling_is_the_plain_loop_for_every_remainder_in_one_batch(cache, buil
 
 
 def test_the_origins_differ_unless_the_prompt_fills_its_blocks():
-    ids, mask, ours = drawn(network())
+    _, mask, ours = drawn(network())
     _, _, other = drawn(tiny_sdar(9, 10.0, BLOCK).eval())
     differs = (ours.logps - other.logps).abs().amax(1) > 1e-4
     whole = mask.sum(1) % BLOCK == 0
@@ -260,7 +260,7 @@ def test_exact_scope_ends_with_the_block_that_holds_the_end():
 
 def test_states_of_whole_blocks_lie_on_the_grid():
     model = network()
-    ids, mask, trajectory = drawn(model, replace(CONFIG, temperature=1.0))
+    _, mask, trajectory = drawn(model, replace(CONFIG, temperature=1.0))
     family, tail = family_of(model), family_of(model).prompt_tail(mask.sum(1))
     points = probe_points(trajectory, family, "block", BLOCK, torch.full((ROWS,), 0.5), tail)
     state = probe_state(trajectory, family, "block", BLOCK, points, CANVAS, tail)

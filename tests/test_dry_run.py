@@ -212,7 +212,7 @@ def test_what_does_not_fit_is_marked(offline, capsys, monkeypatch):
 BLOCKS_OF_32 = ["--block_length", "32", "--denoising_steps", "192"]
 FAMILIES = {
     "Dream-org/Dream-v0-Instruct-7B": [],
-    "JetLM/SDAR-30B-A3B-Chat": ["--block_length", "4"],
+    "JetLM/SDAR-30B-A3B-Chat": ["--block_length", "4", "--denoising_steps", "192"],
     "inclusionAI/LLaDA-MoE-7B-A1B-Instruct": [],
     "inclusionAI/LLaDA2.0-mini": BLOCKS_OF_32,
     "Efficient-Large-Model/Fast_dLLM_v2_7B": BLOCKS_OF_32,

@@ -39,7 +39,7 @@ def probe_points(
         kind: one of `STATES`.
         block_length: positions per block.
         fraction: float [B] in [0, 1], of the completion's length (`block`) or of its steps.
-        prompt_tail: long [B], tokens of the prompt in the first block, see `DiffusionFamily.prompt_tail`; `None` for none.
+        prompt_tail: long [B], tokens of the prompt in the first block (`DiffusionFamily.prompt_tail`), or `None`.
 
     Returns:
         Long [B].
@@ -73,7 +73,7 @@ def probe_state(
         block_length: positions per block.
         points: long [B], see `probe_points`.
         masks: masked positions to append, as far as there is room; `keep` has those of the rollout.
-        prompt_tail: long [B], tokens of the prompt in the first block, see `DiffusionFamily.prompt_tail`; `None` for none.
+        prompt_tail: long [B], tokens of the prompt in the first block (`DiffusionFamily.prompt_tail`), or `None`.
     """
     ids, points = trajectory.completion_ids, points.unsqueeze(1)
     canvas_length = ids.size(1)

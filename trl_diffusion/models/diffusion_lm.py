@@ -189,10 +189,10 @@ class DiffusionLM(HasFamily, WholeWeights):
         self._check_call(labels, noisy_copy, cache)
         assert input_ids is not None
         if noisy_copy and self.block_origin == "sequence":
-            tail = copied_tail(input_ids, attention_mask, noisy_copy, self.attention_block)
-            input_ids, attention_mask, length = tail
-            noisy_copy += length
-            positions = None if positions is None else positions + length * (positions >= 0)
+            assert self.attention_block is not None  # a noised copy was refused else
+            input_ids, attention_mask, tail = copied_tail(input_ids, attention_mask, noisy_copy, self.attention_block)
+            noisy_copy += tail
+            positions = None if positions is None else positions + tail * (positions >= 0)
         kwargs.setdefault("use_cache", False)  # the hub's configs ask for the growing cache of autoregressive models
         if cache is not None or noisy_copy:
             first_column = 0 if cache is None else cache.start

@@ -1,9 +1,9 @@
 """SDAR (2510.06303) and TraDo (2509.06949) as a native transformers class: `Qwen3ForCausalLM` with block-causal
 attention.
 
-Weights have Qwen3's names. Blocks are counted from the start of the sequence, as SDAR's own sampler and DiRL's training
-count them: a completion begins in the block that the end of its prompt does not fill. TraceRL's training of TraDo counts
-from the start of the completion; `block_origin="completion"` computes that.
+Weights have Qwen3's names. Blocks are counted from the start of the sequence, as SDAR's own sampler and DiRL's
+training count them: a completion begins in the block that the end of its prompt does not fill. TraceRL's training of
+TraDo counts from the start of the completion; `block_origin="completion"` computes that.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ everything that it does block by block stays as it is. The trajectory is moved b
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -78,6 +79,6 @@ class BlockGrid:
             return trajectory
         positions = self.moved.unsqueeze(1) + torch.arange(length, device=self.moved.device)
         rows = torch.arange(len(positions), device=positions.device).unsqueeze(1)
-        found = {name: value[rows, positions] for name, value in trajectory.of_positions().items()}
+        found: dict[str, Any] = {name: value[rows, positions] for name, value in trajectory.of_positions().items()}
         assert trajectory.prompt_columns is not None
         return replace(trajectory, **found, prompt_columns=trajectory.prompt_columns + self.moved)
