@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from trl_diffusion.family import family_of
 from trl_diffusion.likelihood import noised_views, score_views, trajectory_views
 from trl_diffusion.likelihood.plans import block_steps
 from trl_diffusion.models import Fast_dLLM_QwenForCausalLM, SDARConfig, SDARForCausalLM
-from trl_diffusion.models.block_attention import block_causal_bias
+from trl_diffusion.models.block_attention import block_causal_bias, sees_all
 from trl_diffusion.sampling import SamplingConfig, row_generators, sample
 
 BLOCK, CANVAS, ROWS, SHIFTED_SEED = 4, 8, 16, 10
@@ -243,6 +244,40 @@ def test_ratios_start_at_one(name, build, tmp_path, monkeypatch):
     seen = losses_seen(trainer, monkeypatch)
     trainer.train()
     assert sum(x["targets"].sum() for x in seen) > 5 and largest_log_ratio(seen) <= 1e-4
+
+
+# ------------------------------------------- windows without a mask
+
+
+def test_a_window_needs_no_mask_where_the_mask_hides_nothing():
+    for start, first, visible in product(range(5), range(9), range(1, 12)):
+        if first >= visible:
+            continue
+        bias = block_causal_bias(torch.ones(1, visible), 3, torch.float32, start, first)
+        assert sees_all(3, start, first, visible) == (not bias.any())
+
+
+@NETWORKS
+def test_steps_inside_a_block_have_no_mask_and_the_same_logits(build, monkeypatch):
+    model, masks = build(), []
+    ids, mask = coded_prompts(8)
+    ids, mask = ids[:, 3:], mask[:, 3:]  # no padding
+    attention = type(model)._attention
+
+    def recorded(self, *args, **kwargs):
+        masks.append(attention(self, *args, **kwargs))
+        return masks[-1]
+
+    monkeypatch.setattr(type(model), "_attention", recorded)
+    without = sample(model, ids, mask, CONFIG, row_generators(0, rows=range(8)))
+    inside = [seen for seen in masks if seen is None]
+    assert len(inside) >= len(masks) // 2 or model.logit_shift  # shifted windows begin in the block before
+    monkeypatch.setattr("trl_diffusion.models.diffusion_lm.sees_all", lambda *args: False)
+    masks.clear()
+    masked = sample(model, ids, mask, CONFIG, row_generators(0, rows=range(8)))
+    assert all(seen is not None for seen in masks)
+    assert torch.equal(without.completion_ids, masked.completion_ids)
+    torch.testing.assert_close(without.logps, masked.logps, atol=1e-6, rtol=1e-6)
 
 
 # ------------------------------------------- credit

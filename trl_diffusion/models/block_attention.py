@@ -47,6 +47,11 @@ def block_causal_bias(
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill(hidden, torch.finfo(dtype).min)
 
 
+def sees_all(block_size: int, start: int, first: int, visible: int) -> bool:
+    """Return whether queries from column `first` on see all of the `visible` columns; `start` begins a block."""
+    return (first - start) // block_size == (visible - 1 - start) // block_size
+
+
 def position_ids(input_ids: torch.Tensor, first: int, noisy_copy: int) -> torch.Tensor:
     """Return the position ids of tokens that begin at a column; a noised copy has those of the clean tokens it copies.
 

@@ -14,7 +14,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from trl_diffusion.distribution import score_targets
 from trl_diffusion.family import DiffusionFamily, HasFamily
-from trl_diffusion.models.block_attention import block_causal_bias, copied_tail, position_ids
+from trl_diffusion.models.block_attention import block_causal_bias, copied_tail, position_ids, sees_all
 from trl_diffusion.models.layers import CACHE_KEYWORD
 from trl_diffusion.models.scoring_head import ScoringHead
 from trl_diffusion.models.whole_weights import WholeWeights
@@ -255,7 +255,12 @@ class DiffusionLM(HasFamily, WholeWeights):
             # transformers would make the same, after reading whether anything is hidden at all.
             return attention_mask.bool()[:, None, None, :].expand(-1, -1, input_ids.size(1), -1)
         if attention_mask is None:
-            attention_mask = input_ids.new_ones(len(input_ids), input_ids.size(1) if cache is None else cache.visible)
+            first, visible = (0, input_ids.size(1)) if cache is None else (cache.start, cache.visible)
+            # Without padding a window inside the last visible block sees everything. No mask is cheaper than an empty
+            # one: sdpa then takes a kernel that reads neither a mask nor repeated keys.
+            if isinstance(start, int) and not noisy_copy and sees_all(self.attention_block, start, first, visible):
+                return None
+            attention_mask = input_ids.new_ones(len(input_ids), visible)
         return block_causal_bias(
             attention_mask,
             self.attention_block,
