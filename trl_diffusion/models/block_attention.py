@@ -74,8 +74,8 @@ def copied_tail(
     """Extend a noised copy to the left by the tokens that its first block may hold in addition.
 
     Where blocks are counted from the start of the sequence, the first tokens of a completion share their block with
-    the last ones of the prompt. These see the noised tokens there, and the clean
-    ones in the clean stream, so they have to be in both. The copy of a longer tail than a row needs is never read.
+    the last ones of the prompt. These see the noised tokens next to the noised block, and the clean ones next to the
+    clean block, so both streams need them. A copy of more tokens than a row's first block holds is never read.
 
     Args:
         input_ids: [R, T], prompt, clean tokens and their noised copy.

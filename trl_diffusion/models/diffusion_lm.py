@@ -45,10 +45,10 @@ class DiffusionLM(HasFamily, WholeWeights):
     """Mixin that turns a stock `…ForCausalLM` with `config.is_causal = False` into a diffusion language model.
 
     Attention is full unless a class sets `attention_block`, the block size of block-causal attention, and
-    `block_origin`, where blocks are counted from. The mixin adds
-    scoring to `forward`, samples by diffusion in `generate`, and refuses the autoregressive `labels=`. Scoring is part
-    of `forward` because wrappers (DDP, PEFT, ZeRO-3, FSDP2) synchronise and gather weights there alone: calling
-    submodules past the wrapper gives wrong gradients without an error.
+    `block_origin`, where blocks are counted from. The mixin adds scoring to `forward`, samples by diffusion in
+    `generate`, and refuses the autoregressive `labels=`. Scoring is part of `forward` because wrappers (DDP, PEFT,
+    ZeRO-3, FSDP2) synchronise and gather weights there alone: calling submodules past the wrapper gives wrong
+    gradients without an error.
     """
 
     config: Any
