@@ -144,8 +144,8 @@ def rollout_bytes(run: RolloutRun, rows: float) -> float:
     sampling: SamplingConfig = run.args.sampling_config()
     layer, vocabulary = _Layer.of(run), run.model.config.vocab_size
     read = sampling.block_length if sampling.reads_every_mask else max(sampling.commits())
-    # the head's logits, in float32, and three tensors of their size to choose, draw and score tokens with
-    logits = rows * read * vocabulary * (4 * _FLOAT + layer.computed)
+    # the head's logits, in float32, and two tensors of their size to choose, draw and score tokens with
+    logits = rows * read * vocabulary * (3 * _FLOAT + layer.computed)
     states = layer.computed * (3 * layer.mlp + 4 * layer.hidden + layer.queries)
     return rows * (run.prompt_length + sampling.canvas_length) * states + logits
 
