@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -30,23 +31,24 @@ SMALL_IS_LOST = "in which a merged weight loses what is small in the adapter"  #
 _SIZE = 256  # of a matrix product for which a device uses the precision that it uses for large ones
 
 
-def merge_obstacle(model: nn.Module) -> str | None:
+def merge_obstacle(model: nn.Module, lossless: bool = True) -> str | None:
     """Return why the active adapter cannot be merged without changing what the model computes; `None` if it can.
 
     Args:
         model: with or without an adapter, its weights whole.
+        lossless: whether weights of less than 32 bits are an obstacle.
 
     Returns:
         A clause that begins with a small letter, for messages.
     """
     if not isinstance(model, PeftModel):
-        return "no adapter is trained"
+        return "there is no adapter"
     if model.get_base_model().hf_quantizer is not None:
         return "the base is quantised, and merging into quantised weights would round the adapter away"
     for layer in _layers(model):
         if not _is_mergeable(layer):
             return f"an adapter of the kind {type(layer).__name__} with its settings is not merged here"
-        if low := [weight.dtype for weight in layer.parameters() if weight.dtype.itemsize < 4]:
+        if lossless and (low := [weight.dtype for weight in layer.parameters() if weight.dtype.itemsize < 4]):
             return f"weights are {str(low[0]).removeprefix('torch.')}, {SMALL_IS_LOST}"
     return None
 
@@ -123,28 +125,23 @@ def cast_adapter(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
             setattr(module, name, weight)
 
 
-def merge_for_good(model: PeftModel) -> nn.Module:
-    """Return the base model with the adapter merged into its weights, which takes no memory of its own."""
-    return model.merge_and_unload()
-
-
-def _layers(model: nn.Module) -> list[BaseTunerLayer]:
+def _layers(model: nn.Module) -> list[Any]:  # PEFT does not type them as modules
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def _is_plain_lora(layer: BaseTunerLayer) -> bool:
+def _is_plain_lora(layer: Any) -> bool:
     """Return whether a layer computes LoRA with linear layers, which autocast casts; DoRA and experts use weights."""
     return isinstance(layer, LoraLayer) and not layer.lora_variant and isinstance(layer.get_base_layer(), nn.Linear)
 
 
-def _is_mergeable(layer: BaseTunerLayer) -> bool:
+def _is_mergeable(layer: Any) -> bool:
     """Return whether a layer is LoRA or DoRA on a linear layer or on a parameter, without biases of its own."""
     if not isinstance(layer, (LoraLinear, ParamWrapper)) or any(layer.lora_bias.values()):
         return False
     return all(isinstance(variant, DoraLinearVariant) for variant in layer.lora_variant.values())
 
 
-def _weight_of(layer: BaseTunerLayer) -> tuple[nn.Module, str, nn.Parameter]:
+def _weight_of(layer: Any) -> tuple[nn.Module, str, nn.Parameter]:
     """Return the weight that merging changes: (its module, its name there, the parameter)."""
     module = layer.get_base_layer()
     name = layer.parameter_name if isinstance(layer, ParamWrapper) else "weight"

@@ -83,7 +83,7 @@ class RolloutAdapter:
         precision = accelerator.mixed_precision
         obstacle = rollout_merge_obstacle(trainer.model, precision, launch)
         if obstacle is None and not products_are_exact(accelerator.device):
-            obstacle = f"matrix products on {accelerator.device} round float32 as TF32 does, {SMALL_IS_LOST}"
+            obstacle = f"matrix products on {accelerator.device.type} round float32 as TF32 does, {SMALL_IS_LOST}"
         check_wanted_merge(wanted, obstacle)
         if wanted is False:
             obstacle = "merge_adapter_for_rollout is off"
