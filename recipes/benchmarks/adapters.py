@@ -4,8 +4,8 @@
     python recipes/benchmarks/adapters.py --shapes backbone-heavy --autocast        # bfloat16 autocast
     python recipes/benchmarks/adapters.py --shapes tiny --kept                      # what bfloat16 weights keep of it
 
-Random weights, LoRA of rank 64 on all linear layers but the head, as AGRPO has it. A merged rollout includes the merging
-and the restoring. All modes draw with the same noise; the script counts the tokens that they have in common with LoRA
+Random weights, LoRA of rank 64 on all linear layers but the head, as AGRPO has it. A merged rollout includes merging
+and restoring. All modes draw with the same noise; the script counts the tokens that they have in common with LoRA
 computed by its layers, and prints how far their log-probabilities are apart.
 
 `--kept` asks what is left of an adapter that is merged into bfloat16 weights. Adam moves every number of LoRA's second
@@ -24,6 +24,7 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
 from rich.console import Console
 from rich.table import Table
 
@@ -51,13 +52,11 @@ class Rollouts:
 
     def __init__(self, shape: Shape, args: argparse.Namespace):
         network = make_network(shape, args.device, args.block, args.seed)
-        vocabulary = network.config.num_tokens
         with args.device:
             self.model = get_peft_model(network, lora()).eval()
         learn(self.model, args.updates, args.seed)
-        prompts = torch.randint(
-            vocabulary, (args.rows, args.prompt), generator=torch.Generator().manual_seed(args.seed)
-        )
+        generator = torch.Generator().manual_seed(args.seed)
+        prompts = torch.randint(network.config.num_tokens, (args.rows, args.prompt), generator=generator)
         self.prompts, self.seed, self.autocast = prompts.to(args.device), args.seed, args.autocast
         self.config = SamplingConfig(
             canvas_length=args.canvas, denoising_steps=args.steps, block_length=args.block, cache=args.cache
@@ -118,7 +117,7 @@ def kept_in_bfloat16(shape: Shape, args: argparse.Namespace) -> Table:
     """
     table = Table("updates at 5e-6", "bfloat16 weights", "float32 weights", title="Share of the adapter that is left")
     model = get_peft_model(make_network(shape, args.device, args.block, args.seed), lora())
-    adapted = [module for module in model.modules() if hasattr(module, "get_delta_weight")]
+    adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
     for updates in UPDATES:
         learn(model, updates, args.seed)
         shares = {}
@@ -154,9 +153,8 @@ def main() -> None:
         measure.report(
             f"adapters_{name}", f"Rollouts with LoRA, {name}", results, [AS_TRAINED], peak, args, merge_seconds=merging
         )
-        print(
-            f"Merging and restoring takes {merging:.3f} s and a copy of {merged_bytes(rollouts.model) / 2**20:.1f} MiB."
-        )
+        copied = merged_bytes(rollouts.model) / 2**20
+        print(f"Merging and restoring takes {merging:.3f} s and a copy of {copied:.1f} MiB.")
         Console(width=120).print(compared(rollouts))
 
 
