@@ -1,12 +1,13 @@
 """Rollouts with LoRA: computed by its layers, merged into their weights, or cast once under autocast.
 
     python recipes/benchmarks/adapters.py --shapes backbone-heavy --rounds 5        # float32
-    python recipes/benchmarks/adapters.py --shapes backbone-heavy --autocast        # bfloat16 autocast
+    python recipes/benchmarks/adapters.py --shapes backbone-heavy --autocast        # bfloat16
     python recipes/benchmarks/adapters.py --shapes tiny --kept                      # what bfloat16 weights keep of it
 
 Random weights, LoRA of rank 64 on all linear layers but the head, as AGRPO has it. A merged rollout includes merging
 and restoring. All modes draw with the same noise; the script counts the tokens that they have in common with LoRA
-computed by its layers, and prints how far their log-probabilities are apart.
+computed by its layers, and prints how far their log-probabilities are apart. With `--autocast` the base is in bfloat16
+and the adapter in float32, as PEFT makes them.
 
 `--kept` asks what is left of an adapter that is merged into bfloat16 weights. Adam moves every number of LoRA's second
 matrix by about the learning rate in an update, so after n updates it holds n · 5e-6 with random signs at most.
@@ -19,6 +20,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -51,6 +53,8 @@ class Rollouts:
     """
 
     def __init__(self, shape: Shape, args: argparse.Namespace):
+        if args.autocast:
+            shape = replace(shape, dtype=torch.bfloat16)
         network = make_network(shape, args.device, args.block, args.seed)
         with args.device:
             self.model = get_peft_model(network, lora()).eval()
@@ -138,7 +142,9 @@ def main() -> None:
     arguments.add_sampling(parser)
     parser.add_argument("--cache", default="none", choices=["none", "prefix", "dual", "block"])
     parser.add_argument("--updates", type=int, default=100, help="updates that the adapter has learnt in")
-    parser.add_argument("--autocast", action="store_true", help="compute in bfloat16 by autocast")
+    parser.add_argument(
+        "--autocast", action="store_true", help="compute in bfloat16 by autocast, with bfloat16 weights"
+    )
     parser.add_argument("--kept", action="store_true", help="only compute what bfloat16 weights keep of an adapter")
     args = parser.parse_args()
     for name in args.shapes:
