@@ -89,7 +89,7 @@ def merged_adapter(model: nn.Module) -> Iterator[None]:
                 layer.merge()
         yield
     finally:
-        for module, name, weight in kept:
+        for module, name, weight in reversed(kept):  # the first one kept of a weight is its own
             setattr(module, name, weight)
         for layer in layers:
             layer.merged_adapters.clear()
@@ -109,12 +109,7 @@ def cast_adapter(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     kept: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
         for layer in _layers(model):
-            # DoRA computes norms of its weights outside of autocast, and the factors of experts are no layers.
-            if (
-                isinstance(layer, LoraLayer)
-                and not layer.lora_variant
-                and isinstance(layer.get_base_layer(), nn.Linear)
-            ):
+            if _is_plain_lora(layer):
                 for factor in (*layer.lora_A.values(), *layer.lora_B.values()):
                     for name, weight in list(factor.named_parameters(recurse=False)):
                         kept.append((factor, name, weight))
