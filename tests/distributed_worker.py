@@ -30,6 +30,7 @@ from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from datasets import Dataset
 from methods import PROMPTS, Method, method_named, text_reward, with_property
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny import tiny_mixture, tiny_model, tiny_tokenizer
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
@@ -407,7 +408,8 @@ def check_shards(trainer) -> None:
 def recorded_rollouts(trainer) -> Iterator[list[dict[str, Any]]]:
     """The rows of this process as every rollout leaves them, before TRL shuffles them.
 
-    `forwards` and `whole` say how the sampler ran: network evaluations, and whether the weights lay there whole;
+    `forwards`, `whole` and `merged` say how the sampler ran: network evaluations, whether the weights lay there whole,
+    and whether an adapter was merged into them;
     `probing` what the continuations of a `StepAwareReward` cost. `selection` are the steps that a selector chose, and
     `process_reward` those of the rows of all processes, `None` for a row that was not probed.
     """
@@ -418,7 +420,9 @@ def recorded_rollouts(trainer) -> Iterator[list[dict[str, Any]]]:
         whole = all(parameter.numel() > 0 and not isinstance(parameter, DTensor) for parameter in model.parameters())
         trajectory = sample(model, *args, state=state, **kwargs)
         if state is None:
-            sampler.update(forwards=trajectory.forwards, whole=whole)
+            adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+            merged = bool(adapted) and all(layer.merged for layer in adapted)
+            sampler.update(forwards=trajectory.forwards, whole=whole, merged=merged)
         else:
             probing.update(calls=1, forwards=trajectory.forwards, sync_forwards=trajectory.sync_forwards)
         return trajectory

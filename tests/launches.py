@@ -1,4 +1,4 @@
-"""Counts what a rollout launches on a device, and where the host waits for it.
+"""Counts what a rollout launches on a device, where the host waits for it, and what memory it takes.
 
 Operations are counted as PyTorch dispatches them, views included, on the CPU: the code is the same on a GPU.
 """
@@ -6,10 +6,13 @@ Operations are counted as PyTorch dispatches them, views included, on the CPU: t
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Operations whose result has a shape or a value that the host must know.
@@ -111,3 +114,15 @@ class _Copies(TorchFunctionMode):
 
 def _is_mask(index: torch.Tensor | None) -> bool:
     return index is not None and index.dtype in (torch.bool, torch.uint8)
+
+
+def peak_of(function: Callable[[], Any]) -> tuple[Any, int, int]:
+    """Return what a function returns, and the bytes that it allocates: those that are left, and the most at a time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        result = function()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = largest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        largest = max(largest, held)
+    return result, held, largest

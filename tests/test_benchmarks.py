@@ -18,6 +18,7 @@ from tiny import A, tiny_model
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))
 
+import adapters  # noqa: E402
 import fused as fused_benchmark  # noqa: E402
 import growth  # noqa: E402
 import measure  # noqa: E402
@@ -251,6 +252,25 @@ def test_rollout_benchmark(monkeypatch, tmp_path):
     # texts that end after 2 and 4 of 4 blocks, whose last token is given
     uneven = {mode["name"]: mode for mode in result["uneven"]}
     assert (uneven["exact, uneven texts"]["forwards"], uneven["exact, uneven texts"]["tokens"]) == (8 + 16, 46)
+
+
+def test_adapters_benchmark(monkeypatch, tmp_path, capsys):
+    result = run(adapters, monkeypatch, tmp_path, "--steps", "8", "--block", "16", "--autocast")["adapters_tiny"]
+    modes = {mode["name"]: mode for mode in result["modes"]}
+    assert list(modes) == ["no adapter", "LoRA", "LoRA, merged", "LoRA, cast once"]
+    assert all((mode["forwards"], mode["tokens"]) == (2 * 8, 2 * 32) for mode in modes.values())
+    merging = modes["LoRA, merged"]["flop"] - modes["no adapter"]["flop"]
+    assert 0 < merging < modes["LoRA"]["flop"] - modes["no adapter"]["flop"]
+    assert modes["LoRA, cast once"]["flop"] == modes["LoRA"]["flop"] and result["merge_seconds"] > 0
+    assert "64 of 64" in capsys.readouterr().out
+
+
+def test_bfloat16_weights_keep_little_of_a_young_adapter(monkeypatch, tmp_path, capsys):
+    run(adapters, monkeypatch, tmp_path, "--kept")
+    rows = [line.split("│")[1:4] for line in capsys.readouterr().out.splitlines() if "%" in line]
+    shares = {int(updates): [float(share.strip(" %")) for share in pair] for updates, *pair in rows}
+    assert shares[1][0] < 20 and shares[1000][0] > 90
+    assert all(abs(in_float32 - 100) < 0.1 for _, in_float32 in shares.values())
 
 
 def test_scoring_benchmark(monkeypatch, tmp_path):

@@ -187,6 +187,12 @@ def test_with_sharded_weights_processes_sample_in_step(backend, launched):
             assert all(rollout["whole"] == whole for rollout in rank["rollouts"])
 
 
+@where(["lora", "reference, lora"], BACKENDS)
+def test_adapters_are_merged_for_rollouts_where_weights_are_not_divided(backend, case, launched):
+    for rank in launched(backend).ranks(case):
+        assert all(rollout["merged"] == (backend not in SHARDED) for rollout in rank["rollouts"])
+
+
 @on(["zero3", "fsdp2"])
 def test_with_sharded_weights_processes_probe_in_step(backend, launched):
     def probing(backend):

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from launching import accelerate_launch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from trl_diffusion.cli import evaluate
 from trl_diffusion.models.embedded import EMBEDDED_MODEL
@@ -122,6 +125,28 @@ def test_bad_input_is_refused(monkeypatch, tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         evaluate.main()
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_is_merged_and_the_summary_says_so(monkeypatch, tmp_path, capsys):
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    get_peft_model(base, lora).save_pretrained(tmp_path / "adapter")
+    monkeypatch.chdir(ROOT)
+    options = ["--adapter", str(tmp_path / "adapter"), "--tasks", "word_problems=embedded", "--limit", "4"]
+    options += ["--canvas_lengths", "32", "--denoising_steps", "8", "--block_length", "8", "--use_cpu"]
+    texts, summaries = [], []
+    for merge in ([], ["--merge_adapter", "false"]):
+        folder = tmp_path / f"out{len(merge)}"
+        evaluate.main([*options, *merge, "--output_dir", str(folder)])
+        texts.append([json.loads(line)["completion"] for line in next(folder.glob("*/samples.jsonl")).open()])
+        summaries.append((folder / "summary.md").read_text())
+        assert "Adapter merged into its base: " in capsys.readouterr().out
+    assert texts[0] == texts[1] and len(texts[0]) == 4
+    assert "- adapter_merged: yes\n" in summaries[0]
+    assert "- adapter_merged: no: merge_adapter is off\n" in summaries[1]
+    weights = [[line for line in summary.splitlines() if "weights" in line] for summary in summaries]
+    assert weights[0] == weights[1] and len(weights[0]) == 1  # of the weights that are stored
 
 
 DATA = ROOT.parent / "shared" / "data"

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import END, MASK, TAIL, A, B, forwards_of, tiny_model, tiny_tokenizer
 
 from trl_diffusion.evaluation import (
@@ -25,8 +25,10 @@ from trl_diffusion.evaluation import (
     evaluate_accuracy,
     join_processes,
     load_model,
+    loading,
     markdown_table,
     measure,
+    merge_for_decoding,
     weights_checksum,
     wilson_interval,
     write_results,
@@ -444,6 +446,34 @@ def test_an_adapter_comes_with_its_base(adapter):
         assert weights_checksum(model) == checksum and not model.training
         assert tokenizer.padding_side == "left"
     assert checksum != weights_checksum(load_model(EMBEDDED_MODEL)[0])
+
+
+def test_an_adapter_is_merged_where_only_rounding_changes(adapter, monkeypatch):
+    folder, _ = adapter
+    ids = torch.tensor([[5, 6, 7, 8]])
+
+    def merged(wanted, **settings):
+        given, _ = load_model(folder, **settings)
+        with torch.no_grad():
+            expected = given(input_ids=ids).logits
+            model, said = merge_for_decoding(given, wanted)
+            return (model(input_ids=ids).logits - expected).abs().max().item(), isinstance(model, PeftModel), said
+
+    difference, adapted, said = merged(None)
+    assert difference < 1e-4 and not adapted and said == "yes"
+    assert merged(False) == (0.0, True, "no: merge_adapter is off")
+    difference, adapted, said = merged(None, dtype="bfloat16")
+    assert (difference, adapted) == (0.0, True) and said.startswith(
+        "no: weights are bfloat16, in which a merged weight"
+    )
+    difference, adapted, said = merged(True, dtype="bfloat16")
+    assert difference > 1e-3 and not adapted and said == "yes"
+    plain, _ = load_model(EMBEDDED_MODEL)
+    assert merge_for_decoding(plain) == (plain, None)
+    with pytest.raises(ValueError, match="merge_adapter=True cannot be done: there is no adapter"):
+        merge_for_decoding(plain, True)
+    monkeypatch.setattr(loading, "products_are_exact", lambda device: False)
+    assert "as TF32 does" in merged(None)[2] and merged(True)[2] == "yes"
 
 
 def other_base(folder: Path, **overrides) -> str:

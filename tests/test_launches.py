@@ -1,20 +1,23 @@
-"""A denoising step launches few operations, and the host waits for none of them."""
+"""A denoising step launches few operations, the host waits for none of them, and few copies of the logits exist."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from statistics import median
 
+import numpy as np
 import pytest
 import torch
-from launches import Launches, Step
+from launches import Launches, Step, peak_of
 from test_continuation import mixed_states
 from tiny import coded_prompts, tiny_model, tiny_sdar
 
-from trl_diffusion.distribution import draw
+from trl_diffusion.distribution import draw, entropies, score_targets
 from trl_diffusion.models import LLaDAModelLM, SDARForCausalLM
 from trl_diffusion.sampling import CanvasState, SamplingConfig, row_generators, sample
-from trl_diffusion.sampling.unmasking import RULES, Candidates, Choice, Rule
+from trl_diffusion.sampling.drawing import draw_everywhere, draw_scored
+from trl_diffusion.sampling.unmasking import RULES, Candidates, Choice, Rule, step_signals
 
 ROWS, BLOCKS = 16, 2
 BOUNDS = {"confidence_threshold": 0.6, "entropy_bound": 0.5}
@@ -156,3 +159,56 @@ def test_a_draw_from_nan_is_an_index(size):
     """The network is run on it before the NaN is found."""
     drawn = draw(torch.full((2, 64, size), torch.nan), torch.linspace(0, 1, 128, dtype=torch.float64).view(2, 64))
     assert (drawn >= 0).all() and (drawn < size).all()
+
+
+# ---------------------------------------------------------------- memory
+
+
+def candidates_of(logits: torch.Tensor, bound: float | None) -> Candidates:
+    rows, count, _ = logits.shape
+    noise = torch.rand(rows, count, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return Candidates(
+        is_masked=torch.ones(rows, count, dtype=torch.bool),
+        min_commits=np.ones(rows, dtype=np.int64),
+        order_noise=noise,
+        logits=logits,
+        bound=bound,
+        leftmost=False,
+        position_noise=noise,
+        position_temperature=1.0,
+        draw=lambda given: draw_everywhere(given, noise, SamplingConfig(64, 64, 32)),
+    )
+
+
+@pytest.mark.parametrize("moment", [*CASES, "signals", "scores", "scores of the hottest"], ids=str)
+def test_a_step_holds_at_most_two_copies_of_the_logits(moment):
+    logits = torch.randn(4, 32, 4096, generator=torch.Generator().manual_seed(0))
+    logits[..., -5:] = -torch.inf
+    noise = torch.rand(4, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    if moment == "signals":
+        run = partial(step_signals, logits, torch.ones(4, 32, dtype=torch.bool))
+    elif isinstance(moment, str):
+        temperature = 1.0 if moment == "scores" else 1.5
+        run = partial(draw_scored, logits, noise, SamplingConfig(64, 64, 32, temperature=temperature))
+    else:
+        name, setting = moment
+        run = partial(RULES[name].choose, candidates_of(logits, BOUNDS.get(setting)))
+    given = logits.clone()
+    _, _, peak = peak_of(run)
+    assert peak < 2.1 * logits.nbytes
+    assert torch.equal(logits, given)  # what is computed in place is a copy
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_entropies_are_those_of_the_probabilities(scale):
+    logits = scale * torch.randn(3, 5, 700, generator=torch.Generator().manual_seed(0))
+    logits[..., -9:] = -torch.inf
+    expected = torch.special.entr(logits.double().softmax(-1)).sum(-1)
+    torch.testing.assert_close(entropies(logits).double(), expected, atol=1e-6, rtol=1e-6)
+    # where a gradient flows nothing is overwritten, and the numbers are the same
+    targets = logits.argmax(-1)
+    followed = logits.clone().requires_grad_()
+    for got, wanted in zip(score_targets(followed, targets), score_targets(logits, targets), strict=True):
+        assert torch.equal(got, wanted) and got.requires_grad
+    score_targets(followed, targets)[1].sum().backward()
+    assert followed.grad is not None and followed.grad.isfinite().all()

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from launches import peak_of
 from methods import METHODS, method_named
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from tiny import tiny_model
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -322,18 +322,6 @@ def test_learning_rate_and_rewards_are_named(tmp_path):
 
 
 # ---------------------------------------------------------------- activations
-
-
-def peak_of(function) -> tuple[Any, int, int]:
-    """What a function returns, with the bytes that it allocates: those that are left, and the most at a time."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        result = function()
-    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = largest = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        largest = max(largest, held)
-    return result, held, largest
 
 
 @pytest.mark.parametrize(

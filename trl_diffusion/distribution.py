@@ -167,12 +167,29 @@ def score_targets(
         ValueError: if the temperature is not positive and finite.
     """
     log_probs = log_distribution(logits, temperature, support)
-    entropy = -(log_probs.exp() * log_probs.clamp(min=SMALLEST)).sum(-1)
     if targets is None:
-        return log_probs.amax(-1), entropy
-    if support is None:
-        return log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy
-    return at_columns(log_probs, *target_columns(targets, support)), entropy
+        logps = log_probs.amax(-1)
+    elif support is None:
+        logps = log_probs.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    else:
+        logps = at_columns(log_probs, *target_columns(targets, support))
+    return logps, _entropies(log_probs)  # which may overwrite the log-probabilities
+
+
+def entropies(logits: torch.Tensor) -> torch.Tensor:
+    """Return the entropies [...] in nats of the distributions with these logits [..., V]; -inf for ids never sampled.
+
+    Without a gradient it holds two tensors of the logits' size at once in addition to them.
+    """
+    return _entropies(logits.log_softmax(-1))
+
+
+def _entropies(log_probs: torch.Tensor) -> torch.Tensor:
+    """Return the entropies [...]; overwrites the log-probabilities [..., V] unless a gradient flows through them."""
+    if log_probs.requires_grad:
+        return -(log_probs.exp() * log_probs.clamp(min=SMALLEST)).sum(-1)
+    # The logits of a block over the whole vocabulary are the largest tensor of a rollout, so every copy counts.
+    return -log_probs.exp().mul_(log_probs.clamp_(min=SMALLEST)).sum(-1)
 
 
 def log_distribution(logits: torch.Tensor, temperature: float, support: torch.Tensor | None) -> torch.Tensor:

@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 from trl_diffusion.cli.loading import LoadingArguments
 from trl_diffusion.cli.parsing import Parser, model_first
 from trl_diffusion.credit import SELECTORS, step_signals, taken_steps
+from trl_diffusion.evaluation import merge_for_decoding
 from trl_diffusion.evaluation.confusion_zones import (
     SIGNALS,
     confusion_zone_figure,
@@ -158,6 +159,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         args.model_name_or_path = EMBEDDED_MODEL
         console.print("No model given: analysing the embedded one. It is tiny and was trained on faulty solutions.")
     model, tokenizer = args.load("cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu")
+    model, _ = merge_for_decoding(model, args.merge_adapter)
     problems = held_out(args.task, args.num_completions, args.seed)
     correct = TASKS[args.task].is_correct
     entropy, margin, steps, taken, success = sample_signals(model, tokenizer, problems, correct, args)

@@ -33,6 +33,7 @@ from trl_diffusion.evaluation import (
     console_table,
     join_processes,
     measure,
+    merge_for_decoding,
     weights_checksum,
     write_results,
 )
@@ -245,6 +246,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "device": state.device.type,
         "weights": weights_checksum(model),
     }
+    model, merged = merge_for_decoding(model, args.merge_adapter)
+    if merged is not None:  # the numbers of a merged adapter differ by rounding
+        model_facts["adapter_merged"] = merged
+        if state.is_main_process:
+            print(f"Adapter merged into its base: {merged}.")
     measurements = [
         Measurement(each, decoding, model_facts, args.seed, args.completions_per_prompt, args.batch_size)
         for each, decoding in product(problems, decodings)

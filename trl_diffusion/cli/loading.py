@@ -38,6 +38,13 @@ class LoadingArguments:
         default=False,
         metadata={"help": "Compute rotations, norms and gates in single kernels, which are compiled."},
     )
+    merge_adapter: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Merge the adapter into its base. If not given, where only the rounding of float32 changes; in "
+            "bfloat16 merging rounds away what is small in the adapter."
+        },
+    )
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU although there is a GPU."})
 
     def load(

@@ -38,6 +38,7 @@ from trl_diffusion.cli.loading import LoadingArguments
 from trl_diffusion.cli.names import check_model_name
 from trl_diffusion.cli.parsing import HELP, HELP_ALL, Parser
 from trl_diffusion.evaluation.decoding import decode_completions
+from trl_diffusion.evaluation.loading import merge_for_decoding
 from trl_diffusion.evaluation.results import describe_decoding
 from trl_diffusion.family import family_of
 from trl_diffusion.models.embedded import EMBEDDED_MODELS, embedded_arguments
@@ -359,6 +360,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(sys.argv[1:] if arguments is None else arguments)
     accelerator = None if args.use_cpu else torch.accelerator.current_accelerator(check_available=True)
     model, tokenizer = args.load(accelerator or "cpu", args.allow_other_base)
+    model, _ = merge_for_decoding(model, args.merge_adapter)
     # The first time that a model is unwrapped, accelerate imports DeepSpeed where it is installed, and that writes to
     # stdout, which is for answers alone.
     with redirect_stdout(sys.stderr):

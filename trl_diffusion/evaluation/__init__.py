@@ -3,7 +3,7 @@
 from typing import Any
 
 from trl_diffusion.evaluation.accuracy import evaluate_accuracy
-from trl_diffusion.evaluation.loading import load_model, weights_checksum
+from trl_diffusion.evaluation.loading import load_model, merge_for_decoding, weights_checksum
 from trl_diffusion.evaluation.measurement import Measurement, Problems, measure
 from trl_diffusion.evaluation.processes import join_processes
 from trl_diffusion.evaluation.results import Result, console_table, markdown_table, write_results
@@ -22,6 +22,7 @@ __all__ = [
     "load_model",
     "markdown_table",
     "measure",
+    "merge_for_decoding",
     "weights_checksum",
     "wilson_interval",
     "write_results",

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from trl_diffusion.adapters.merging import SMALL_IS_LOST, merge_obstacle, products_are_exact
 from trl_diffusion.adapters.renaming import base_of, is_adapter, load_adapter
 from trl_diffusion.family import family_of
 from trl_diffusion.models.embedded import EMBEDDED_MODELS
@@ -70,6 +72,32 @@ def load_model(
     if adapter is not None:
         model = load_adapter(model, name, adapter)
     return model.eval(), tokenizer
+
+
+def merge_for_decoding(model: Any, wanted: bool | None = None) -> tuple[Any, str | None]:
+    """Merge the adapter of a loaded model into its base, in place, so that a pass costs what it costs without one.
+
+    Args:
+        model: from `load_model`.
+        wanted: `None` merges where only the rounding of float32 changes. `True` merges in low precision as well, which
+            rounds what is small in the adapter away.
+
+    Returns:
+        (the model to decode with; whether its adapter is merged, `yes` or `no` with the reason, `None` without one).
+
+    Raises:
+        ValueError: if it is wanted and cannot be done.
+    """
+    obstacle = merge_obstacle(model, lossless=not wanted)
+    if obstacle is None and not wanted and not products_are_exact(model.device):
+        obstacle = f"matrix products on {model.device.type} round float32 as TF32 does, {SMALL_IS_LOST}"
+    if wanted and obstacle is not None:
+        raise ValueError(f"merge_adapter=True cannot be done: {obstacle}. Leave it out.")
+    if not isinstance(model, PeftModel):
+        return model, None
+    if wanted is False:
+        obstacle = "merge_adapter is off"
+    return (model, f"no: {obstacle}") if obstacle is not None else (model.merge_and_unload().eval(), "yes")
 
 
 def _base_of(adapter: str, name: str | None, allow_other_base: bool) -> str:

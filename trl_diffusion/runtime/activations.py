@@ -12,6 +12,7 @@ from typing import Any
 
 from peft import PeftModel
 
+from trl_diffusion.adapters.merging import merged_bytes
 from trl_diffusion.runtime.cost import weight_bytes
 from trl_diffusion.runtime.run import RolloutRun, TrainingRun
 from trl_diffusion.sampling import SamplingConfig
@@ -26,8 +27,8 @@ class Activations:
 
     Args:
         training: of a forward and backward pass of a micro-batch.
-        rollout: of a denoising step of all completions of a rollout, with the weights that ZeRO-3 gathers for it;
-            0 without rollouts.
+        rollout: of a denoising step of all completions of a rollout, with the weights that ZeRO-3 gathers for it, or
+            those that an adapter is merged into; 0 without rollouts.
     """
 
     training: float
@@ -145,8 +146,8 @@ def rollout_bytes(run: RolloutRun, rows: float) -> float:
     sampling: SamplingConfig = run.args.sampling_config()
     layer, vocabulary = _Layer.of(run), run.model.config.vocab_size
     read = sampling.block_length if sampling.reads_every_mask else max(sampling.commits())
-    # the head's logits, in float32, and three tensors of their size to choose, draw and score tokens with
-    logits = rows * read * vocabulary * (4 * _FLOAT + layer.computed)
+    # the head's logits, in float32, and two tensors of their size to choose, draw and score tokens with
+    logits = rows * read * vocabulary * (3 * _FLOAT + layer.computed)
     states = layer.computed * (3 * layer.mlp + 4 * layer.hidden + layer.queries)
     return rows * (run.prompt_length + sampling.canvas_length) * states + logits
 
@@ -158,7 +159,10 @@ def rollout_activations(run: RolloutRun) -> Activations:
     rows = args.per_device_train_batch_size
     drawn = rows * int(args.steps_per_generation or 1)
     gathers = run.launch.deepspeed and run.launch.zero_stage == 3 and args.ds3_gather_for_generation
+    copied = weight_bytes(run.model.parameters()) if gathers else 0.0
+    if run.merge_obstacle is None:
+        copied += merged_bytes(run.model)
     return Activations(
         training=training_bytes(run, rows * together, tokens, run.completion.targets),
-        rollout=rollout_bytes(run, drawn) + (weight_bytes(run.model.parameters()) if gathers else 0.0),
+        rollout=rollout_bytes(run, drawn) + copied,
     )

@@ -188,18 +188,21 @@ def _products(model: nn.Module) -> Iterator[tuple[str, float, bool]]:
         yield name, numel(parameter) * _used_by_a_token(name, model), parameter.requires_grad
 
 
-def network_shape(model: nn.Module, recomputes: bool = False) -> NetworkShape:
+def network_shape(model: nn.Module, recomputes: bool = False, merged: bool = False) -> NetworkShape:
     """Shape of a native model, alone or inside PEFT; also where its weights are quantised or sharded.
 
     Args:
         model: the model.
         recomputes: whether it is trained with gradient checkpointing.
+        merged: LoRA is merged into the weights of its layers, and takes no product of its own.
     """
     size = dict.fromkeys(("body", "last", "head", "trained_body", "trained_last", "trained_head"), 0)
     attention = {"attention": 0, "last_attention": 0}
     config: Any = model.config
     last = f".layers.{config.num_hidden_layers - 1}."
     for name, weights, trained in _products(model):
+        if merged and ".lora_" in name:
+            continue
         narrow = last in name and not re.search(r"\.[kv]_proj\b", name)
         part = "head" if "lm_head" in name else "last" if narrow else "body"
         size[part] += round(weights)
@@ -227,15 +230,16 @@ def padded_length(dataset: Any, tokenize: Callable[[list], list[list[int]]], tog
 def update_flop(run: RolloutRun) -> UpdateCost:
     """Floating-point operations of an update in matrix products, on all processes together."""
     shape, cost = network_shape(run.model, run.args.gradient_checkpointing), run.completion
+    drawing = network_shape(run.model, merged=run.merge_obstacle is None)
     sampling = run.args.sampling_config()
     tokens = run.prompt_length + sampling.canvas_length
     completions = completions_per_update(run.args)
     heads = head_positions(sampling)
-    probed = shape.forward_flop(tokens, heads / sampling.denoising_steps)
+    probed = drawing.forward_flop(tokens, heads / sampling.denoising_steps)
     scored = shape.forward_flop(tokens, cost.targets)
     learned = scored + shape.backward_flop(tokens, cost.targets)
     return UpdateCost(
-        rollout=completions * cost.rollout * shape.forward_flop(tokens, heads / cost.rollout),
+        rollout=completions * cost.rollout * drawing.forward_flop(tokens, heads / cost.rollout),
         probe=completions * cost.probe * probed,
         old=completions * cost.old * scored,
         reference=completions * cost.reference * scored,

@@ -13,6 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from trl_diffusion.adapters.coverage import coverage_table, lora_coverage
+from trl_diffusion.adapters.merging import merged_bytes
 from trl_diffusion.runtime import cost
 from trl_diffusion.runtime.activations import Activations, rollout_activations
 from trl_diffusion.runtime.outlook import Length, outlook_facts, rollout_length
@@ -62,6 +63,7 @@ def rollout_figures(run: RolloutRun) -> Figures:
     memory, activations = cost.memory(run), rollout_activations(run)
     facts = {
         **model_facts(run),
+        **_rollout_adapter(run),
         **_method(run),
         **_data(run),
         **_batch(run),
@@ -123,6 +125,15 @@ def _adapter(model) -> str:
     if isinstance(config, LoraConfig):
         return f"LoRA, rank {config.r}, alpha {config.lora_alpha}, dropout {config.lora_dropout:g}"
     return PeftType(config.peft_type).value
+
+
+def _rollout_adapter(run: RolloutRun) -> dict[str, str]:
+    if not isinstance(run.model, PeftModel):
+        return {}
+    if run.merge_obstacle is not None:
+        return {"in rollouts": f"the adapter is not merged: {run.merge_obstacle}"}
+    copied = byte_size(merged_bytes(run.model))
+    return {"in rollouts": f"the adapter is merged, with a copy of its layers' weights ({copied})"}
 
 
 def _quantisation(base) -> str:

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from trl.models import unwrap_model_for_generation
 
 from trl_diffusion.family import DiffusionFamily
+from trl_diffusion.runtime.rollout_adapter import RolloutAdapter
 from trl_diffusion.runtime.zero3 import finish_trace
 from trl_diffusion.sampling import CanvasState, SamplingConfig, Trajectory, sample
 
@@ -28,6 +29,7 @@ class RolloutEngine:
         gather: whether ZeRO-3 gathers all weights before sampling.
         checkpointing: `gradient_checkpointing_kwargs`, with which checkpointing is put back on.
         sharded: weights stay sharded while sampling, so that all processes must run the same number of forwards.
+        adapter: how the adapter is computed while sampling.
     """
 
     accelerator: Accelerator
@@ -36,10 +38,11 @@ class RolloutEngine:
     gather: bool
     checkpointing: dict[str, Any] | None
     sharded: bool
+    adapter: RolloutAdapter
 
     @contextmanager
     def policy(self) -> Iterator[Any]:
-        """The network to sample with, without autograd and without checkpointing."""
+        """The network to sample with, without autograd and checkpointing, its adapter as `adapter` says."""
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -52,7 +55,8 @@ class RolloutEngine:
         ):
             if not self.sharded:
                 finish_trace(self.accelerator, model)
-            yield model
+            with self.adapter.on(model):
+                yield model
 
     def sample(
         self,

@@ -10,6 +10,7 @@ from transformers import Trainer
 
 from trl_diffusion.family import DiffusionFamily
 from trl_diffusion.runtime.planned_launch import Launch
+from trl_diffusion.runtime.rollout_adapter import RolloutAdapter, check_wanted_merge, rollout_merge_obstacle
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,10 @@ class RolloutRun(TrainingRun):
         choices: what the method is composed of, if it is composed for this run.
         step_aware: whether a reward is step-aware (SAPO).
         rewards: names of the reward functions, with their weights.
+        rollout_adapter: what is done to the adapter for a rollout.
+
+    Raises:
+        ValueError: if the launch does not allow a setting; one that is only planned, since the trainer checks its own.
     """
 
     reference: Any
@@ -109,3 +114,13 @@ class RolloutRun(TrainingRun):
     choices: dict[str, str]
     step_aware: bool
     rewards: tuple[tuple[str, float], ...]
+    rollout_adapter: RolloutAdapter
+
+    def __post_init__(self) -> None:
+        check_wanted_merge(self.args.merge_adapter_for_rollout, self.merge_obstacle)
+
+    @property
+    def merge_obstacle(self) -> str | None:
+        """Why the adapter is not merged for rollouts, under the launch that is planned; `None` if it is merged."""
+        obstacle = self.rollout_adapter.obstacle
+        return obstacle or rollout_merge_obstacle(self.model, self.mixed_precision, self.launch)

@@ -60,6 +60,7 @@ _MAY_CHANGE = (
     "log_completions",
     "log_multimodal",
     "log_unique_prompts",
+    "merge_adapter_for_rollout",
     "nonfinite_update",
     "num_completions_to_print",
     "num_generations_eval",

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from trl_diffusion.distribution import ordered_choice, sum_before
+from trl_diffusion.distribution import entropies, ordered_choice, sum_before
 
 # Sums of entropies are multiples of this, in nats: as integers they do not depend on the order of addition.
 _NATS = 2.0**-40
@@ -129,10 +129,7 @@ def max_prob(candidates: Candidates) -> Choice:
 
 def entropy(candidates: Candidates) -> Choice:
     """Commit the positions of lowest entropy; with a bound, all within a budget of entropy (2505.24857)."""
-    log_probs = candidates.read_logits().log_softmax(-1)
-    # 0 · log 0 = 0 for the ids that are never sampled
-    entropies = -(log_probs.exp() * log_probs.masked_fill(log_probs == -torch.inf, 0.0)).sum(-1)
-    return _most_certain(candidates, -entropies, _within_entropy)
+    return _most_certain(candidates, -entropies(candidates.read_logits()), _within_entropy)
 
 
 def margin(candidates: Candidates) -> Choice:
@@ -227,9 +224,9 @@ def step_signals(logits: torch.Tensor, is_masked: torch.Tensor) -> tuple[torch.T
     probabilities = logits.softmax(-1)
     top = probabilities.topk(2, dim=-1).values
     # Passes over the vocabulary are what this costs, so there are few: the normaliser follows from the largest logit.
-    # 0 · −inf (ids that are never sampled) is NaN and is taken out of the product.
+    # 0 · −inf (ids that are never sampled) is NaN and is taken out of the product, which takes no memory of its own.
     normaliser = logits.amax(-1) - top[..., 0].log()
-    entropies = normaliser - (probabilities * logits).nan_to_num(nan=0.0).sum(-1)
+    by_position = normaliser - probabilities.mul_(logits).nan_to_num_(nan=0.0).sum(-1)
     count = is_masked.sum(1)
     margins = (top[..., 0] - top[..., 1]).masked_fill(~is_masked, 0.0).sum(1) / count
-    return entropies.masked_fill(~is_masked, 0.0).sum(1) / count, margins
+    return by_position.masked_fill(~is_masked, 0.0).sum(1) / count, margins

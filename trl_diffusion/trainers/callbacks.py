@@ -16,6 +16,7 @@ from trl_diffusion.credit.success import check_success, successes
 from trl_diffusion.evaluation.confusion_zones import confusion_zone_figure, failure_auc, signal_frame
 from trl_diffusion.evaluation.samples import Sample
 from trl_diffusion.evaluation.statistics import Estimate
+from trl_diffusion.runtime.rollout_adapter import RolloutAdapter
 from trl_diffusion.runtime.zero3 import finish_trace
 from trl_diffusion.sampling.rollout import FinishedBatch
 from trl_diffusion.sampling.trajectory import taken_steps
@@ -80,11 +81,16 @@ class AccuracyCallback(TrainerCallback):
         """Measure on the first `count` rows, or on all, and log it."""
         trainer: Any = self.trainer
         accelerator = trainer.accelerator
-        with unwrap_model_for_generation(
-            trainer.model_wrapped,
-            accelerator,
-            gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
-        ) as model:
+        grpo = isinstance(trainer, DiffusionGRPOTrainer)
+        adapter = trainer.rollout_adapter if grpo else RolloutAdapter.of(trainer, None)
+        with (
+            unwrap_model_for_generation(
+                trainer.model_wrapped,
+                accelerator,
+                gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
+            ) as model,
+            adapter.on(model),
+        ):
             finish_trace(accelerator, model)
             alone = accelerator.num_processes == 1 or trainer.is_fsdp_enabled
             rows = range(len(self.dataset))[:count]

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from trl_diffusion.evaluation.decoding import decode_batch, fixed_batches
 from trl_diffusion.evaluation.lm_eval.likelihood_bound import is_greedy, log_likelihood_bound
-from trl_diffusion.evaluation.loading import load_model, weights_checksum
+from trl_diffusion.evaluation.loading import load_model, merge_for_decoding, weights_checksum
 from trl_diffusion.evaluation.processes import join_processes
 from trl_diffusion.family import family_of
 from trl_diffusion.sampling import SamplingConfig, row_generators
@@ -50,6 +50,7 @@ class DiffusionHarnessLM(TemplateLM):
         attn_implementation: as in transformers.
         block_size: attention block of a checkpoint whose config.json leaves it out; 0 for full attention.
         allow_other_base: accept an adapter whose config names another base.
+        merge_adapter: merge the adapter into its base; if not given, where only the rounding of float32 changes.
         canvas_length: positions to write; the task's `max_gen_toks`, in whole blocks, if not given.
         denoising_steps: network evaluations per canvas; half the canvas if not given.
         mc_num: noised views of each continuation in `loglikelihood`.
@@ -75,6 +76,7 @@ class DiffusionHarnessLM(TemplateLM):
         attn_implementation: str | None = None,
         block_size: int | None = None,
         allow_other_base: bool = False,
+        merge_adapter: bool | None = None,
         canvas_length: int | None = None,
         denoising_steps: int | None = None,
         mc_num: int = 128,
@@ -101,7 +103,7 @@ class DiffusionHarnessLM(TemplateLM):
             self._device = torch.device(device)
         elif device not in (None, str(self.state.device)):
             logger.warning("Running on %s; the harness proposed %s.", self.state.device, device)
-        self.facts = {"pretrained": pretrained, "adapter": adapter, "revision": revision}
+        self.facts: dict[str, Any] = {"pretrained": pretrained, "adapter": adapter, "revision": revision}
         self.model, self.tokenizer = load_model(
             pretrained,
             adapter,
@@ -112,6 +114,9 @@ class DiffusionHarnessLM(TemplateLM):
             device=self._device,
             allow_other_base=allow_other_base,
         )
+        # of the weights as they are stored, before they are merged
+        self.facts["weights"] = weights_checksum(self.model)
+        self.model, self.facts["adapter_merged"] = merge_for_decoding(self.model, merge_adapter)
 
     # Facts that the harness reads
 
@@ -131,7 +136,6 @@ class DiffusionHarnessLM(TemplateLM):
         """Return the facts and settings that the harness writes together with its results."""
         return {
             **self.facts,
-            "weights": weights_checksum(self.model),
             "model_dtype": str(self.model.dtype),
             "canvas_length": self.canvas_length,
             "denoising_steps": self.denoising_steps,

@@ -25,6 +25,9 @@ class DiffusionGRPOConfig(LaunchedConfig, SamplingArguments, GuardConfig, Resume
         record_signals: record entropy and confidence margin of every denoising step of the training rollouts. It
             costs no forward, but with `unmasking="random"` the LM head then runs at every masked position of the
             active block.
+        merge_adapter_for_rollout: add a LoRA adapter to the weights of its layers while completions are drawn, which
+            takes memory for a copy of these weights. Afterwards the layers have the weights they had, bit for bit. If
+            not given, wherever that changes log-probabilities by the rounding of float32 only.
         per_device_train_batch_size: completions of a micro-batch on each process. If not given, whole groups of
             `num_generations`: as many as 8 completions hold, at least one.
         per_device_eval_batch_size: the same for evaluations, with `num_generations_eval` if that is given.
@@ -37,6 +40,14 @@ class DiffusionGRPOConfig(LaunchedConfig, SamplingArguments, GuardConfig, Resume
 
     record_signals: bool = field(
         default=False, metadata={"help": "Record entropy and confidence margin of every denoising step."}
+    )
+    merge_adapter_for_rollout: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Merge a LoRA adapter into the weights of its layers while completions are drawn, with a copy of "
+            "these weights. If not given, where only the rounding of float32 changes; true is refused elsewhere "
+            "(bfloat16, quantised, ZeRO-3)."
+        },
     )
     num_mc_samples: int = field(
         default=8, metadata={"help": "Monte-Carlo views (noised canvases) per completion and update."}

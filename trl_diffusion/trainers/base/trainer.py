@@ -66,6 +66,7 @@ from trl_diffusion.runtime.model_card import ModelCards
 from trl_diffusion.runtime.reference import ReferenceSource, reference_policy
 from trl_diffusion.runtime.report import rollout_figures, startup_report
 from trl_diffusion.runtime.reward_guard import RewardGuard
+from trl_diffusion.runtime.rollout_adapter import RolloutAdapter
 from trl_diffusion.runtime.rollout_checkpoints import RolloutCheckpoints
 from trl_diffusion.runtime.rollouts import RolloutEngine, RolloutFigures
 from trl_diffusion.runtime.run import CompletionCost, RolloutRun
@@ -227,6 +228,7 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
         args = self.args
         self.eos_token_ids = sorted({*self.family.end_token_ids, self._tokenizer.eos_token_id})
         self._checkpointing_kwargs: Any = args.gradient_checkpointing_kwargs
+        self.rollout_adapter = RolloutAdapter.of(self, args.merge_adapter_for_rollout)
         self.meter = Meter(self.accelerator, self._metrics)
         self.scorer = ViewScorer(
             self.accelerator,
@@ -309,6 +311,7 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
             choices=self.card_choices(),
             step_aware=self._probe is not None,
             rewards=tuple(zip(self.reward_func_names, self.args.reward_weights or repeat(1.0), strict=False)),
+            rollout_adapter=self.rollout_adapter,
         )
 
     def prompt_length(self) -> float:
@@ -387,6 +390,7 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
             gather=gather,
             checkpointing=self._checkpointing_kwargs,
             sharded=self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3 and not gather),
+            adapter=self.rollout_adapter,
         )
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
