@@ -1,0 +1,248 @@
+"""A device that is pretended on the CPU: tensors on it refuse to be mixed with tensors of the CPU, as CUDA's do.
+
+    with pretended_device() as device:
+        model.to(device)
+        sample(model, prompts.to(device), …)      # raises MixedDevices where a tensor stayed behind
+
+Every tensor lives in the memory of the CPU. Whether it pretends to be on the device is an attribute of its storage, so
+views, parameters and what autograd keeps know it too. Two modes keep it up to date:
+
+- `_Calls` sees the calls of Python: it answers `tensor.device`, and turns `device=` of factories and of `to` into the
+  attribute.
+- `_Operations` sees what is dispatched, in the backward pass too: it raises where an operation mixes devices, and its
+  results are on the device of its inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+from transformers import TrainingArguments
+
+DEVICE = torch.device("cuda:0")
+CPU = torch.device("cpu")
+
+
+class MixedDevices(RuntimeError):
+    """An operation was given tensors of the device and of the CPU."""
+
+
+def is_on_device(tensor: torch.Tensor) -> bool:
+    """Return whether a tensor pretends to be on the device."""
+    with torch._C.DisableTorchFunction():
+        return getattr(tensor.untyped_storage(), "on_device", False)
+
+
+def _place(tensor: torch.Tensor, on_device: bool) -> None:
+    with torch._C.DisableTorchFunction():
+        tensor.untyped_storage().on_device = on_device
+
+
+# ---------------------------------------------------------------- calls of Python
+
+
+class _Copy(torch.autograd.Function):
+    """Copy a tensor to the other device, and its gradient back."""
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor, on_device: bool) -> torch.Tensor:
+        ctx.was_on_device = is_on_device(tensor)
+        copy = tensor.clone()
+        _place(copy, on_device)
+        return copy
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        copy = gradient.clone()
+        _place(copy, ctx.was_on_device)
+        return copy, None
+
+
+_T = torch.Tensor
+# CUDA hands none of these out.
+_HOST_ONLY = {_T.numpy, _T.__array__}
+# Results are on the CPU unless a device is given, whatever tensors stand in a list.
+_FROM_DATA = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy}
+
+
+class _Calls(TorchFunctionMode):
+    def __init__(self, operations: _Operations):
+        super().__init__()
+        self.operations = operations
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func == _T.device.__get__:
+            return DEVICE if is_on_device(args[0]) else func(*args)
+        if func == _T.is_cuda.__get__:
+            return is_on_device(args[0])
+        if func == _T.is_cpu.__get__:
+            return not is_on_device(args[0])
+        if func is _T.backward:
+            with self:  # it runs code of Python
+                return _backward(*args, **kwargs)
+        if func in _HOST_ONLY and is_on_device(args[0]):
+            raise TypeError("A tensor of the device cannot be made an array of numpy: copy it to the CPU first.")
+        if func is torch._C._nn._parse_to:  # only reads the arguments of Module.to
+            return func(*args, **kwargs)
+        to = _target(func, args, kwargs)
+        args, kwargs = tree_map_only(torch.device, _on_cpu, (args, kwargs))
+        args, kwargs = tree_map_only(str, _on_cpu, (args, kwargs))
+        if func is _T.cuda:
+            func, args, kwargs = _T.to, (args[0], CPU), {}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        with self.operations.temporaries(func not in _FROM_DATA and any(map(is_on_device, given))):
+            result = func(*args, **kwargs)
+        if to is None or not isinstance(result, torch.Tensor) or is_on_device(result) == to:
+            return result
+        with torch._C.DisableTorchFunction():
+            storages = [tensor.untyped_storage() for tensor in given]
+            copied = any(result.untyped_storage() is storage for storage in storages)
+        if copied:
+            return _Copy.apply(result, to)
+        _place(result, to)
+        return result
+
+
+def _backward(tensor, gradient=None, retain_graph=None, create_graph=False, inputs=None) -> None:
+    torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
+
+
+def _target(func, args: tuple, kwargs: dict[str, Any]) -> bool | None:
+    """Return whether the result of a call goes to the device; `None` if it is the operations' to say."""
+    if func is _T.cpu:
+        return False
+    if func is _T.cuda:
+        return True
+    device = kwargs.get("device")
+    if func in (_T.to, torch.Tensor.type_as) and device is None and len(args) > 1:
+        device = args[1]
+        if isinstance(device, torch.Tensor):
+            return is_on_device(device)
+    if isinstance(device, int) and not isinstance(device, bool):
+        return True
+    if isinstance(device, str):
+        device = torch.device(device)
+    if isinstance(device, torch.device):
+        return device.type == DEVICE.type
+    if func in _FROM_DATA:
+        return isinstance(args[0], torch.Tensor) and is_on_device(args[0])
+    return None
+
+
+def _on_cpu(device: Any) -> Any:
+    if isinstance(device, str):
+        return "cpu" if device.split(":")[0] == DEVICE.type else device
+    return CPU if device.type == DEVICE.type else device
+
+
+# ---------------------------------------------------------------- operations
+
+_aten = torch.ops.aten
+# Between devices by their nature: the result is on the device of the first.
+_COPYING = {_aten.copy_, _aten.copy}
+# Indices of the CPU may select from a tensor of the device; that is a copy which waits, but no error.
+_INDEXING = {_aten.index, _aten._unsafe_index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_}
+# Numbers on the CPU (0-dimensional tensors) go with tensors of the device, but not here.
+_STRICT = {_aten.cat, _aten.stack, _aten.gather, _aten.index_select, _aten.scatter, _aten.scatter_}
+
+
+class _Operations(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.makes_on_device = False
+
+    @contextmanager
+    def temporaries(self, on_device: bool) -> Iterator[None]:
+        """Let what a call makes without inputs be on the device: tensors that its own code in C++ needs."""
+        before, self.makes_on_device = self.makes_on_device, on_device
+        try:
+            yield
+        finally:
+            self.makes_on_device = before
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunction():
+            return self._run(func, args, kwargs or {})
+
+    def _run(self, func, args: tuple, kwargs: dict[str, Any]):
+        packet = func.overloadpacket
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        deciding = inputs[:1] if packet in _COPYING else inputs
+        on_device = any(map(is_on_device, deciding)) if inputs else self.makes_on_device
+        if on_device and packet not in _COPYING:
+            self._check(func, packet, args, kwargs, inputs)
+        if packet is _aten.histc and not args[0].is_floating_point():  # CUDA counts integers, the CPU cannot
+            args = (args[0].float(), *args[1:])
+        result = func(*args, **kwargs)
+        if on_device:
+            known = {id(tensor.untyped_storage()) for tensor in inputs}
+            for tensor in tree_leaves(result):
+                if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in known:
+                    tensor.untyped_storage().on_device = True
+        return result
+
+    def _check(self, func, packet, args: tuple, kwargs: dict[str, Any], inputs: list[torch.Tensor]) -> None:
+        written = {id(value) for value, entry in zip(args, func._schema.arguments, strict=False) if _is_written(entry)}
+        if packet in _INDEXING:
+            inputs = [args[0], *(leaf for leaf in tree_leaves((args[2:], kwargs)) if isinstance(leaf, torch.Tensor))]
+            if not is_on_device(args[0]) and any(map(is_on_device, tree_leaves(list(args[1])))):
+                raise MixedDevices(f"{func}: indices of the device for a tensor of the CPU.")
+        for tensor in inputs:
+            number = tensor.dim() == 0 and packet not in _STRICT and id(tensor) not in written
+            if not is_on_device(tensor) and not number:
+                shapes = [f"{'device' if is_on_device(each) else 'CPU'} {list(each.shape)}" for each in inputs]
+                raise MixedDevices(f"{func} was given tensors of two devices: {', '.join(shapes)}.")
+
+
+def _is_written(argument) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+# ---------------------------------------------------------------- the device for a test
+
+
+def _tag(storage) -> str | None:
+    return str(DEVICE) if getattr(storage, "on_device", False) else None
+
+
+def _restore(storage, location: str):
+    if not location.startswith(DEVICE.type):
+        return None
+    storage.on_device = True
+    return storage
+
+
+# Before torch's own entries, which would ask for CUDA. Without the modes no storage carries the attribute.
+torch.serialization.register_package(-1, _tag, _restore)
+
+_DEVICE_OF_THE_RUN = property(lambda state: DEVICE, lambda state, value: None)
+
+
+def _device_of_the_arguments(args: TrainingArguments) -> torch.device:
+    args._setup_devices  # noqa: B018, starts the process state
+    return DEVICE
+
+
+@contextmanager
+def pretended_device() -> Iterator[torch.device]:
+    """Pretend that the machine has a device, on which Accelerate and transformers place models and batches."""
+    operations = _Operations()
+    with (
+        patch.object(PartialState, "device", _DEVICE_OF_THE_RUN, create=True),
+        patch.object(AcceleratorState, "device", _DEVICE_OF_THE_RUN, create=True),
+        patch.object(TrainingArguments, "device", property(_device_of_the_arguments)),
+        patch.object(torch.cuda, "get_device_name", lambda *_: "pretended"),
+        patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)),
+        operations,
+        _Calls(operations),
+    ):
+        yield DEVICE
