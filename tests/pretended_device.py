@@ -24,7 +24,6 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import TrainingArguments
 
 DEVICE = torch.device("cuda:0")
@@ -94,11 +93,10 @@ class _Calls(TorchFunctionMode):
         if func is torch._C._nn._parse_to:  # only reads the arguments of Module.to
             return func(*args, **kwargs)
         to = _target(func, args, kwargs)
-        args, kwargs = tree_map_only(torch.device, _on_cpu, (args, kwargs))
-        args, kwargs = tree_map_only(str, _on_cpu, (args, kwargs))
+        args, kwargs = tuple(map(_on_cpu, args)), {name: _on_cpu(value) for name, value in kwargs.items()}
         if func is _T.cuda:
             func, args, kwargs = _T.to, (args[0], CPU), {}
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        given = list(_tensors((args, kwargs)))
         with self.operations.temporaries(func not in _FROM_DATA and any(map(is_on_device, given))):
             result = func(*args, **kwargs)
         if to is None or not isinstance(result, torch.Tensor) or is_on_device(result) == to:
@@ -138,10 +136,22 @@ def _target(func, args: tuple, kwargs: dict[str, Any]) -> bool | None:
     return None
 
 
-def _on_cpu(device: Any) -> Any:
-    if isinstance(device, str):
-        return "cpu" if device.split(":")[0] == DEVICE.type else device
-    return CPU if device.type == DEVICE.type else device
+def _on_cpu(argument: Any) -> Any:
+    """Return an argument, with the CPU in the place of the device."""
+    if isinstance(argument, str):
+        return "cpu" if argument.split(":")[0] == DEVICE.type else argument
+    return CPU if isinstance(argument, torch.device) and argument.type == DEVICE.type else argument
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in arguments or results; `torch.utils._pytree` takes ten times as long."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _tensors(part)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
 
 
 # ---------------------------------------------------------------- operations
@@ -175,7 +185,7 @@ class _Operations(TorchDispatchMode):
 
     def _run(self, func, args: tuple, kwargs: dict[str, Any]):
         packet = func.overloadpacket
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        inputs = list(_tensors((args, kwargs)))
         deciding = inputs[:1] if packet in _COPYING else inputs
         on_device = any(map(is_on_device, deciding)) if inputs else self.makes_on_device
         if on_device and packet not in _COPYING:
@@ -185,16 +195,16 @@ class _Operations(TorchDispatchMode):
         result = func(*args, **kwargs)
         if on_device:
             known = {id(tensor.untyped_storage()) for tensor in inputs}
-            for tensor in tree_leaves(result):
-                if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in known:
+            for tensor in _tensors(result):
+                if id(tensor.untyped_storage()) not in known:
                     tensor.untyped_storage().on_device = True
         return result
 
     def _check(self, func, packet, args: tuple, kwargs: dict[str, Any], inputs: list[torch.Tensor]) -> None:
         written = {id(value) for value, entry in zip(args, func._schema.arguments, strict=False) if _is_written(entry)}
         if packet in _INDEXING:
-            inputs = [args[0], *(leaf for leaf in tree_leaves((args[2:], kwargs)) if isinstance(leaf, torch.Tensor))]
-            if not is_on_device(args[0]) and any(map(is_on_device, tree_leaves(list(args[1])))):
+            inputs = [args[0], *_tensors((args[2:], kwargs))]
+            if not is_on_device(args[0]) and any(map(is_on_device, _tensors(args[1]))):
                 raise MixedDevices(f"{func}: indices of the device for a tensor of the CPU.")
         for tensor in inputs:
             number = tensor.dim() == 0 and packet not in _STRICT and id(tensor) not in written
