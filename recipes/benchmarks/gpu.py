@@ -176,6 +176,7 @@ def time_rollout(
     seconds = statistics.median(elapsed for elapsed, _ in rounds)
     return {
         "seconds": seconds,
+        "step_ms": 1e3 * seconds / config.denoising_steps,
         "tokens_per_second": work.tokens / seconds,
         "forwards": work.forwards,
         "tflop": flop / 1e12,
