@@ -10,13 +10,14 @@ import pytest
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from methods import METHODS, PROMPTS, method_named
+from methods import METHODS, PROMPTS, method_named, text_reward
 from peft import LoraConfig
 from pretended_device import MixedDevices, is_on_device, pretended_device
 from test_continuation import mixed_states
 from tiny import MIXTURES, A, B, coded_prompts, tiny_mixture, tiny_model, tiny_sdar, tiny_tokenizer
 from trainer_helpers import parameters_of
 
+from trl_diffusion.credit import StepAwareReward
 from trl_diffusion.evaluation import (
     AccuracyCallback,
     ConfusionZoneCallback,
@@ -174,6 +175,12 @@ def test_mixtures_of_experts(family, device):
     assert everything_on_device(draw(device, tiny_mixture(family), SamplingConfig(8, 4, 4)))
 
 
+def test_a_cast_network(device):
+    model = tiny_model().to(device, torch.bfloat16)
+    assert all(map(is_on_device, model.state_dict().values())) and is_on_device(model.model.rotary_emb.inv_freq)
+    assert everything_on_device(draw(device, model, SamplingConfig(8, 4, 4)))
+
+
 def test_a_tensor_left_behind_in_a_rule_is_found(device, monkeypatch):
     def left_behind(candidates: Candidates) -> Choice:
         columns = torch.arange(candidates.is_masked.size(1))  # no device
@@ -189,9 +196,8 @@ def test_a_tensor_left_behind_in_a_rule_is_found(device, monkeypatch):
 
 
 def train(method, tmp_path, **settings):
-    """Train a method with one layer and eight rows a step; returns the trainer."""
-    network = settings.pop("network", None) or method.network
-    trainer = method.make(tmp_path, model=network(num_hidden_layers=1), **SMALL | settings)
+    """Train a method with eight rows a step; returns the trainer."""
+    trainer = method.make(tmp_path, **SMALL | settings)
     before = parameters_of(trainer)
     trainer.train()
     assert is_on_device(before) and not torch.equal(before, parameters_of(trainer))
@@ -231,6 +237,28 @@ def test_what_a_setting_adds_to_an_update(case, tmp_path, device):
 
 
 @pytest.mark.slow
+def test_continuations_that_judge_denoising_steps(tmp_path, device):
+    """SAPO's, with a function that says what succeeded, and rewards that fail."""
+    judged = []
+
+    def success(completions, **others):
+        judged.append(len(completions))
+        return [True] * len(completions)
+
+    def failing(completions, completion_ids, **others):
+        rewards = text_reward(completions, completion_ids)
+        return [None, *rewards[1:]]
+
+    def wrap(reward):
+        return StepAwareReward(reward, success=success, num_rollouts=2, baseline="earlier_state")
+
+    longer = {"max_completion_length": 16, "denoising_steps": 8}
+    refused = {"reward_error": "none", "reward_nonfinite": "none"}
+    train(replace(method_named("sapo"), wrap=wrap), tmp_path, reward=failing, **longer, **refused)
+    assert len(judged) > 1  # of the finished texts and of continuations
+
+
+@pytest.mark.slow
 def test_a_tensor_left_behind_in_a_loss_is_found(tmp_path, device):
     class LeftBehind(SequenceRatio):
         def __call__(self, inputs):
@@ -241,6 +269,10 @@ def test_a_tensor_left_behind_in_a_loss_is_found(tmp_path, device):
         train(method_named("espo"), tmp_path, choices={"loss": LeftBehind()})
 
 
+def all_right(completions, **others) -> list[bool]:
+    return [True] * len(completions)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["stable_drl", "atpo, sampled by group"])
 def test_a_run_resumes_with_evaluations(name, tmp_path, device):
@@ -248,10 +280,12 @@ def test_a_run_resumes_with_evaluations(name, tmp_path, device):
     method = method_named(name)
     settings = SMALL | dict(num_iterations=2, save_strategy="steps", save_steps=1, record_signals=True)
     train(method, tmp_path, max_steps=1, **settings)
-    again = method.make(tmp_path, model=method.network(num_hidden_layers=1), max_steps=3, **settings)
+    again = method.make(tmp_path, max_steps=3, **settings)
     held_out = Dataset.from_dict({"prompt": PROMPTS[:4]})
     again.add_callback(AccuracyCallback(again, held_out, accuracy, every=1))
-    again.add_callback(ConfusionZoneCallback(again, every=1, success_threshold=1.0))
+    again.add_callback(
+        ConfusionZoneCallback(again, every=1, success=lambda completions, **_: [1.0] * len(completions))
+    )
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert again.state.global_step == 3 and any("eval_accuracy" in entry for entry in again.state.log_history)
 
