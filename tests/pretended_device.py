@@ -66,7 +66,7 @@ class _Copy(torch.autograd.Function):
 
 
 _T = torch.Tensor
-# CUDA hands none of these out.
+# A tensor on CUDA refuses both.
 _HOST_ONLY = {_T.numpy, _T.__array__}
 # Results are on the CPU unless a device is given, whatever tensors stand in a list.
 _FROM_DATA = {torch.tensor, torch.as_tensor, torch.asarray, torch.from_numpy}
@@ -103,8 +103,8 @@ class _Calls(TorchFunctionMode):
             return result
         with torch._C.DisableTorchFunction():
             storages = [tensor.untyped_storage() for tensor in given]
-            copied = any(result.untyped_storage() is storage for storage in storages)
-        if copied:
+            unmoved = any(result.untyped_storage() is storage for storage in storages)
+        if unmoved:
             return _Copy.apply(result, to)
         _place(result, to)
         return result

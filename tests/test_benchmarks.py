@@ -317,6 +317,8 @@ def test_gpu_benchmark(monkeypatch, tmp_path):
     assert list(modes) == ["exact", "prefix", "dual", "block-causal"]
     for mode in modes.values():
         assert mode["forwards"] == 2 * 8 and mode["update"]["seconds"] > 0 and len(mode["kernels"]) == 10
+        shares = [kernel["share"] for kernel in mode["kernels"]]
+        assert shares == sorted(shares, reverse=True) and 0.1 < sum(shares) <= 1 and mode["kernel_ms"] > 0
         assert mode["tokens_per_second"] == pytest.approx(2 * 16 / mode["seconds"])
         assert mode["peak_share"] == pytest.approx(mode["tflop"] / mode["seconds"] / 0.1)
     assert modes["exact"]["tflop"] > modes["prefix"]["tflop"] > modes["dual"]["tflop"]
