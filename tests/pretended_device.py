@@ -17,14 +17,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainingArguments
+from trl.trainer import grpo_trainer
+from trl.trainer.utils import shuffle_sequence_dict
 
 DEVICE = torch.device("cuda:0")
 CPU = torch.device("cpu")
@@ -159,8 +163,6 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 _aten = torch.ops.aten
 # Between devices by their nature: the result is on the device of the first.
 _COPYING = {_aten.copy_, _aten.copy}
-# Indices of the CPU may select from a tensor of the device; that is a copy which waits, but no error.
-_INDEXING = {_aten.index, _aten._unsafe_index, _aten.index_put, _aten.index_put_, _aten._index_put_impl_}
 # Numbers on the CPU (0-dimensional tensors) go with tensors of the device, but not here.
 _STRICT = {_aten.cat, _aten.stack, _aten.gather, _aten.index_select, _aten.scatter, _aten.scatter_}
 
@@ -169,6 +171,18 @@ class _Operations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.makes_on_device = False
+        # CUDA takes an index that is on the CPU, but has to copy it. This library's own code has no reason to do so.
+        self.takes_indices_of_the_cpu = False
+
+    def taking_indices_of_the_cpu(self, function):
+        """Let a function of another library select rows with an index of the CPU."""
+
+        @wraps(function)
+        def allowed(*args, **kwargs):
+            with patch.object(self, "takes_indices_of_the_cpu", True):
+                return function(*args, **kwargs)
+
+        return allowed
 
     @contextmanager
     def temporaries(self, on_device: bool) -> Iterator[None]:
@@ -189,7 +203,7 @@ class _Operations(TorchDispatchMode):
         deciding = inputs[:1] if packet in _COPYING else inputs
         on_device = any(map(is_on_device, deciding)) if inputs else self.makes_on_device
         if on_device and packet not in _COPYING:
-            self._check(func, packet, args, kwargs, inputs)
+            self._check(func, packet, args, inputs)
         if packet is _aten.histc and not args[0].is_floating_point():  # CUDA counts integers, the CPU cannot
             args = (args[0].float(), *args[1:])
         result = func(*args, **kwargs)
@@ -200,12 +214,10 @@ class _Operations(TorchDispatchMode):
                     tensor.untyped_storage().on_device = True
         return result
 
-    def _check(self, func, packet, args: tuple, kwargs: dict[str, Any], inputs: list[torch.Tensor]) -> None:
+    def _check(self, func, packet, args: tuple, inputs: list[torch.Tensor]) -> None:
+        if packet is _aten.index and self.takes_indices_of_the_cpu:
+            return
         written = {id(value) for value, entry in zip(args, func._schema.arguments, strict=False) if _is_written(entry)}
-        if packet in _INDEXING:
-            inputs = [args[0], *_tensors((args[2:], kwargs))]
-            if not is_on_device(args[0]) and any(map(is_on_device, _tensors(args[1]))):
-                raise MixedDevices(f"{func}: indices of the device for a tensor of the CPU.")
         for tensor in inputs:
             number = tensor.dim() == 0 and packet not in _STRICT and id(tensor) not in written
             if not is_on_device(tensor) and not number:
@@ -218,6 +230,18 @@ def _is_written(argument) -> bool:
 
 
 # ---------------------------------------------------------------- the device for a test
+
+
+def _on_device_only(collective):
+    """Let an operation over processes refuse tensors of the CPU, as NCCL does also where one process is alone."""
+
+    @wraps(collective)
+    def checked(accelerator, tensor, *args, **kwargs):
+        if not all(map(is_on_device, _tensors(tensor))):
+            raise MixedDevices(f"{collective.__name__} was given a tensor of the CPU.")
+        return collective(accelerator, tensor, *args, **kwargs)
+
+    return checked
 
 
 def _tag(storage) -> str | None:
@@ -250,6 +274,11 @@ def pretended_device() -> Iterator[torch.device]:
         patch.object(PartialState, "device", _DEVICE_OF_THE_RUN, create=True),
         patch.object(AcceleratorState, "device", _DEVICE_OF_THE_RUN, create=True),
         patch.object(TrainingArguments, "device", property(_device_of_the_arguments)),
+        patch.object(
+            grpo_trainer, "shuffle_sequence_dict", operations.taking_indices_of_the_cpu(shuffle_sequence_dict)
+        ),
+        patch.object(Accelerator, "gather", _on_device_only(Accelerator.gather)),
+        patch.object(Accelerator, "reduce", _on_device_only(Accelerator.reduce)),
         patch.object(torch.cuda, "get_device_name", lambda *_: "pretended"),
         patch.object(torch.cuda, "get_device_capability", lambda *_: (9, 0)),
         operations,

@@ -85,6 +85,7 @@ MIXING = {
     "stack of numbers": lambda there, here: torch.stack([there.sum(), here.sum()]),
     "gather": lambda there, here: there.gather(0, here.long()),
     "index of a tensor of the CPU": lambda there, here: here[there.long()],
+    "index of the CPU": lambda there, here: there[here.long()],
     "number of the device": lambda there, here: here + there.sum(),
     "written number": lambda there, here: here.sum().add_(there.sum()),
     "write": lambda there, here: there.index_put_((here.long(),), here),
@@ -112,7 +113,7 @@ def test_mixing_is_refused(how, device):
 
 def test_what_cuda_allows_is_allowed(device):
     there, here = torch.zeros(3, device=device), torch.arange(3)
-    there + torch.tensor(1.0), there[here], there.index_put((here,), torch.tensor(1.0)), there.copy_(here)
+    there + torch.tensor(1.0), there[0], there.index_put((there.long(),), torch.tensor(1.0)), there.copy_(here)
     here.copy_(there)
     assert there.sum().item() == 3 and there.tolist() == [0, 1, 2] and there.cpu().numpy().sum() == 3
     for refused in (there.numpy, lambda: np.asarray(there)):
