@@ -163,7 +163,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 _aten = torch.ops.aten
 # Between devices by their nature: the result is on the device of the first.
 _COPYING = {_aten.copy_, _aten.copy}
-# Numbers on the CPU (0-dimensional tensors) go with tensors of the device, but not here.
+# A number on the CPU (a tensor without dimensions) goes with tensors of the device, except in these.
 _STRICT = {_aten.cat, _aten.stack, _aten.gather, _aten.index_select, _aten.scatter, _aten.scatter_}
 
 
@@ -233,7 +233,7 @@ def _is_written(argument) -> bool:
 
 
 def _on_device_only(collective):
-    """Let an operation over processes refuse tensors of the CPU, as NCCL does also where one process is alone."""
+    """Let an operation over processes refuse tensors of the CPU; NCCL does where there are several."""
 
     @wraps(collective)
     def checked(accelerator, tensor, *args, **kwargs):

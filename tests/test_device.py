@@ -29,11 +29,11 @@ from trl_diffusion.evaluation import (
 from trl_diffusion.evaluation.lm_eval.likelihood_bound import is_greedy, log_likelihood_bound
 from trl_diffusion.losses import SequenceRatio
 from trl_diffusion.models import DreamModel
-from trl_diffusion.sampling import CanvasState, SamplingConfig, row_generators, sample
+from trl_diffusion.sampling import CanvasState, SamplingConfig, row_generators, sample, sampler
 from trl_diffusion.sampling.unmasking import RULES, Candidates, Choice, Rule
 from trl_diffusion.trainers import SFTConfig, SFTTrainer
 
-ROWS = 8
+ROWS = 16
 LORA = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
 SMALL: dict[str, Any] = {"gradient_accumulation_steps": 1}
 
@@ -171,6 +171,11 @@ def test_sampling_continues_canvases(cache, device):
     assert everything_on_device(draw(device, model, SamplingConfig(12, 6, 4, cache=cache), state=state))
 
 
+def test_sampling_in_batches(device, monkeypatch):
+    monkeypatch.setattr(sampler, "prompt_buckets", lambda lengths, *_: [[1, 0], list(range(2, len(lengths)))])
+    assert everything_on_device(draw(device, tiny_model(5, 10.0), SamplingConfig(8, 4, 4)))
+
+
 @pytest.mark.parametrize("family", MIXTURES)
 def test_mixtures_of_experts(family, device):
     assert everything_on_device(draw(device, tiny_mixture(family), SamplingConfig(8, 4, 4)))
@@ -189,7 +194,7 @@ def test_a_tensor_left_behind_in_a_rule_is_found(device, monkeypatch):
         return RULES["random"].choose(candidates._replace(order_noise=order))
 
     monkeypatch.setitem(RULES, "left behind", Rule(left_behind, "as random", reads_logits=False))
-    with pytest.raises(MixedDevices, match=r"add\.Tensor .* device \[8, 4\], CPU \[4\]"):
+    with pytest.raises(MixedDevices, match=r"add\.Tensor .* device \[16, 4\], CPU \[4\]"):
         draw(device, tiny_model(), SamplingConfig(8, 8, 4, unmasking="left behind"))
 
 
