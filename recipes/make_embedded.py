@@ -50,6 +50,8 @@ CHAT_TEMPLATE = (
 )
 CANVAS = 32
 FAMILIES: dict[str, type[DiffusionLM]] = {"llada": LLaDAModelLM, "sdar": SDARForCausalLM}
+# Prompts of the tasks have all lengths, and a canvas begins with a whole block for each.
+OWN_SETTINGS = {"llada": {}, "sdar": {"block_origin": "completion"}}
 
 
 @dataclass
@@ -122,6 +124,7 @@ def make_model(args: EmbeddedArguments, tokenizer: PreTrainedTokenizerBase):
         eos_token_id=end,
         pad_token_id=end,
         end_token_ids=[end, turn_end],
+        **OWN_SETTINGS[args.family],
     )
     model = family(config)
     model.generation_config.max_new_tokens = 128  # the default, 256, leaves no position for a prompt

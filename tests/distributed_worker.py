@@ -36,7 +36,7 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import TrainerCallback
 
 from trl_diffusion.evaluation import AccuracyCallback, Estimate, evaluate_accuracy
-from trl_diffusion.models import A2DQwen3LMHeadModel, LLaDAModelLM
+from trl_diffusion.models import A2DQwen3LMHeadModel, Fast_dLLM_QwenForCausalLM, LLaDAModelLM
 from trl_diffusion.runtime import rollouts as engine
 from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.trainers import TrajectoryGRPOTrainer
@@ -127,6 +127,10 @@ def sdar_moe(**fields):
 
 def llada2(**fields):
     return tiny_mixture("llada2_moe", **fields)
+
+
+def fast_dllm(**fields):
+    return tiny_model(10, 10.0, Fast_dLLM_QwenForCausalLM, block_size=4, **fields)
 
 
 def cases() -> dict[str, Case]:
@@ -233,7 +237,7 @@ def cases() -> dict[str, Case]:
             f"{network.__name__}, two updates": Case(
                 replace(agrpo, network=network), two_updates, backends=("single", "zero3_methods")
             )
-            for network in (a2d, llada_moe, sdar_moe, llada2)
+            for network in (a2d, llada_moe, sdar_moe, llada2, fast_dllm)
         },
         "fault: local rows": Case(agrpo, one_batch, rows=16, backends=("single", "ddp"), fault="local rows"),
         "fault: step per view": Case(agrpo, three_updates, backends=("zero2",), fault="step per view"),

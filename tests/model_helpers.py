@@ -332,8 +332,22 @@ LLADA2_CONFIG = {
     "use_qkv_bias": False,
     "vocab_size": VOCABULARY,
 }
+# config.json of Efficient-Large-Model/Fast_dLLM_v2_7B with other sizes, and with the mask token that it leaves out
+FAST_DLLM_CONFIG = {
+    **{key: value for key, value in DREAM_CONFIG.items() if key not in ("full_attn_mask", "mask_token_id")},
+    "architectures": ["Fast_dLLM_QwenForCausalLM"],
+    "auto_map": {
+        "AutoConfig": "configuration.Fast_dLLM_QwenConfig",
+        "AutoModel": "modeling.Fast_dLLM_QwenModel",
+        "AutoModelForCausalLM": "modeling.Fast_dLLM_QwenForCausalLM",
+    },
+    "bd_size": 4,
+    "mask_token_id": MASK,
+    "model_type": "Fast_dLLM_Qwen",
+}
 MIXTURES = ("lladamoe", "sdar_moe", "llada2_moe")
-BLOCK_CAUSAL = ("sdar", "sdar_moe", "llada2_moe")
+BLOCK_CAUSAL = ("sdar", "sdar_moe", "llada2_moe", "fast_dllm")
+SHIFTED = ("dream", "fast_dllm")
 HUB_CONFIGS = {
     "llada": LLADA_CONFIG,
     "dream": DREAM_CONFIG,
@@ -343,6 +357,7 @@ HUB_CONFIGS = {
     "lladamoe": LLADA_MOE_CONFIG,
     "sdar_moe": SDAR_MOE_CONFIG,
     "llada2_moe": LLADA2_CONFIG,
+    "fast_dllm": FAST_DLLM_CONFIG,
 }
 
 # hub → stock, written independently of trl_diffusion.models.llada
@@ -371,6 +386,7 @@ def stock_model(family: str, tied: bool = False, **kwargs) -> PreTrainedModel:
         "lladamoe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
         "sdar_moe": (Qwen3MoeConfig, Qwen3MoeForCausalLM),
         "llada2_moe": (Glm4MoeConfig, Glm4MoeForCausalLM),
+        "fast_dllm": (Qwen2Config, Qwen2ForCausalLM),
     }[family]
     rope = {"rope_type": "default", "rope_theta": hub["rope_theta"]}
     if family == "llada2_moe":
@@ -413,13 +429,15 @@ def stock_model(family: str, tied: bool = False, **kwargs) -> PreTrainedModel:
 
 
 def stock_mask(family: str, attention_mask: torch.Tensor) -> torch.Tensor:
-    """What the stock model needs to see what the family sees: for blocks, additive masks of blocks from column 0."""
+    """What the stock model needs to see what the family sees: for blocks, additive masks that count from the first
+    token."""
     if family not in BLOCK_CAUSAL:
         return attention_mask
     columns = attention_mask.size(1)
     bias = torch.full((attention_mask.size(0), 1, columns, columns), torch.finfo(torch.float32).min)
     for row, query, key in attention_mask.new_ones(bias[:, 0].shape).nonzero().tolist():
-        if (attention_mask[row, key] and key < (query // 4 + 1) * 4) or key == query:
+        start = int(attention_mask[row].argmax())
+        if (attention_mask[row, key] and key < start + ((query - start) // 4 + 1) * 4) or key == query:
             bias[row, 0, query, key] = 0.0
     return bias
 

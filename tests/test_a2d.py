@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -14,12 +15,14 @@ from tiny import MASK as TINY_MASK
 from tiny import TAIL, coded_prompts, tiny_model, tiny_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from trl_diffusion.cli import train
 from trl_diffusion.evaluation.loading import load_model
 from trl_diffusion.likelihood import score_views, trajectory_views
 from trl_diffusion.models import A2DQwen2LMHeadModel, A2DQwen3Config, A2DQwen3LMHeadModel, family_of
 from trl_diffusion.models.meta_model import meta_model
 from trl_diffusion.models.published import published_config
 from trl_diffusion.sampling import SamplingConfig, row_generators, sample
+from trl_diffusion.tasks import TASKS
 from trl_diffusion.trainers import DiffuGRPOConfig, DiffuGRPOTrainer
 
 CLASSES = {"a2d-qwen3": A2DQwen3LMHeadModel, "a2d-qwen2": A2DQwen2LMHeadModel}
@@ -229,3 +232,35 @@ def test_a_trainer_takes_block_and_mask_from_its_arguments(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert family_of(again) == trained.family and again.family.tail_token_id == TAIL
     assert AutoConfig.from_pretrained(tmp_path / "saved").block_size == 0
+
+
+def length_reward(completions, **kwargs) -> list[float]:
+    """A random network solves no problem, so that equations alone would teach it nothing."""
+    return [float(len(completion[0]["content"])) for completion in completions]
+
+
+@pytest.mark.slow
+def test_the_recipe_trains_and_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    """The config of the recipe, on a checkpoint of its architecture with small layers, and a shorter canvas."""
+    task = replace(TASKS["countdown"], rewards=(length_reward, TASKS["countdown"].rewards[1]))
+    monkeypatch.setitem(TASKS, "countdown", task)
+    path = enlarged(tmp_path / "a2d")
+    short = "--max_completion_length 8 --block_length 8 --denoising_steps 4 --num_mc_samples 2"
+    small = f"{short} --per_device_train_batch_size 8 --gradient_accumulation_steps 1 --save_steps 1 --eval_size 4"
+    command = (
+        f"agrpo --config a2d_qwen3/countdown_agrpo --model_name_or_path {path} --dataset_path embedded {small} "
+        f"--use_cpu --bf16 false --eval_every 0 --disable_tqdm true --logging_steps 1"
+    ).split()
+    for steps, folder in ((2, "whole"), (1, "parts")):
+        train.main([*command, "--max_steps", str(steps), "--output_dir", str(tmp_path / folder)])
+    train.main(
+        [*command, "--max_steps", "2", "--output_dir", str(tmp_path / "parts"), "--resume_from_checkpoint", "true"]
+    )
+    whole, parts = (
+        load_file(tmp_path / folder / "checkpoint-2" / "model.safetensors") for folder in ("whole", "parts")
+    )
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    first = load_file(path / "model.safetensors")
+    assert any(not torch.equal(first[name], whole[name]) for name in whole)
+    saved = json.loads((tmp_path / "whole" / "config.json").read_text())
+    assert (saved["block_size"], saved["mask_token_id"], saved["model_type"]) == (0, 282, "a2d-qwen3")

@@ -18,6 +18,7 @@ from tiny import A, tiny_model
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))
 
+import fused as fused_benchmark  # noqa: E402
 import gpu  # noqa: E402
 import growth  # noqa: E402
 import measure  # noqa: E402
@@ -276,6 +277,16 @@ def test_update_benchmark(monkeypatch, tmp_path):
         shares = result["breakdown"]
         assert shares["overhead"] == pytest.approx(1 - shares["forward"] - shares["backward"])
         assert 0 < shares["optimizer"] < shares["overhead"] < 1 and shares["backward"] > 0
+
+
+def test_benchmark_of_fused_layers(monkeypatch, tmp_path):
+    monkeypatch.setattr("trl_diffusion.models.fused.compiled", lambda function: function)
+    results = run(fused_benchmark, monkeypatch, tmp_path, *SAMPLING)
+    assert set(results) == {"fused_rollouts_tiny", "fused_passes_tiny"}
+    for result in results.values():
+        stock, fused = result["modes"]
+        assert (stock["name"], fused["name"]) == ("stock layers", "fused")
+        assert stock["flop"] == fused["flop"] > 0 and stock["tokens"] == fused["tokens"] > 0
 
 
 def test_growth_benchmark(monkeypatch, tmp_path):

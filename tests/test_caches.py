@@ -8,7 +8,7 @@ import pytest
 import torch
 from test_continuation import mixed_states
 from test_sampling import always, lockstep, network
-from tiny import MASK, A, B, canvas_logits, coded_prompts, forwards_of, tiny_model, without_ends
+from tiny import MASK, A, B, canvas_logits, coded_prompts, forwards_of, tiny_model, tiny_sdar, without_ends
 from transformers import DynamicCache
 
 from trl_diffusion.models import DreamModel, LLaDAModelLM, SDARForCausalLM, WindowCache
@@ -26,7 +26,7 @@ PARALLEL = {"max_prob": {"confidence_threshold": 0.6}, "entropy": {"entropy_boun
 
 def block_causal(**overrides):
     """Texts end in different blocks."""
-    return tiny_model(5, 10.0, SDARForCausalLM, head_dim=8, block_size=4, **overrides)
+    return tiny_sdar(5, 10.0, 4, **overrides)
 
 
 def draw(model, config: SamplingConfig, rows=range(ROWS), **kwargs):
@@ -45,12 +45,13 @@ def assert_same(first, second, tolerance: float = 1e-5):
 
 @pytest.mark.parametrize("config", [*(replace(CONFIG, unmasking=rule) for rule in RULES)], ids=RULES)
 @pytest.mark.parametrize("parallel", [False, True])
-def test_the_block_cache_is_exact(config, parallel):
+@pytest.mark.parametrize("origin", ["completion", "sequence"])
+def test_the_block_cache_is_exact(config, parallel, origin):
     if parallel:
         if config.unmasking not in PARALLEL:
             pytest.skip("no rule of parallel unmasking has this order")
         config = replace(ONE_EACH, unmasking=config.unmasking, **PARALLEL[config.unmasking])
-    model = block_causal()
+    model = block_causal(block_origin=origin)
     plain = draw(model, replace(config, cache="none"))
     cached = draw(model, config)
     ends = {tuple(row) for row in (plain.unmask_step.view(ROWS, 3, 4) >= 0).all(2).tolist()}
@@ -89,9 +90,10 @@ def test_columns_of_every_pass_and_one_for_the_prompt_of_a_group():
 
 
 @pytest.mark.parametrize("unmasking", ["random", "max_prob"])
-def test_the_block_cache_from_partly_denoised_canvases(unmasking):
+@pytest.mark.parametrize("origin", ["completion", "sequence"])
+def test_the_block_cache_from_partly_denoised_canvases(unmasking, origin):
     """Rows at different blocks: some wait, then all go on together."""
-    model = block_causal()
+    model = block_causal(block_origin=origin)
     prompts, mask = coded_prompts(28)
     config = replace(CONFIG, unmasking=unmasking)
     state = mixed_states(network(), 28)

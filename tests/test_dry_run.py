@@ -209,13 +209,36 @@ def test_what_does_not_fit_is_marked(offline, capsys, monkeypatch):
     assert f"{3 * 4 * LLADA / 8 / 2**30:.3g} GiB" in offloaded
 
 
+BLOCKS_OF_32 = ["--block_length", "32", "--denoising_steps", "192"]
+FAMILIES = {
+    "Dream-org/Dream-v0-Instruct-7B": [],
+    "JetLM/SDAR-30B-A3B-Chat": ["--block_length", "4", "--denoising_steps", "192"],
+    "inclusionAI/LLaDA-MoE-7B-A1B-Instruct": [],
+    "inclusionAI/LLaDA2.0-mini": BLOCKS_OF_32,
+    "Efficient-Large-Model/Fast_dLLM_v2_7B": BLOCKS_OF_32,
+    "dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion-mdlm-v0.1": [],
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_run_of_every_family_can_be_planned(name, offline, capsys, monkeypatch):
+    command = ["agrpo", "--config", "llada_8b/gsm8k_agrpo", "--model_name_or_path", name, *FAMILIES[name]]
+    found = report_of(capsys, monkeypatch, *command, "--accelerate_config", "single_gpu")
+    assert name in found["model"] and "hours" in found["time"] and "does not fit" not in found["tables"]
+
+
 def test_sizes_of_published_checkpoints():
     expected = {
         "GSAI-ML/LLaDA": LLADA,
         "Dream-org": 7_615_616_512,
         "JetLM/SDAR-8B": 8_190_735_360,
         "JetLM/SDAR-30B": 30_532_122_624,
-        "inclusionAI/LLaDA2": 16_255_638_528,
+        "inclusionAI/LLaDA2.0-mini": 16_255_638_528,
+        "inclusionAI/LLaDA2.1-mini": 16_255_638_528,
+        "inclusionAI/LLaDA2.0-flash": 102_889_697_280,
+        "inclusionAI/LLaDA2.1-flash": 102_889_697_280,
+        "Efficient-Large-Model/Fast_dLLM_v2_7B": 7_615_616_512,
+        "Efficient-Large-Model/Fast_dLLM_v2_1.5B": 1_543_714_304,
         "inclusionAI/LLaDA-MoE": 7_356_880_896,
         "dllm-hub/Qwen3": 596_049_920,
         "dllm-hub/Qwen2.5": 494_032_768,

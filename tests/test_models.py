@@ -17,6 +17,7 @@ from model_helpers import (
     MASK,
     MIXTURES,
     NUM_TOKENS,
+    SHIFTED,
     VOCABULARY,
     hub_names,
     random_weights,
@@ -44,6 +45,7 @@ from trl_diffusion.models import (
     A2DQwen2LMHeadModel,
     A2DQwen3LMHeadModel,
     DreamModel,
+    Fast_dLLM_QwenForCausalLM,
     LLaDA2MoeModelLM,
     LLaDAModelLM,
     LLaDAMoEModelLM,
@@ -64,6 +66,7 @@ CLASSES = {
     "lladamoe": LLaDAMoEModelLM,
     "sdar_moe": SDARMoeForCausalLM,
     "llada2_moe": LLaDA2MoeModelLM,
+    "fast_dllm": Fast_dLLM_QwenForCausalLM,
 }
 CONFIGS = {family: model_class.config_class for family, model_class in CLASSES.items()}
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -106,7 +109,7 @@ def all_equal(left, right):
 def reference_log_probs(model, ids, attention_mask, temperature=1.0):
     """[R, T, V]: all positions, the plain way; index i holds the distribution of the token at i."""
     logits = model(input_ids=ids, attention_mask=attention_mask).logits.float()
-    if model.config.model_type == "Dream":
+    if model.logit_shift:
         logits = torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
     never = [MASK, *range(NUM_TOKENS, VOCABULARY)]
     return (logits / temperature).index_fill(-1, torch.tensor(never), -torch.inf).log_softmax(-1)
@@ -203,8 +206,8 @@ def test_left_padding_changes_nothing(load, ids, family, attention):
     targets = ids.gather(1, positions)
     scores = model(input_ids=ids, positions=positions, targets=targets)
     padded_scores = model(input_ids=padded, attention_mask=mask, positions=positions + 4, targets=targets)
-    # Dream predicts the first token from the one before, which here is padding and there is none
-    where = slice(1, None) if family == "dream" else slice(None)
+    # with shifted logits the first token is predicted from the one before, which here is padding and there is none
+    where = slice(1, None) if family in SHIFTED else slice(None)
     # a log-probability moves by at most twice what the logits move by
     assert (scores.log_probs - padded_scores.log_probs)[:, where].abs().max() < 2 * rounding
 
@@ -447,6 +450,39 @@ def test_deepcopy_and_pickle(load, ids, family):
             },
             (494_032_768, 64),
             (151665, 151666, (151643, 151645), 151643, 0, None),
+        ),
+        (
+            "fast_dllm",
+            {
+                "hidden_size": 3584,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 28,
+                "num_key_value_heads": 4,
+                "intermediate_size": 18944,
+                "vocab_size": 152064,
+                "eos_token_id": 151645,
+                "mask_token_id": None,  # known from the vocabulary
+                "bd_size": 32,
+            },
+            (7_615_616_512, 128),
+            (151665, 151666, (151643, 151645), 151643, 1, 32),
+        ),
+        (
+            "fast_dllm",
+            {
+                "hidden_size": 1536,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 12,
+                "num_key_value_heads": 2,
+                "intermediate_size": 8960,
+                "vocab_size": 151936,
+                "tie_word_embeddings": True,
+                "eos_token_id": 151645,
+                "mask_token_id": None,
+                "bd_size": 32,
+            },
+            (1_543_714_304, 128),
+            (151665, 151666, (151643, 151645), 151643, 1, 32),
         ),
     ],
 )
@@ -970,6 +1006,9 @@ def test_config_without_a_special_token_is_refused(load, family, key):
         ("lladamoe", {"partial_rotary_factor": 0.5}, "has partial_rotary_factor=0.5"),
         ("lladamoe", {"use_sliding_window": True}, "This LLaDA-MoE variant has use_sliding_window=True"),
         ("sdar_moe", {"shared_expert_intermediate_size": 16}, "This SDAR-MoE variant has .* or shared experts"),
+        ("fast_dllm", {"use_sliding_window": True}, "This Fast-dLLM variant has use_sliding_window=True"),
+        ("fast_dllm", {"bd_size": 0}, "block_size must be at least 1, got 0"),
+        ("fast_dllm", {"block_origin": "prompt"}, "block_origin must be one of"),
         ("sdar_moe", {"use_sliding_window": True}, "This SDAR-MoE variant has use_sliding_window=True"),
         ("llada2_moe", {"score_function": "softmax"}, "This LLaDA2 variant has score_function='softmax'"),
         ("llada2_moe", {"moe_router_enable_expert_bias": False}, "has moe_router_enable_expert_bias=False"),

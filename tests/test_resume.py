@@ -394,6 +394,12 @@ def test_old_checkpoints_are_deleted_when_the_new_one_is_whole(tmp_path, monkeyp
     assert trainer.args.save_total_limit == 1
 
 
+@pytest.mark.parametrize(("word", "number"), [("true", 9), ("True", 9), ("last", 9), ("false", None), ("None", None)])
+def test_words_of_a_command_line_ask_for_the_last_checkpoint_or_none(word, number, run_dir):
+    trainer = AGRPO.make(run_dir, **SHORT)
+    assert trainer._checkpoint_to_resume(word) == (None if number is None else run_dir / f"checkpoint-{number}")
+
+
 def test_rotation_deletes_torn_checkpoints_first(tmp_path):
     for number in (8, 2, 4, 6):  # in the order of time
         folder = tmp_path / f"checkpoint-{number}"

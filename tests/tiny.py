@@ -63,8 +63,9 @@ def tiny_model(seed: int = 0, scale: float = 6.0, model_class: type[DiffusionLM]
 
 
 def tiny_sdar(seed: int = 0, scale: float = 6.0, block_size: int = 4, **overrides) -> SDARForCausalLM:
-    """The same with block-causal attention."""
-    return tiny_model(seed, scale, SDARForCausalLM, head_dim=8, block_size=block_size, **overrides)
+    """The same with block-causal attention; blocks begin with the completion."""
+    blocks = {"block_size": block_size, "block_origin": "completion"}
+    return tiny_model(seed, scale, SDARForCausalLM, head_dim=8, **blocks | overrides)
 
 
 MIXTURES = {"lladamoe": LLaDAMoEModelLM, "sdar_moe": SDARMoeForCausalLM, "llada2_moe": LLaDA2MoeModelLM}
@@ -73,6 +74,8 @@ MIXTURES = {"lladamoe": LLaDAMoEModelLM, "sdar_moe": SDARMoeForCausalLM, "llada2
 def tiny_mixture(family: str, seed: int = 5, scale: float = 10.0, **overrides):
     """The same with four experts, of which a token takes two."""
     sizes = {"head_dim": 8, "moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2}
+    if family != "lladamoe":
+        sizes |= {"block_origin": "completion"}
     if family == "llada2_moe":
         sizes |= {"block_size": 4, "first_k_dense_replace": 0, "n_group": 2, "topk_group": 1, "num_shared_experts": 1}
     return tiny_model(seed, scale, MIXTURES[family], **sizes | overrides)

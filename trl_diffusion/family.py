@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+# Where the first block of block-causal attention begins: at the first token of the prompt, or of the completion.
+BLOCK_ORIGINS = ("sequence", "completion")
+
 
 @dataclass(frozen=True)
 class DiffusionFamily:
@@ -20,6 +23,9 @@ class DiffusionFamily:
         tail_token_id: the end id that fills the canvas after a finished text (`<|endoftext|>`).
         logit_shift: 0 if the logits at position i predict the token at i, 1 if they predict the token at i + 1.
         attention_block: `None` for full attention, else the block size of block-causal attention.
+        block_origin: the token from which blocks are counted, the first one of the `sequence` or of the `completion`.
+            From the start of the sequence, the last tokens of a prompt that does not fill its last block share that
+            block with the first tokens of the completion.
     """
 
     name: str
@@ -29,6 +35,20 @@ class DiffusionFamily:
     tail_token_id: int
     logit_shift: int = 0
     attention_block: int | None = None
+    block_origin: str = "completion"
+
+    def prompt_tail(self, prompt_lengths: torch.Tensor) -> torch.Tensor:
+        """Count the last tokens of each prompt that share a block of attention with its completion.
+
+        Args:
+            prompt_lengths: long [B], tokens of each prompt.
+
+        Returns:
+            Long [B], below the block size; zeros where blocks begin with the completion, and with full attention.
+        """
+        if self.attention_block is None or self.block_origin == "completion":
+            return torch.zeros_like(prompt_lengths)
+        return prompt_lengths % self.attention_block
 
     def exclude_never_sampled(self, logits: torch.Tensor) -> torch.Tensor:
         """Set the logits of the mask token and of unused ids to -inf, in place.

@@ -17,7 +17,9 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-STAND_INS = ("llada", "Dream", "sdar", "a2d-qwen3", "a2d-qwen2", "lladamoe", "sdar_moe", "llada2_moe")  # model types
+STAND_INS = (  # model types
+    *("llada", "Dream", "sdar", "a2d-qwen3", "a2d-qwen2", "lladamoe", "sdar_moe", "llada2_moe", "Fast_dLLM_Qwen"),
+)
 
 
 def _native_config(model_type: str) -> type[PreTrainedConfig]:

@@ -59,7 +59,7 @@ def make_network(
     """
     end, mask = shape.vocabulary - 1, shape.vocabulary - 2
     model_class: Any = SDARForCausalLM if shape.block_causal else LLaDAModelLM
-    own = {"block_size": block} if shape.block_causal else {}
+    own = {"block_size": block, "block_origin": "completion"} if shape.block_causal else {}
     config = model_class.config_class(
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,

@@ -100,8 +100,8 @@ def sample_signals(model, tokenizer, problems: Dataset, correct, args: AnalysisA
             trajectory = sample(model, ids, mask, args.sampling_config(), streams)
             texts = decode_completions(trajectory.completion_ids, model, tokenizer)
             success = torch.tensor([correct(text, row) for text, row in zip(texts, rows, strict=True)])
-            taken = taken_steps(trajectory.unmask_step, args.denoising_steps)
             assert trajectory.step_entropy is not None and trajectory.step_margin is not None
+            taken = taken_steps(trajectory.unmask_step, trajectory.step_entropy.size(1))
             signals = trajectory.step_entropy, trajectory.step_margin, trajectory.steps_taken, taken
             parts.append((*(values.cpu() for values in signals), success))
             bar.update(len(rows))

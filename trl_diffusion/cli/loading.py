@@ -11,6 +11,7 @@ from trl import ModelConfig, get_peft_config
 
 from trl_diffusion.adapters.renaming import base_of, is_adapter
 from trl_diffusion.evaluation.loading import load_model
+from trl_diffusion.models.fused import fuse_elementwise
 
 
 @dataclass
@@ -33,13 +34,17 @@ class LoadingArguments:
         default=None,
         metadata={"help": "Attention block of a checkpoint whose config.json leaves it out; 0 for full attention."},
     )
+    fuse_elementwise: bool = field(
+        default=False,
+        metadata={"help": "Compute rotations, norms and gates in single kernels, which are compiled."},
+    )
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU although there is a GPU."})
 
     def load(
         self, device: torch.device | str, allow_other_base: bool = False
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """Load the model, with its adapter, and the tokenizer; see `load_model`."""
-        return load_model(
+        model, tokenizer = load_model(
             self.model_name_or_path,
             self.adapter,
             revision=self.model_revision,
@@ -49,6 +54,9 @@ class LoadingArguments:
             device=device,
             allow_other_base=allow_other_base,
         )
+        if self.fuse_elementwise:
+            fuse_elementwise(model)
+        return model, tokenizer
 
 
 def load_tokenizer(model_args: ModelConfig) -> PreTrainedTokenizerBase:

@@ -187,7 +187,7 @@ class Session:
         ids, mask = left_pad([encode_prompt(prompt, self.tokenizer)], family_of(self.model).tail_token_id)
         ids, mask = ids.to(self.model.device), mask.to(self.model.device)
         length, config = self.args.plan(self.model, ids.size(1))
-        denoising = self._blank(messages, length, config)
+        denoising = self._blank(messages, mask.sum(1), length, config)
         state = CanvasState.empty(1, config.canvas_length, denoising.family.mask_token_id, ids.device)
         state.length.fill_(length)  # the last block ends where the canvas ends
         inputs = (self.model, ids, mask, config, row_generators(self.args.seed, rows=[number]))
@@ -204,17 +204,21 @@ class Session:
             print(plural(len(denoising.steps), "denoising step"), file=sys.stderr)
         return text, denoising
 
-    def _blank(self, messages: list[dict[str, str]], length: int, config: SamplingConfig) -> Denoising:
+    def _blank(
+        self, messages: list[dict[str, str]], prompt_lengths: torch.Tensor, length: int, config: SamplingConfig
+    ) -> Denoising:
+        family = family_of(self.model)
         turns = [f"{message['role']}: {message['content']}" for message in messages]
         decoding = describe_decoding(asdict(config) | {"canvas_length": length})
         return Denoising(
             "\n".join(turns) if len(turns) > 1 else messages[0]["content"],
-            family_of(self.model),
+            family,
             self.tokenizer,
             length,
             config.block_length,
-            config.denoising_steps,
+            config.on_grid(family).denoising_steps,
             f"{self.args.name}, {decoding}",
+            prompt_tail=int(family.prompt_tail(prompt_lengths)),
         )
 
     def chat(self) -> None:

@@ -21,7 +21,12 @@ STATES = ("block", "keep", "prefix")
 
 
 def probe_points(
-    trajectory: Trajectory, family: DiffusionFamily, kind: str, block_length: int, fraction: torch.Tensor
+    trajectory: Trajectory,
+    family: DiffusionFamily,
+    kind: str,
+    block_length: int,
+    fraction: torch.Tensor,
+    prompt_tail: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Return how far along each rollout its state is taken: a number of blocks (`block`) or of denoising steps.
 
@@ -34,14 +39,16 @@ def probe_points(
         kind: one of `STATES`.
         block_length: positions per block.
         fraction: float [B] in [0, 1], of the completion's length (`block`) or of its steps.
+        prompt_tail: long [B], tokens of the prompt in the first block (`DiffusionFamily.prompt_tail`), or `None`.
 
     Returns:
         Long [B].
     """
     if kind == "block":
         length = family.effective_length(trajectory.completion_ids)
-        last = (length + block_length - 1) // block_length - 1
-        point = (fraction * length / block_length).round().long()
+        tail = torch.zeros_like(length) if prompt_tail is None else prompt_tail
+        last = (tail + length + block_length - 1) // block_length - 1
+        point = ((tail + fraction * length) / block_length).round().long()
     else:
         last = trajectory.steps_taken - 1
         point = (fraction * trajectory.steps_taken).floor().long()
@@ -49,7 +56,13 @@ def probe_points(
 
 
 def probe_state(
-    trajectory: Trajectory, family: DiffusionFamily, kind: str, block_length: int, points: torch.Tensor, masks: int
+    trajectory: Trajectory,
+    family: DiffusionFamily,
+    kind: str,
+    block_length: int,
+    points: torch.Tensor,
+    masks: int,
+    prompt_tail: torch.Tensor | None = None,
 ) -> CanvasState:
     """Return the state of each rollout at a point.
 
@@ -60,6 +73,7 @@ def probe_state(
         block_length: positions per block.
         points: long [B], see `probe_points`.
         masks: masked positions to append, as far as there is room; `keep` has those of the rollout.
+        prompt_tail: long [B], tokens of the prompt in the first block (`DiffusionFamily.prompt_tail`), or `None`.
     """
     ids, points = trajectory.completion_ids, points.unsqueeze(1)
     canvas_length = ids.size(1)
@@ -69,7 +83,8 @@ def probe_state(
         return CanvasState(ids.masked_fill(hidden, family.mask_token_id), torch.full_like(ids[:, 0], canvas_length))
     # Positions before the first masked one: after it the running maximum of `hidden` is 1.
     without_gap = hidden.cummax(1).values.logical_not().sum(1, keepdim=True)
-    written = points * block_length if kind == "block" else without_gap
+    in_blocks = points * block_length - (0 if prompt_tail is None else prompt_tail.unsqueeze(1))
+    written = in_blocks.clamp(min=0) if kind == "block" else without_gap
     length = (written.squeeze(1) + masks).clamp(max=canvas_length)
     return CanvasState(ids.masked_fill(positions >= written, family.mask_token_id), length)
 

@@ -53,6 +53,7 @@ class EligibleSteps:
             scope,
             sampling.block_length,
             sampling.steps_per_block,
+            rollout.prompt_tail,
         )
         return cls(count, taken_steps(trajectory.unmask_step, sampling.denoising_steps))
 

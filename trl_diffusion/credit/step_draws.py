@@ -45,6 +45,7 @@ def eligible_steps(
     scope: str,
     block_length: int,
     steps_per_block: int,
+    prompt_tail: torch.Tensor | int = 0,
 ) -> torch.Tensor:
     """Return the number N of leading denoising steps of each completion that may be trained.
 
@@ -60,13 +61,14 @@ def eligible_steps(
         scope: `"paper"` or `"exact"`.
         block_length: positions per block.
         steps_per_block: denoising steps per block.
+        prompt_tail: long [B], tokens of the prompt in the first block, see `DiffusionFamily.prompt_tail`.
 
     Returns:
         Long [B], N ≥ 1; the eligible steps are 0..N-1.
     """
     length = family.effective_length(completion_ids)
     if scope == "exact":
-        return (length + block_length - 1) // block_length * steps_per_block
+        return (prompt_tail + length + block_length - 1) // block_length * steps_per_block
     positions = torch.arange(completion_ids.size(1), device=completion_ids.device)
     counts = (completion_ids != family.tail_token_id) | (positions < length.unsqueeze(1))
     return unmask_step.masked_fill(~counts, -1).max(1).values.long() + 1

@@ -56,7 +56,8 @@ def score_views(
     slots = read.int().argsort(dim=1, descending=True, stable=True)[:, :most]
     prompt = prompt_ids if views.prompt_ids is None else views.prompt_ids
     if prompt_columns is not None:
-        first = prompt.size(1) - int(prompt_columns.max())
+        # a prompt can have had more columns where its last tokens were moved onto the canvas, see `BlockGrid`
+        first = max(prompt.size(1) - int(prompt_columns.max()), 0)
         prompt, prompt_mask = prompt[:, first:], prompt_mask[:, first:]
     shown = views.canvas if views.context is None else torch.cat([views.context, views.canvas], dim=1)
     noisy_copy = shown.size(1) - views.canvas.size(1)

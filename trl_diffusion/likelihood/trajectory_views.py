@@ -66,6 +66,7 @@ class TrajectoryViews(Likelihood):
         drawn = trajectory.logps
         if trajectory.position_logps is not None:
             drawn = drawn + trajectory.position_logps
+            optional["prompt_tail"] = rollout.prompt_tail
         if self.records_old:
             rows["old_per_token_logps"] = drawn
             optional["prompt_columns"] = trajectory.prompt_columns
@@ -83,8 +84,8 @@ class TrajectoryViews(Likelihood):
 
     def _choice(self, rows: Rows, steps: torch.Tensor, targets: torch.Tensor) -> PositionChoice:
         """The positions that each step [R] could choose: those of its block that no earlier step wrote."""
-        blocks = torch.arange(targets.size(1), device=steps.device) // self.sampling.block_length
-        active = blocks == (steps // self.sampling.steps_per_block).unsqueeze(1)
+        positions = torch.arange(targets.size(1), device=steps.device) + rows["prompt_tail"].unsqueeze(1)
+        active = positions // self.sampling.block_length == (steps // self.sampling.steps_per_block).unsqueeze(1)
         still_open = active & (rows["unmask_step"] >= steps.unsqueeze(1)) & targets.any(1, keepdim=True)
         return PositionChoice(still_open, rows["position_ranks"], self.sampling.position_temperature)
 

@@ -15,6 +15,8 @@ from trl_diffusion.models.diffusion_lm import DiffusionLM, DiffusionLMOutput
 from trl_diffusion.models.dream import DreamConfig as DreamConfig
 from trl_diffusion.models.dream import DreamModel as DreamModel
 from trl_diffusion.models.families import FAMILIES
+from trl_diffusion.models.fast_dllm import Fast_dLLM_QwenForCausalLM as Fast_dLLM_QwenForCausalLM
+from trl_diffusion.models.fast_dllm import FastDLLMConfig as FastDLLMConfig
 from trl_diffusion.models.llada import LLaDAConfig as LLaDAConfig
 from trl_diffusion.models.llada import LLaDAModelLM as LLaDAModelLM
 from trl_diffusion.models.llada2 import LLaDA2MoeConfig as LLaDA2MoeConfig

@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from trl_diffusion.family import BLOCK_ORIGINS
 from trl_diffusion.models.block_causal import check_block_attention
 from trl_diffusion.models.config import DiffusionConfigMixin, Vocabulary
 from trl_diffusion.models.diffusion_lm import DiffusionLM
@@ -29,7 +30,7 @@ from trl_diffusion.models.qwen_layers import (
     Qwen3DiffusionAttention,
     Qwen3RotaryEmbedding,
 )
-from trl_diffusion.validation import at_least
+from trl_diffusion.validation import at_least, one_of
 
 # The mask token `<|mask|>` is added behind the last token of Qwen's vocabulary. Its id is read from the tokenizer.
 A2D_QWEN3 = Vocabulary(
@@ -42,13 +43,16 @@ A2D_QWEN2 = A2D_QWEN3._replace(num_tokens=151666)
 
 @dataclass(kw_only=True, repr=False)
 class A2DConfigMixin(TokenizerFacts, DiffusionConfigMixin):  # type: ignore[misc]  # sets its fields
-    """Adds the block size to `DiffusionConfigMixin`; the mask token is read from the tokenizer.
+    """Adds the blocks of attention to `DiffusionConfigMixin`; the mask token is read from the tokenizer.
 
     Args:
         block_size: tokens per attention block, 0 for full attention; the checkpoints' `config.json` leaves it out.
+        block_origin: where the first block begins, see `DiffusionFamily`. bd3lm's sampler fills up the prompt's last
+            block, so that blocks begin with the completion.
     """
 
     block_size: int | None = None
+    block_origin: str = "completion"
 
     def read_hub_keys(self: Any, keys: dict[str, Any]) -> None:
         if self.use_sliding_window:
@@ -58,6 +62,7 @@ class A2DConfigMixin(TokenizerFacts, DiffusionConfigMixin):  # type: ignore[misc
             )
         if self.block_size is not None:
             at_least("block_size", self.block_size, 0)
+        one_of("block_origin", self.block_origin, BLOCK_ORIGINS)
 
 
 class A2DQwen3Config(A2DConfigMixin, Qwen3Config):  # type: ignore[misc]  # `from_pretrained`
@@ -65,6 +70,7 @@ class A2DQwen3Config(A2DConfigMixin, Qwen3Config):  # type: ignore[misc]  # `fro
 
     Args:
         block_size: tokens per attention block (32 for bd3lm), 0 for full attention (mdlm).
+        block_origin: where the first block begins, `sequence` or `completion`.
         mask_token_id: id of the mask token; the tokenizer's if not given.
         end_token_ids: ids that end a text; `<|endoftext|>` and `<|im_end|>` in Qwen's vocabulary if not given, else
             `eos_token_id`.
@@ -96,6 +102,7 @@ class A2DLM(DiffusionLM):
 
     def __init__(self, config: Any):
         super().__init__(config)
+        self.block_origin = config.block_origin
         if config.block_size:
             check_block_attention(config.model_type, config._attn_implementation)
 

@@ -1,29 +1,33 @@
-"""The parts that families with block-causal attention share: the block size, and the attention that can compute it."""
+"""The parts that families with block-causal attention share: the blocks, and the attention that can compute them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+from trl_diffusion.family import BLOCK_ORIGINS
 from trl_diffusion.models.config import DiffusionConfigMixin
 from trl_diffusion.models.diffusion_lm import DiffusionLM
-from trl_diffusion.validation import at_least
+from trl_diffusion.validation import at_least, one_of
 
 ATTENTION = ("eager", "sdpa")  # implementations that take a mask of their own for every query
 
 
 @dataclass(kw_only=True, repr=False)
 class BlockCausalConfigMixin(DiffusionConfigMixin):
-    """Adds the block size to `DiffusionConfigMixin`.
+    """Adds the blocks of attention to `DiffusionConfigMixin`.
 
     Args:
         block_size: tokens per attention block.
+        block_origin: where the first block begins, `sequence` or `completion`, see `DiffusionFamily`.
     """
 
     block_size: int = 4
+    block_origin: str = "sequence"
 
     def read_hub_keys(self, keys: dict[str, Any]) -> None:
         at_least("block_size", self.block_size, 1)
+        one_of("block_origin", self.block_origin, BLOCK_ORIGINS)
         if keys.get("attn_implementation") == "flex_attention":  # published configs name it for their own code
             del keys["attn_implementation"]
 
@@ -44,7 +48,7 @@ class BlockCausalLM(DiffusionLM):
     def __init__(self, config: Any):
         super().__init__(config)
         check_block_attention(type(config).__name__.removesuffix("Config"), config._attn_implementation)
-        self.attention_block = config.block_size
+        self.attention_block, self.block_origin = config.block_size, config.block_origin
 
 
 def check_block_attention(name: str, implementation: Any) -> None:

@@ -14,7 +14,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 from trl_diffusion.distribution import score_targets
 from trl_diffusion.family import DiffusionFamily, HasFamily
-from trl_diffusion.models.block_attention import block_causal_bias, position_ids
+from trl_diffusion.models.block_attention import block_causal_bias, copied_tail, position_ids, sees_all
 from trl_diffusion.models.layers import CACHE_KEYWORD
 from trl_diffusion.models.scoring_head import ScoringHead
 from trl_diffusion.models.whole_weights import WholeWeights
@@ -44,10 +44,11 @@ class DiffusionLMOutput(ModelOutput):
 class DiffusionLM(HasFamily, WholeWeights):
     """Mixin that turns a stock `…ForCausalLM` with `config.is_causal = False` into a diffusion language model.
 
-    Attention is full unless a class sets `attention_block`, the block size of block-causal attention. The mixin adds
-    scoring to `forward`, samples by diffusion in `generate`, and refuses the autoregressive `labels=`. Scoring is part
-    of `forward` because wrappers (DDP, PEFT, ZeRO-3, FSDP2) synchronise and gather weights there alone: calling
-    submodules past the wrapper gives wrong gradients without an error.
+    Attention is full unless a class sets `attention_block`, the block size of block-causal attention, and
+    `block_origin`, where blocks are counted from. The mixin adds scoring to `forward`, samples by diffusion in
+    `generate`, and refuses the autoregressive `labels=`. Scoring is part of `forward` because wrappers (DDP, PEFT,
+    ZeRO-3, FSDP2) synchronise and gather weights there alone: calling submodules past the wrapper gives wrong
+    gradients without an error.
     """
 
     config: Any
@@ -62,6 +63,7 @@ class DiffusionLM(HasFamily, WholeWeights):
     training: bool
     logit_shift: int = 0
     attention_block: int | None = None
+    block_origin: str = "completion"
 
     def __init__(self, config: Any):
         if not isinstance(config, self.config_class):
@@ -133,6 +135,7 @@ class DiffusionLM(HasFamily, WholeWeights):
             tail_token_id=ends[0],
             logit_shift=self.logit_shift,
             attention_block=self.attention_block,
+            block_origin=self.block_origin,
         )
 
     def forward(
@@ -164,7 +167,9 @@ class DiffusionLM(HasFamily, WholeWeights):
             support: int [R, K, C], ids each target was drawn from (top-k, top-p), -1 for none; full vocabulary if
                 not given.
             temperature: divides the logits before the softmax; > 0.
-            canvas_start: a column at which an attention block begins; full attention does not depend on it.
+            canvas_start: the first column of the completion, where an attention block begins. Full attention does not
+                depend on it, nor do blocks that are counted from the start of the sequence, the first column that
+                `attention_mask` shows.
             noisy_copy: number of tokens at the end that are a noised copy of those before them, see
                 `block_causal_bias`; with block-causal attention only.
             cache: keys and values of other columns. `input_ids` and `positions` are then those of its window, and
@@ -183,16 +188,25 @@ class DiffusionLM(HasFamily, WholeWeights):
         """
         self._check_call(labels, noisy_copy, cache)
         assert input_ids is not None
+        if noisy_copy and self.block_origin == "sequence":
+            assert self.attention_block is not None  # a noised copy was refused else
+            input_ids, attention_mask, tail = copied_tail(input_ids, attention_mask, noisy_copy, self.attention_block)
+            noisy_copy += tail
+            positions = None if positions is None else positions + tail * (positions >= 0)
         kwargs.setdefault("use_cache", False)  # the hub's configs ask for the growing cache of autoregressive models
         if cache is not None or noisy_copy:
             first_column = 0 if cache is None else cache.start
             kwargs["position_ids"] = position_ids(input_ids, first_column, noisy_copy)
             kwargs[CACHE_KEYWORD] = cache
-        attention_mask = self._attention(input_ids, attention_mask, canvas_start, noisy_copy, cache, padded)
+        if padded is False:
+            attention_mask = None
+        start = self._block_start(attention_mask, canvas_start)
+        attention = self._attention(input_ids, attention_mask, start, noisy_copy, cache, padded)
         if positions is None:
-            return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)  # type: ignore[misc]
+            return super().forward(input_ids=input_ids, attention_mask=attention, **kwargs)  # type: ignore[misc]
 
-        hidden = self._hidden_at(positions, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        read = self._columns_before(positions, start, noisy_copy)
+        hidden = self._hidden_at(read, input_ids=input_ids, attention_mask=attention, **kwargs)
         if targets is None:
             return DiffusionLMOutput(logits=self._diffusion_logits(hidden))
         scores = self._score_at(positions, hidden, targets, support, temperature)
@@ -219,48 +233,69 @@ class DiffusionLM(HasFamily, WholeWeights):
                 "per forward pass."
             )
 
+    def _block_start(self, attention_mask: torch.Tensor | None, canvas_start: int) -> int | torch.Tensor:
+        """Return a column at which an attention block begins: one for all rows, or long [R]."""
+        if self.block_origin == "completion":
+            return canvas_start
+        return 0 if attention_mask is None else attention_mask.long().argmax(1)  # the first column that is shown
+
     def _attention(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        canvas_start: int,
+        start: int | torch.Tensor,
         noisy_copy: int,
         cache: WindowCache | None,
         padded: bool | None,
     ) -> torch.Tensor | None:
         """Return the mask for the stock network: as given with full attention, else a bias for every query and key."""
-        if padded is False:
-            attention_mask = None
         if self.attention_block is None:
             if attention_mask is None or not padded or self.config._attn_implementation != "sdpa":
                 return attention_mask
             # transformers would make the same, after reading whether anything is hidden at all.
             return attention_mask.bool()[:, None, None, :].expand(-1, -1, input_ids.size(1), -1)
         if attention_mask is None:
-            attention_mask = input_ids.new_ones(len(input_ids), input_ids.size(1) if cache is None else cache.visible)
+            first, visible = (0, input_ids.size(1)) if cache is None else (cache.start, cache.visible)
+            # Without padding a window inside the last visible block sees everything. No mask is cheaper than an empty
+            # one: sdpa then takes a kernel that reads neither a mask nor repeated keys.
+            if isinstance(start, int) and not noisy_copy and sees_all(self.attention_block, start, first, visible):
+                return None
+            attention_mask = input_ids.new_ones(len(input_ids), visible)
         return block_causal_bias(
             attention_mask,
             self.attention_block,
             self.get_input_embeddings().weight.dtype,  # type: ignore[attr-defined]
-            canvas_start,
+            start,
             0 if cache is None else cache.start,
             noisy_copy,
         )
 
-    def _hidden_at(self, positions: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Run the network and return the last hidden states [R, K, H] from which tokens at `positions` are predicted.
-
-        Args:
-            positions: long [R, K], -1 for none, where any hidden state is returned.
-            **kwargs: for the stock network.
-        """
+    def _columns_before(self, positions: torch.Tensor, start: int | torch.Tensor, noisy_copy: int) -> torch.Tensor:
+        """Return the columns whose hidden states predict the tokens at `positions` (long [R, K], -1 for none)."""
         # Under a shift of 1 the first token has no logits before it; as in Dream's own code, it takes those at its
         # own position.
-        read = (positions - self.family.logit_shift).clamp(min=0)
+        read = (positions - self.logit_shift).clamp(min=0)
+        if not (noisy_copy and self.logit_shift):
+            return read
+        # The first token of a noised block is predicted from the block before it, which is finished: its last column
+        # is read in the clean stream.
+        assert self.attention_block is not None
+        begin = start.unsqueeze(1) if isinstance(start, torch.Tensor) else start
+        clean = positions - noisy_copy
+        return torch.where((clean - begin) % self.attention_block == 0, (clean - 1).clamp(min=0), read)
+
+    def _hidden_at(self, read: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Run the network and return the last hidden states [R, K, H] of columns.
+
+        Args:
+            read: long [R, K].
+            **kwargs: for the stock network.
+        """
         # Nothing to predict: a forward pass for its keys and values alone. Attention needs at least one query.
-        if read.size(1) == 0:
+        count = read.size(1)
+        if count == 0:
             read = read.new_zeros(len(read), 1)
-        return self.model(read=read, **kwargs).last_hidden_state[:, : positions.size(1)]
+        return self.model(read=read, **kwargs).last_hidden_state[:, :count]
 
     def _score_at(
         self,

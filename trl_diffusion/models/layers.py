@@ -42,6 +42,16 @@ class Float32Rotary:
         return super().forward(torch.empty(0, device=x.device, dtype=torch.float32), position_ids)  # type: ignore[misc]
 
 
+def rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate states [R, heads, T, head size] in float32 by the angles of their columns, [R or 1, T, rotated size].
+
+    Where fewer features are rotated than a head has, these are the first ones, and the others stay as they are.
+    """
+    exact, rest = states[..., : cos.size(-1)].float(), states[..., cos.size(-1) :]
+    rotated = (exact * cos.unsqueeze(1) + rotate_half(exact) * sin.unsqueeze(1)).to(states.dtype)
+    return torch.cat([rotated, rest], dim=-1) if rest.size(-1) else rotated
+
+
 class DiffusionAttention:
     """Attention that rotates queries and keys in float32, and that can compute only the queries which are read."""
 
@@ -55,6 +65,7 @@ class DiffusionAttention:
     attention_dropout: Any  # a probability
     training: bool
     config: Any
+    rotate: Any = staticmethod(rotated)
 
     def forward(
         self,
@@ -91,7 +102,7 @@ class DiffusionAttention:
                 # [R or 1, 1, T, keys] → [R, 1, K, keys]: the rows of the queries that are computed
                 attention_mask = take(attention_mask.squeeze(1), queries).unsqueeze(1)
         query, key = self._normalised(self._heads(self.q_proj, asked), self._heads(self.k_proj, hidden_states))
-        query, key = _rotated(query, query_cos, query_sin), _rotated(key, cos, sin)
+        query, key = self.rotate(query, query_cos, query_sin), self.rotate(key, cos, sin)
         value = self._heads(self.v_proj, hidden_states)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
@@ -185,13 +196,3 @@ def _require_window_cache(cache: Any, others: dict[str, Any]) -> None:
                 f"{CACHE_KEYWORD!r}: this release of transformers renamed it. Install one of the releases that "
                 "pyproject.toml names."
             )
-
-
-def _rotated(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate states [R, heads, T, head size] in float32 by the angles of their columns, [R or 1, T, rotated size].
-
-    Where fewer features are rotated than a head has, these are the first ones, and the others stay as they are.
-    """
-    exact, rest = states[..., : cos.size(-1)].float(), states[..., cos.size(-1) :]
-    rotated = (exact * cos.unsqueeze(1) + rotate_half(exact) * sin.unsqueeze(1)).to(states.dtype)
-    return torch.cat([rotated, rest], dim=-1) if rest.size(-1) else rotated

@@ -78,6 +78,7 @@ class LLaDA2MoeConfig(TokenizerFacts, BlockCausalConfigMixin, Glm4MoeConfig):  #
             if not given.
         num_tokens: number of ids that have a token; rows of the embedding from there on are never sampled.
         block_size: tokens per attention block; the hub leaves it out.
+        block_origin: where the first block begins, `sequence` or `completion`.
         **kwargs: `Glm4MoeConfig` arguments, or the hub's (`num_experts` …).
 
     Raises:

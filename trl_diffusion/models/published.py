@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig
 
 from trl_diffusion.models.a2d import A2DQwen2Config, A2DQwen3Config
 from trl_diffusion.models.dream import DreamConfig
+from trl_diffusion.models.fast_dllm import FastDLLMConfig
 from trl_diffusion.models.llada import LLaDAConfig
 from trl_diffusion.models.llada2 import LLaDA2MoeConfig
 from trl_diffusion.models.llada_moe import LLaDAMoEConfig
@@ -124,6 +125,14 @@ _LLADA2_MINI: dict[str, Any] = {
     "partial_rotary_factor": 0.5,
     "pad_token_id": 156892,
 }
+# The width of the only dense layer is that of Ling-flash-2.0, from which LLaDA2.0-flash was trained on.
+_LLADA2_FLASH = _LLADA2_MINI | {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "intermediate_size": 9216,
+    "moe_intermediate_size": 1024,
+}
 # Qwen3-30B-A3B's sizes
 _SDAR_30B: dict[str, Any] = {
     "hidden_size": 2048,
@@ -143,6 +152,27 @@ _SDAR_30B: dict[str, Any] = {
     "eos_token_id": 151643,
     "block_size": 4,
 }
+# Qwen2.5-7B's and Qwen2.5-1.5B's sizes
+_FAST_DLLM_7B: dict[str, Any] = {
+    "hidden_size": 3584,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 32768,
+    "vocab_size": 152064,
+    "rope_theta": 1000000.0,
+    "rms_norm_eps": 1e-6,
+    "eos_token_id": 151645,
+}
+_FAST_DLLM_1_5B = _FAST_DLLM_7B | {
+    "hidden_size": 1536,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "intermediate_size": 8960,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
 # Checkpoints on the Hub: the config class and the sizes of each.
 PUBLISHED: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "GSAI-ML/LLaDA-8B-Base": (LLaDAConfig, _LLADA_8B),
@@ -156,6 +186,10 @@ PUBLISHED: dict[str, tuple[type[PreTrainedConfig], dict[str, Any]]] = {
     "inclusionAI/LLaDA-MoE-7B-A1B-Instruct": (LLaDAMoEConfig, _LLADA_MOE),
     "inclusionAI/LLaDA2.0-mini": (LLaDA2MoeConfig, _LLADA2_MINI),
     "inclusionAI/LLaDA2.1-mini": (LLaDA2MoeConfig, _LLADA2_MINI),
+    "inclusionAI/LLaDA2.0-flash": (LLaDA2MoeConfig, _LLADA2_FLASH),
+    "inclusionAI/LLaDA2.1-flash": (LLaDA2MoeConfig, _LLADA2_FLASH),
+    "Efficient-Large-Model/Fast_dLLM_v2_7B": (FastDLLMConfig, _FAST_DLLM_7B),
+    "Efficient-Large-Model/Fast_dLLM_v2_1.5B": (FastDLLMConfig, _FAST_DLLM_1_5B),
     "dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1": (A2DQwen3Config, _A2D_QWEN3 | {"block_size": 0}),
     "dllm-hub/Qwen3-0.6B-diffusion-bd3lm-v0.1": (A2DQwen3Config, _A2D_QWEN3 | {"block_size": 32}),
     "dllm-hub/Qwen2.5-Coder-0.5B-Instruct-diffusion-mdlm-v0.1": (A2DQwen2Config, _A2D_QWEN2 | {"block_size": 0}),

@@ -1,9 +1,9 @@
 """SDAR (2510.06303) and TraDo (2509.06949) as a native transformers class: `Qwen3ForCausalLM` with block-causal
 attention.
 
-Weights have Qwen3's names. Blocks are counted from the start of the completion, as in TraceRL's training of TraDo.
-SDAR's own sampler and DiRL's training count them from the start of the prompt, which is the same where the prompt
-fills its last block.
+Weights have Qwen3's names. Blocks are counted from the start of the sequence, as SDAR's own sampler and DiRL's
+training count them: a completion begins in the block that the end of its prompt does not fill. TraceRL's training of
+TraDo counts from the start of the completion; `block_origin="completion"` computes that.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class SDARConfig(BlockCausalConfigMixin, Qwen3Config):
             `eos_token_id`.
         num_tokens: number of ids that have a token; rows of the embedding from there on are never sampled.
         block_size: tokens per attention block.
+        block_origin: where the first block begins, `sequence` or `completion`.
         **kwargs: `Qwen3Config` arguments.
 
     Raises:

@@ -32,6 +32,7 @@ class SDARMoeConfig(BlockCausalConfigMixin, Qwen3MoeConfig):
             `eos_token_id`.
         num_tokens: number of ids that have a token; rows of the embedding from there on are never sampled.
         block_size: tokens per attention block.
+        block_origin: where the first block begins, `sequence` or `completion`.
         **kwargs: `Qwen3MoeConfig` arguments.
 
     Raises:

@@ -72,13 +72,14 @@ class _Layer:
         """Return the layers of a run's model."""
         config: Any = run.model.config
         adapted = isinstance(run.model, PeftModel)
-        stored = (run.model.get_base_model() if adapted else run.model).dtype.itemsize
+        base: Any = run.model.get_base_model() if adapted else run.model
+        stored, head = base.dtype.itemsize, base.model.layers[0].self_attn.head_dim
         autocast = run.mixed_precision in ("bf16", "fp16")
         own = next(weight.dtype.itemsize for weight in run.model.parameters() if weight.requires_grad)
         return cls(
             hidden=config.hidden_size,
-            queries=config.num_attention_heads * config.head_dim,
-            keys=config.num_key_value_heads * config.head_dim,
+            queries=config.num_attention_heads * head,
+            keys=config.num_key_value_heads * head,
             mlp=_mlp_width(run.model),
             stored=stored,
             computed=2 if autocast else stored,

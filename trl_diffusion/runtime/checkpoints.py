@@ -64,6 +64,10 @@ class ResumeConfig:
     )
 
 
+LAST = ("true", "last", "")  # what asks for the last whole checkpoint, as a word in Python, YAML or on a command line
+NONE = ("none", "false")
+
+
 class Checkpoints(Trainer):
     """Saves and restores a run at any optimizer step; stands before TRL's trainer in the method resolution order.
 
@@ -118,7 +122,8 @@ class Checkpoints(Trainer):
         """Choose the checkpoint to continue from, the same on every process; `None` to start from the beginning."""
         output_dir = Path(self.args.output_dir)
         self._facts = self._collect_facts()
-        if asked is None or asked is False:
+        word = str(asked).lower()
+        if word in NONE:
             whole, torn = survey(output_dir)
             if (whole or torn) and self.is_world_process_zero():
                 logger.warning(
@@ -126,7 +131,7 @@ class Checkpoints(Trainer):
                     output_dir,
                 )
             return None
-        checkpoint = self._last_checkpoint(output_dir) if asked in (True, "", "last") else Path(str(asked))
+        checkpoint = self._last_checkpoint(output_dir) if word in LAST else Path(str(asked))
         if checkpoint is None:
             if self.is_world_process_zero():
                 logger.warning("No whole checkpoint in %s: training starts from the beginning.", output_dir)

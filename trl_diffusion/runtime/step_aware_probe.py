@@ -182,7 +182,9 @@ class _Continuations:
         fractions = self._fractions()
         family, kind, block = self.probe.family, self.settings.state, self.config.block_length
         low, high = _FRACTIONS
-        points = probe_points(self.trajectory, family, kind, block, low + (high - low) * fractions[:, 0])
+        points = probe_points(
+            self.trajectory, family, kind, block, low + (high - low) * fractions[:, 0], self.rollout.prompt_tail
+        )
         reached = self._success_rates(probed & (points > 0), points, success, which=0)
         if self.settings.baseline == "earlier_state":
             earlier = (fractions[:, 1] * points).floor().long()
@@ -209,6 +211,7 @@ class _Continuations:
             self.config.block_length,
             points,
             settings.num_mask_tokens,
+            self.rollout.prompt_tail,
         )
         known = settled(state, family)
         rates = torch.where(asked & known, success, torch.full_like(success, float("nan")))

@@ -281,6 +281,12 @@ class BlockCache(_OneWindow):
 
     def _prefill(self, rows: np.ndarray, end: int) -> None:
         """Compute the columns [0, end), once for all rows that are equal there."""
+        if end == 0:  # every prompt is shorter than a block, and nothing lies before the first one
+            self.sync_forward()
+            self._cache = WindowCache(self.tokens.size(1))
+            self._hold(rows)
+            self._unwritten = 0
+            return
         index = to_device(rows, self.tokens.device)
         seen = torch.cat([self.visible[:, :end], self.tokens[:, :end]], dim=1)[index]
         distinct, same = torch.unique(seen, dim=0, return_inverse=True)
@@ -299,7 +305,7 @@ class BlockCache(_OneWindow):
     def logits(self, at, offsets):
         # All rows of the cache are computed, also those that have finished the block: their finished block is to be
         # written as well.
-        start = self.prompt_length + at.first - self.family.logit_shift - self._unwritten
+        start = max(self.prompt_length + at.first - self.family.logit_shift - self._unwritten, 0)
         end = self.prompt_length + at.end
         self._unwritten = 0
         columns = offsets + (self.prompt_length + at.first)

@@ -16,10 +16,13 @@ class CanvasState:
     Args:
         canvas: long [B, L], the mask token where nothing is written yet.
         length: long [B], positions of the canvas that exist; the network does not see those after them.
+        begin: long [B], positions before the first one of the completion, which hold the end of the prompt (see
+            `BlockGrid`); `None` for none.
     """
 
     canvas: torch.Tensor
     length: torch.Tensor
+    begin: torch.Tensor | None = None
 
     @classmethod
     def empty(cls, batch: int, canvas_length: int, mask_token_id: int, device: torch.device) -> CanvasState:
@@ -39,6 +42,10 @@ class CanvasState:
                 f"lengths as prompts; got {tuple(self.canvas.shape)} with lengths {tuple(self.length.shape)}."
             )
 
+    def rows(self, rows: torch.Tensor) -> CanvasState:
+        """Return the canvases of some rows, long [R]."""
+        return CanvasState(self.canvas[rows], self.length[rows], None if self.begin is None else self.begin[rows])
+
     def next_block(self, family: DiffusionFamily, block_length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Find the first block with a masked position, where sampling continues.
 
@@ -51,8 +58,14 @@ class CanvasState:
         masked = self._masked(family)
         block = masked.int().argmax(1) // block_length
         before = positions < (block * block_length).unsqueeze(1)
-        ended = (family.is_end(self.canvas) & before).any(1)
+        ended = (family.is_end(self.canvas) & before & self.of_completion(positions)).any(1)
         return block, masked.any(1) & ~ended
+
+    def of_completion(self, positions: torch.Tensor) -> torch.Tensor:
+        """Return which positions (long [L] or [B, n]) are the completion's, bool [B, L] or [B, n] that broadcasts."""
+        if self.begin is None:
+            return torch.ones_like(positions, dtype=torch.bool)
+        return positions >= self.begin.unsqueeze(1)
 
     def num_masked(self, family: DiffusionFamily, block_length: int) -> torch.Tensor:
         """Count the masked positions of every block, long [B, blocks]."""

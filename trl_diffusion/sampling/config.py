@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -182,6 +182,20 @@ class SamplingConfig:
                 f"{family.name} writes blocks of {block} tokens, those of its attention; got block_length="
                 f"{self.block_length}. Set block_length={block}."
             )
+
+    def on_grid(self, family: DiffusionFamily) -> SamplingConfig:
+        """Return the settings of the grid of blocks on which a family's completions lie.
+
+        Where blocks are counted from the start of the sequence, a completion can begin inside a block and so end
+        inside another. The grid has a block more then, and these settings count the steps of a trajectory.
+        """
+        if family.attention_block in (None, 1) or family.block_origin == "completion":
+            return self
+        return replace(
+            self,
+            canvas_length=self.canvas_length + self.block_length,
+            denoising_steps=self.denoising_steps + self.steps_per_block,
+        )
 
     def check_bounds(self, bounds: torch.Tensor | None, batch: int) -> None:
         """Check that rows can have bounds of their own.

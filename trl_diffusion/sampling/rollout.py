@@ -53,7 +53,7 @@ class Rollout:
         global_rows: long [B], index prompt · G + g of each completion among those of all processes.
         own_rows: where this process's rows lie in what `gather` returns.
         family: of the model.
-        sampling: how the completions were drawn.
+        sampling: how the completions were drawn, on the grid of blocks that they lie on.
         prompt_ids: long [B, P], left-padded.
         prompt_mask: [B, P], 0 on the padding.
         trajectory: the completions and the denoising steps that wrote them.
@@ -93,6 +93,11 @@ class Rollout:
         """Bool [B, L], tokens up to and including the first end token."""
         length = self.family.effective_length(self.trajectory.completion_ids).unsqueeze(1)
         return torch.arange(self.trajectory.completion_ids.size(1), device=length.device) < length
+
+    @property
+    def prompt_tail(self) -> torch.Tensor:
+        """Long [B], tokens of each prompt that lie in the first block of its completion."""
+        return self.family.prompt_tail(self.prompt_mask.sum(1))
 
     def own(self, gathered: torch.Tensor) -> torch.Tensor:
         """The rows [B, …] of this process among those of all."""

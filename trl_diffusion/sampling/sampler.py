@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from trl_diffusion.family import DiffusionFamily, family_of
 from trl_diffusion.sampling.active_blocks import ActiveBlocks, to_device
 from trl_diffusion.sampling.batching import prompt_buckets
+from trl_diffusion.sampling.block_grid import BlockGrid
 from trl_diffusion.sampling.caches import CACHE_CLASSES
 from trl_diffusion.sampling.canvas import CanvasState
 from trl_diffusion.sampling.config import SamplingConfig
@@ -88,10 +89,12 @@ def sample(
     config.check_bounds(bounds, batch)
     if batch:
         check_fits(model, max(lengths), int(state.length.max()), "this batch")
+    grid = BlockGrid.of(family, config, input_ids, attention_mask, lengths, state)
+    lengths, prompt_length = grid.lengths, grid.input_ids.size(1)
     # Where processes share the weights, all must run the same number of forwards, so their rows stay together.
     buckets = [list(range(batch))]
     if any_process is None and batch:
-        buckets = prompt_buckets(lengths, config.canvas_length, prompt_share(config, family))
+        buckets = prompt_buckets(lengths, grid.config.canvas_length, prompt_share(grid.config, family))
     parts = []
     with _evaluating(model), _uncompiled(model):
         for bucket in buckets:
@@ -101,18 +104,19 @@ def sample(
             rollout = _Rollout(
                 model,
                 family,
-                config,
-                input_ids[rows, shown],
-                attention_mask[rows, shown],
+                grid.config,
+                grid.input_ids[rows, shown],
+                grid.attention_mask[rows, shown],
                 [generators[row] for row in bucket],
-                CanvasState(state.canvas[rows], state.length[rows]),
+                grid.state.rows(rows),
                 any_process,
-                None if observer is None else partial(_report, observer, rows),
+                None if observer is None else partial(_report, observer, rows, grid.moved),
                 None if bounds is None else bounds[rows].double(),
             )
             rollout.write()
             parts.append(rollout.trajectory())
     drawn = Trajectory.gather(parts, torch.tensor([row for bucket in buckets for row in bucket]).to(input_ids.device))
+    drawn = grid.completions(drawn, config.canvas_length)
     return drawn if given is None or not given.any() else replace(drawn, given=given)
 
 
@@ -136,9 +140,17 @@ def _uncompiled(model: torch.nn.Module) -> AbstractContextManager:
     return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
-def _report(observer: Observer, rows: torch.Tensor, commits: Commits) -> None:
-    """Call the observer with the rows of the batch in place of those of a bucket; `rows` is long [bucket]."""
-    observer(commits._replace(rows=rows[commits.rows]))
+def _report(observer: Observer, rows: torch.Tensor, moved: torch.Tensor, commits: Commits) -> None:
+    """Call the observer with rows of the batch and positions of the completion.
+
+    Args:
+        observer: to call.
+        rows: long [bucket], the rows of the bucket.
+        moved: long [B], tokens of each prompt that lie on its canvas.
+        commits: with rows of the bucket and positions of the canvas.
+    """
+    found = rows[commits.rows]
+    observer(commits._replace(rows=found, positions=commits.positions - moved[found]))
 
 
 class _Rollout:
@@ -168,6 +180,7 @@ class _Rollout:
         # Prompts and canvases are one tensor, of which the forwards see columns and the sampler writes the canvas.
         tokens = torch.cat([input_ids, state.canvas], dim=1)
         self.canvas, self.length = tokens[:, input_ids.size(1) :], state.length.cpu().numpy()
+        self.begin = state.begin
         block, unfinished = state.next_block(family, config.block_length)
         self.block, self.alive = block.cpu().numpy(), unfinished.nonzero().squeeze(1).cpu().numpy()
         self.num_masked = state.num_masked(family, config.block_length).cpu().numpy()
@@ -244,7 +257,10 @@ class _Rollout:
     def _ended(self) -> np.ndarray:
         """Return which of the active blocks hold an end token, bool [R]."""
         written = self.canvas[self.at.column, self.at.positions].unsqueeze(-1)
-        return (written == self.end_token_ids).flatten(1).any(1).cpu().numpy()
+        ends = (written == self.end_token_ids).any(-1)
+        if self.begin is not None:  # a prompt may hold end tokens, for example of an earlier turn
+            ends &= self.at.positions >= self.begin[self.at.column]
+        return ends.any(1).cpu().numpy()
 
     def _write_step(self, step: int, most: int, min_commits: np.ndarray) -> None:
         """Choose positions, draw their tokens and commit them.

@@ -13,6 +13,9 @@ import torch
 class Trajectory:
     """Completions of B prompts on a canvas of L positions, drawn in S denoising steps.
 
+    Where blocks are counted from the start of the sequence, a completion can begin and end inside a block. It then
+    lies on one block more than L positions fill, and S is larger by the steps of a block (`SamplingConfig.on_grid`).
+
     Args:
         completion_ids: long [B, L], the whole canvas. After the block that ended a text it holds the tail id.
         unmask_step: int [B, L], u_i, the step in 0..S-1 that committed position i; -1 where the canvas was filled
@@ -90,12 +93,15 @@ class Trajectory:
 
     def cut(self, length: int) -> Trajectory:
         """Return the trajectory of the first `length` positions of the canvas."""
+        return replace(self, **{name: value[:, :length] for name, value in self.of_positions().items()})
+
+    def of_positions(self) -> dict[str, Any]:
+        """Return what is recorded of each position of the canvas, [B, L, …] by name."""
         names = (
             *("completion_ids", "unmask_step", "logps", "entropies", "support", "confidence_shift", "given"),
             *("position_logps", "position_ranks", "settled_step"),
         )
-        values = {name: vars(self)[name] for name in names}
-        return replace(self, **{name: value[:, :length] for name, value in values.items() if value is not None})
+        return {name: value for name in names if (value := vars(self)[name]) is not None}
 
     @property
     def steps_taken(self) -> torch.Tensor:

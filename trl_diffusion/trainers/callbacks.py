@@ -187,7 +187,7 @@ class ConfusionZoneCallback(TrainerCallback):
         assert trainer.last_rollout is not None
         trajectory, finished = trainer.last_rollout
         assert trajectory.step_entropy is not None and trajectory.step_margin is not None
-        taken = taken_steps(trajectory.unmask_step, trainer.args.denoising_steps)
+        taken = taken_steps(trajectory.unmask_step, trajectory.step_entropy.size(1))
         entropy, margin, steps, taken = trainer.accelerator.gather(
             (trajectory.step_entropy, trajectory.step_margin, trajectory.steps_taken, taken)
         )

@@ -29,6 +29,7 @@ from trl_diffusion.family import DiffusionFamily, family_of
 from trl_diffusion.likelihood import noised_views, score_views
 from trl_diffusion.runtime.arguments import check_arguments, check_load_arguments
 from trl_diffusion.runtime.checkpoints import Checkpoints, ResumeConfig
+from trl_diffusion.runtime.fusing import FusingConfig, fuse_models
 from trl_diffusion.runtime.guards import UpdateGuardConfig
 from trl_diffusion.runtime.launch import LaunchedConfig, check_backend, check_device_map, fit_to_cpu
 from trl_diffusion.runtime.meter import Meter
@@ -49,7 +50,7 @@ _PARTS = ("prompt", "completion")
 
 
 @dataclass
-class SFTConfig(LaunchedConfig, UpdateGuardConfig, ResumeConfig, _BaseConfig):
+class SFTConfig(LaunchedConfig, UpdateGuardConfig, ResumeConfig, FusingConfig, _BaseConfig):
     """Configuration of [`SFTTrainer`]; defaults are d1's (2504.12216).
 
     It has all fields of `transformers.TrainingArguments`; those below are new or have another default.
@@ -184,6 +185,7 @@ class SFTTrainer(ModelCards, Checkpoints, GuardedUpdates, _BaseTrainer):  # type
         )
         check_device_map(self.model)
         self.check_update_policy()
+        fuse_models(args, self.model)
         self._metrics: dict[str, dict[str, list[float]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self.meter = Meter(self.accelerator, self._metrics)
 

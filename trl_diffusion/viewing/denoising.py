@@ -74,6 +74,7 @@ class Denoising:
         num_steps: S, steps that the canvas has.
         caption: the model and how it is decoded, in words.
         row: the row of the batch that is shown.
+        prompt_tail: tokens of the prompt in the first block, see `DiffusionFamily.prompt_tail`.
 
     Attributes:
         token_ids: L ids, the mask id where nothing is written.
@@ -92,9 +93,10 @@ class Denoising:
         num_steps: int,
         caption: str = "",
         row: int = 0,
+        prompt_tail: int = 0,
     ):
         self.prompt, self.caption, self.family, self.row = prompt, caption, family, row
-        self.block_length, self.num_steps = block_length, num_steps
+        self.block_length, self.num_steps, self.prompt_tail = block_length, num_steps, prompt_tail
         self.token_ids = [family.mask_token_id] * length
         self.unmask_step, self.confidence = [START] * length, [0.0] * length
         self.finished = False
@@ -142,19 +144,23 @@ class Denoising:
         canvas = self.canvas(step)
         masks = [token == self.family.mask_token_id for token in canvas]
         end = next((place for place, token in enumerate(canvas) if token in self.family.end_token_ids), len(canvas))
-        block = masks.index(True) // self.block_length if True in masks else 0
+        block = self._block(masks.index(True)) if True in masks else 0
         over = self.finished and step >= max(self.unmask_step)
         cells = []
         for place, (text, mask) in enumerate(zip(self._texts(canvas), masks, strict=True)):
             if mask and over:
                 cells.append(Cell(Kind.UNUSED, UNUSED_SIGN))
             elif mask:
-                cells.append(Cell(Kind.MASKED if place // self.block_length == block else Kind.WAITING, MASK_SIGN))
+                cells.append(Cell(Kind.MASKED if self._block(place) == block else Kind.WAITING, MASK_SIGN))
             else:
                 written = Kind.GIVEN if self.unmask_step[place] == START else Kind.WRITTEN
                 kind = Kind.AFTER_END if place > end else written
                 cells.append(Cell(kind, text, self.unmask_step[place], self.confidence[place]))
         return Frame(step, tuple(cells))
+
+    def _block(self, place: int) -> int:
+        """Return the block of a position."""
+        return (self.prompt_tail + place) // self.block_length
 
     def _texts(self, canvas: list[int]) -> list[str]:
         """Return the text of each token of a canvas; what masks or end ids separate is decoded apart."""

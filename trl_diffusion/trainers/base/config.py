@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from trl import GRPOConfig
 
 from trl_diffusion.runtime.checkpoints import ResumeConfig
+from trl_diffusion.runtime.fusing import FusingConfig
 from trl_diffusion.runtime.guards import GuardConfig
 from trl_diffusion.runtime.launch import LaunchedConfig, fit_to_cpu, launched_processes
 from trl_diffusion.sampling import SamplingArguments, SamplingConfig
 
 
 @dataclass
-class DiffusionGRPOConfig(LaunchedConfig, SamplingArguments, GuardConfig, ResumeConfig, GRPOConfig):
+class DiffusionGRPOConfig(LaunchedConfig, SamplingArguments, GuardConfig, ResumeConfig, FusingConfig, GRPOConfig):
     """Config that every method's extends: TRL's `GRPOConfig`, the sampler's options, and the guards' policies.
 
     TRL's `max_completion_length` is the canvas length L. How completions are drawn is said by the options of

@@ -120,7 +120,7 @@ class LearntBoundTrainer(DiffusionGRPOTrainer):
         total = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
         total = total.masked_fill(rewards.isnan().all(1), torch.nan)
         steps = rollout.gather(rollout.trajectory.row_forwards)
-        paid = speed_rewards(total, steps, self.args.denoising_steps, self.args.speed_exponent)
+        paid = speed_rewards(total, steps, rollout.sampling.denoising_steps, self.args.speed_exponent)
         groups = paid.view(-1, rollout.group_size)
         advantages = leave_one_out(groups - groups.nanmean(1, keepdim=True)).flatten().nan_to_num(nan=0.0)
         policy.learn(states, choices, advantages.float(), self.args.bound_learning_rate)
