@@ -356,6 +356,34 @@ MUTANTS = [
         "row_generators(self.seed, rows=range(len(indices)))",
         "tests/test_evaluation.py -k batch_size",
     ),
+    Mutant(
+        "device: the sampler's index of positions stays on the CPU",
+        "sampling/active_blocks.py",
+        "self.first + torch.arange(block_length, device=device).unsqueeze(0)",
+        "self.first + torch.arange(block_length).unsqueeze(0)",
+        "tests/test_device.py -k sampling",
+    ),
+    Mutant(
+        "device: the positions of steps stay on the CPU",
+        "credit/step_draws.py",
+        "points = (torch.arange(num_draws, device=uniform.device) + uniform) / num_draws",
+        "points = (torch.arange(num_draws) + uniform) / num_draws",
+        "tests/test_device.py -k update_of_every_method",
+    ),
+    Mutant(
+        "device: the groups of replayed steps stay on the CPU",
+        "likelihood/plans.py",
+        "first = (torch.arange(views, device=unmask_step.device) * shrink).view(1, -1, 1)",
+        "first = (torch.arange(views) * shrink).view(1, -1, 1)",
+        "tests/test_device.py -k update_of_every_method",
+    ),
+    Mutant(
+        "device: the flags of a bad update are sent to the others from the CPU",
+        "runtime/update_guard.py",
+        "dtype=torch.long, device=self.accelerator.device)",
+        "dtype=torch.long)",
+        "tests/test_device.py -k update_of_every_method",
+    ),
 ]
 
 

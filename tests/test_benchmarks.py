@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))
 
 import adapters  # noqa: E402
 import fused as fused_benchmark  # noqa: E402
+import gpu  # noqa: E402
 import growth  # noqa: E402
 import measure  # noqa: E402
 import published  # noqa: E402
@@ -326,3 +327,51 @@ def test_growth_benchmark(monkeypatch, tmp_path):
         "canvas blocks": [2, 3, 4, 6, 12],
     }
     assert all(result["line"]["slope"] == pytest.approx(2) for result in results.values())
+
+
+# ---------------------------------------------------------------- the prepared run for a GPU
+
+
+def gpu_run(monkeypatch, folder: Path, *arguments: str) -> dict:
+    monkeypatch.setattr(measure, "matmul_peak", lambda device, dtype: 1e11)
+    command = ["gpu.py", "--device", "cpu", "--shapes", "tiny", "--output_dir", str(folder), *arguments]
+    monkeypatch.setattr(sys, "argv", command)
+    gpu.main()
+    return json.loads((folder / "gpu.json").read_text())
+
+
+@pytest.mark.thorough
+def test_gpu_benchmark(monkeypatch, tmp_path):
+    found = gpu_run(monkeypatch, tmp_path)
+    assert found["correctness"]["passed"] > 10 and not found["correctness"]["failed"] and not found["skipped"]
+    modes = {mode["name"]: mode for mode in found["modes"]}
+    assert list(modes) == ["exact", "prefix", "dual", "block-causal"]
+    for mode in modes.values():
+        assert mode["forwards"] == 2 * 8 and mode["update"]["seconds"] > 0 and len(mode["kernels"]) == 10
+        shares = [kernel["share"] for kernel in mode["kernels"]]
+        assert shares == sorted(shares, reverse=True) and 0.1 < sum(shares) <= 1 and mode["kernel_ms"] > 0
+        assert mode["tokens_per_second"] == pytest.approx(2 * 16 / mode["seconds"])
+        assert mode["peak_share"] == pytest.approx(mode["tflop"] / mode["seconds"] / 0.1)
+    assert modes["exact"]["tflop"] > modes["prefix"]["tflop"] > modes["dual"]["tflop"]
+    without, with_gradient = found["scoring"]
+    assert not without["gradient"] and with_gradient["gradient"]
+    table = (tmp_path / "gpu.md").read_text()
+    assert "| tiny, exact |" in table and "| tiny-sdar, block-causal |" in table
+    assert f"torch {torch.__version__}" in table and "0 failed" in table
+
+
+def test_a_gpu_run_without_time_names_what_it_skipped(monkeypatch, tmp_path):
+    found = gpu_run(monkeypatch, tmp_path, "--minutes", "0")
+    assert not found["modes"] and "correctness" not in found
+    skipped = ["correctness tests", "rollout, tiny, exact", "scoring, tiny", "rollout, tiny-sdar, block-causal"]
+    assert set(skipped) <= {reason.split(":")[0] for reason in found["skipped"]}
+    assert "Skipped rollout, tiny, exact: needs about" in (tmp_path / "gpu.md").read_text()
+
+
+def test_failed_tests_are_named(tmp_path):
+    report = tmp_path / "report.xml"
+    report.write_text(
+        '<testsuites><testsuite><testcase name="good"/><testcase name="left out"><skipped/></testcase>'
+        '<testcase name="bad"><failure message="assert 1 == 2">trace</failure></testcase></testsuite></testsuites>'
+    )
+    assert gpu.outcomes(report) == {"passed": 1, "skipped": 1, "failed": {"bad": ["assert 1 == 2"]}}

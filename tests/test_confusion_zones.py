@@ -207,6 +207,8 @@ def test_steps_chosen_by_more_sets_are_stronger(frame):
     figure = confusion_zone_figure(frame, 2, selected=torch.tensor([[1, 3], [1, -1]]))
     alpha = lines(figure.axes[0], "tab:green")
     assert set(alpha) == {1, 3} and alpha[1] == pytest.approx(0.7) and alpha[3] == pytest.approx(0.45)
+    drawn_twice = confusion_zone_figure(frame, 2, selected=torch.tensor([[1, 1, 1], [1, 3, 3]]))
+    assert lines(drawn_twice.axes[0], "tab:green") == alpha
 
 
 def test_nothing_selected_marks_nothing(frame):

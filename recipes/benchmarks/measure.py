@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -14,6 +15,7 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +221,21 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of everything between this library and the GPU; `None` for what is not here."""
+    packages = ("torch", "transformers", "trl", "accelerate", "peft", "datasets")
+    found = {name: version(name) for name in packages}
+    return found | {"python": platform.python_version(), "CUDA": torch.version.cuda, "driver": _driver()}
+
+
+def _driver() -> str | None:
+    """The version of the NVIDIA driver."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0] or None
 
 
 def settings(args: Namespace) -> dict[str, Any]:

@@ -39,6 +39,7 @@ SHAPES = {
     "head-heavy": Shape(126464),
     "backbone-heavy": Shape(8192),
     "tiny": Shape(512, hidden=32, layers=1, heads=2, key_heads=2),  # to try the scripts
+    "tiny-sdar": Shape(512, hidden=32, layers=1, heads=2, key_heads=2, block_causal=True),
     "llada-8b": Shape(126464, hidden=4096, layers=32, heads=32, key_heads=32, dtype=torch.bfloat16),
     "sdar-8b": Shape(151936, hidden=4096, layers=36, heads=32, key_heads=8, dtype=torch.bfloat16, block_causal=True),
 }

@@ -162,9 +162,9 @@ def confusion_zone_figure(
     for axes, (signal, name) in zip(figure.subplots(1, 3), SIGNALS.items(), strict=True):
         for start in range(0, num_steps, steps_per_block):
             axes.axvline(start, color="0.85", linewidth=0.8, linestyle=":", zorder=0)
-        for step, count in zip(*chosen[chosen >= 0].unique(return_counts=True), strict=True):
-            share = count.item() / len(chosen)
-            axes.axvline(step.item(), color="tab:green", linewidth=1.2, alpha=0.2 + 0.5 * share, zorder=1)
+        for step in chosen[chosen >= 0].unique().tolist():
+            share = (chosen == step).any(1).float().mean().item()  # a set may have drawn a step several times
+            axes.axvline(step, color="tab:green", linewidth=1.2, alpha=0.2 + 0.5 * share, zorder=1)
         for success, label, color in ((True, "succeeded", "tab:blue"), (False, "failed", "tab:red")):
             if (signal, success) in curves.index.droplevel("step"):
                 curve = curves.loc[(signal, success)]
