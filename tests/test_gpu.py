@@ -19,6 +19,7 @@ from trainer_helpers import parameters_of
 
 from trl_diffusion.evaluation import load_model
 from trl_diffusion.models.embedded import EMBEDDED_MODEL
+from trl_diffusion.models.fused import fuse_elementwise
 from trl_diffusion.sampling import SamplingConfig, row_generators, sample
 from trl_diffusion.tasks.word_problems import load_word_problems
 from trl_diffusion.tokenization import encode_prompt, left_pad
@@ -58,6 +59,17 @@ def test_the_exact_cache_changes_nothing():
     )
     assert torch.equal(plain.completion_ids, cached.completion_ids)
     torch.testing.assert_close(plain.logps, cached.logps, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="tests/test_fused.py compiles for the CPU")
+@pytest.mark.parametrize("cache", NETWORKS)
+def test_fused_layers_write_the_same(cache):
+    config, model = SamplingConfig(12, 6, 4, 1.3, cache=cache), NETWORKS[cache](5, 10.0).to(DEVICE)
+    plain = draw(DEVICE, model, config)
+    fuse_elementwise(model)
+    fused = draw(DEVICE, model, config)
+    assert torch.equal(plain.completion_ids, fused.completion_ids)
+    torch.testing.assert_close(plain.logps, fused.logps, atol=1e-4, rtol=1e-4)
 
 
 def test_bfloat16_rollouts_of_a_trained_model_answer_as_those_of_the_cpu():

@@ -9,6 +9,7 @@
    times, and profiled in the rollout of few steps.
 3. The same LLaDA network scores a view, with and without the gradient of a LoRA.
 4. The real trainer does one AGRPO update with a LoRA: a rollout, and what is learnt from it.
+5. With `--fused`, which is the default on a GPU, the rollouts are timed again with `fuse_elementwise`.
 
 What would not fit into `--minutes` is skipped, and named. `gpu.json` has everything, with versions, seed and settings;
 `gpu.md` is the table for docs/pages/performance.md. Both are written again after every measurement, so that a run that
@@ -45,6 +46,7 @@ from rollout import MODES, Rollouts
 from scoring import Scoring
 from update import Trainers, train, work_of
 
+from trl_diffusion.models.fused import fuse_elementwise
 from trl_diffusion.sampling import SamplingConfig
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +60,7 @@ SIZES: dict[str, dict[str, Any]] = {
 CACHES = {"exact": "none", "prefix": "prefix", "dual": "dual", "block-causal": "block"}
 # Seconds of the correctness tests, most of which are imports; on a slow disk they must not take all the time.
 TESTS_NEED, TESTS_AT_MOST = 60.0, 180.0
+COMPILING_NEEDS = 60.0  # seconds, at a guess
 
 
 class Run:
@@ -231,6 +234,33 @@ def time_update(run: Run, mode: dict[str, Any]) -> None:
     run.save()
 
 
+# ---------------------------------------------------------------- 5. fused layers
+
+
+def time_fused(run: Run, name: str, peak: float) -> None:
+    """Time the rollouts of a network again, with `fuse_elementwise`."""
+    args = run.args
+    plain = {mode["name"]: mode for mode in run.found["modes"] if mode["network"] == name}
+    if not plain or not run.fits(f"compiling fused layers, {name}", COMPILING_NEEDS):
+        return
+    rollouts = Rollouts(SHAPES[name], args)
+    fuse_elementwise(rollouts.model)
+    for mode, config in rollouts.modes.items():
+        brief = replace(config, denoising_steps=2 * config.num_blocks)
+        if mode in plain and run.fits(f"fused rollout, {name}, {mode}", 1.3 * plain[mode]["seconds"]):
+            rollouts.whole(brief)
+            seconds, _ = measure.time_and_peak(partial(rollouts.whole, config), args.device)
+            total, kernels = kernel_times(partial(rollouts.whole, brief), args.device)
+            plain[mode]["fused"] = {
+                "seconds": seconds,
+                "step_ms": 1e3 * seconds / config.denoising_steps,
+                "peak_share": 1e12 * plain[mode]["tflop"] / seconds / peak,
+                "kernel_ms": total / brief.denoising_steps,
+                "kernels": kernels,
+            }
+            run.save()
+
+
 # ---------------------------------------------------------------- the table
 
 
@@ -238,20 +268,20 @@ def table(found: dict[str, Any]) -> str:
     """Return the table for the documentation, with what it was measured on."""
     exact = next((mode for mode in found["modes"] if mode["name"] == "exact"), None)
     lines = [
-        "| | tokens/s | × exact | of matmul peak | peak GiB | update, s | update, peak GiB |",
+        "| | tokens/s | × exact | fused, tokens/s | of matmul peak | peak GiB | update: s, GiB |",
         "|---|---|---|---|---|---|---|",
     ]
     for mode in found["modes"]:
         faster = f"{mode['tokens_per_second'] / exact['tokens_per_second']:.1f}" if exact else ""
-        update = mode.get("update")
+        fused, update = mode.get("fused"), mode.get("update")
         cells = [
             f"{mode['network']}, {mode['name']}",
             f"{mode['tokens_per_second']:.0f}",
             faster,
+            f"{mode['tokens_per_second'] * mode['seconds'] / fused['seconds']:.0f}" if fused else "",
             f"{100 * mode['peak_share']:.0f} %",
             f"{mode['peak_gib']:.1f}",
-            f"{update['seconds']:.1f}" if update else "",
-            f"{update['peak_gib']:.1f}" if update else "",
+            f"{update['seconds']:.1f}, {update['peak_gib']:.1f}" if update else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     versions = ", ".join(f"{name} {value}" for name, value in found["versions"].items() if value)
@@ -275,6 +305,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="denoising steps")
     parser.add_argument("--block", type=int, help="positions per block")
     parser.add_argument("--views", type=int, help="views per completion")
+    parser.add_argument("--fused", action=argparse.BooleanOptionalAction, help="also with fused layers")
     parser.add_argument("--rounds", type=int, default=1, help="times that a rollout is timed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
@@ -283,6 +314,8 @@ def parse_args() -> argparse.Namespace:
     for name, value in SIZES[args.shapes].items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
+    if args.fused is None:
+        args.fused = args.device.type == "cuda"
     if args.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU is at hand. To try the script: --device cpu --shapes tiny")
     if args.rows % args.micro_rows:
@@ -304,6 +337,9 @@ def main() -> None:
         free(args.device)
     for mode in run.found["modes"]:
         time_update(run, mode)
+        free(args.device)
+    for name in args.networks if args.fused else []:
+        time_fused(run, name, peak)
         free(args.device)
     run.save()
     Console().print(table(run.found), soft_wrap=True, markup=False, highlight=False)
