@@ -42,6 +42,48 @@ class Mutant:
 LOSSES, COMPOSED, EXACT = "tests/test_losses.py", "tests/test_composition.py", "tests/test_exact_gradient.py"
 MUTANTS = [
     Mutant(
+        "block origin: an end token of the prompt ends the text",
+        "sampling/sampler.py",
+        "ends &= self.at.positions >= self.begin[self.at.column]",
+        "pass",
+        "tests/test_block_origin.py -k end_token_of_the_prompt",
+    ),
+    Mutant(
+        "block origin: exact steps are counted from the completion",
+        "credit/step_draws.py",
+        "return (prompt_tail + length + block_length - 1)",
+        "return (0 * prompt_tail + length + block_length - 1)",
+        "tests/test_block_origin.py -k exact_scope",
+    ),
+    Mutant(
+        "block origin: blocks are counted from the padding",
+        "models/diffusion_lm.py",
+        "attention_mask.long().argmax(1)  # the first",
+        "attention_mask.long().argmax(1) * 0  # the first",
+        "tests/test_block_origin.py -k counted_from_the_first",
+    ),
+    Mutant(
+        "block origin: the noised copy lacks the end of the prompt",
+        "models/block_attention.py",
+        "tail = min(block_size - 1, prompt)",
+        "tail = min(0, prompt)",
+        "tests/test_block_origin.py -k two_streams",
+    ),
+    Mutant(
+        "block origin: the first token of a block is read next to noised tokens",
+        "models/diffusion_lm.py",
+        "if not (noisy_copy and self.logit_shift):",
+        "if True:",
+        "tests/test_block_origin.py -k two_streams",
+    ),
+    Mutant(
+        "block origin: a window in two blocks has no mask",
+        "models/block_attention.py",
+        "return (first - start) // block_size == (visible - 1 - start) // block_size",
+        "return True",
+        "tests/test_block_origin.py -k window",
+    ),
+    Mutant(
         "likelihood: DiFFPO shows the tokens of the step that it scores",
         "likelihood/plans.py",
         "written = (unmask_step >= 0) & (unmask_step < steps)",
