@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 from methods import method_named
+from peft import LoraConfig, get_peft_model
 from tiny import END, MASK, TAIL, A, coded_prompts, tiny_mixture, tiny_model, tiny_sdar
 from trainer_helpers import largest_log_ratio, losses_seen
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from trl_diffusion.cli.loading import LoadingArguments
 from trl_diffusion.credit.step_aware_states import probe_points, probe_state
 from trl_diffusion.credit.step_draws import eligible_steps
+from trl_diffusion.evaluation import load_model
 from trl_diffusion.family import family_of
 from trl_diffusion.likelihood import noised_views, score_views, trajectory_views
 from trl_diffusion.likelihood.plans import block_steps
@@ -319,6 +322,20 @@ def test_the_origin_is_saved_and_checked(tmp_path):
     assert SDARConfig().block_origin == "sequence"
     with pytest.raises(ValueError, match="block_origin must be one of"):
         SDARConfig(block_origin="prompt")
+
+
+def test_commands_can_say_the_origin(tmp_path):
+    model = load_model("embedded_sdar", block_origin="sequence")[0]
+    assert family_of(model).block_origin == "sequence"
+    assert family_of(load_model("embedded_sdar")[0]).block_origin == "completion"
+    folder = tmp_path / "adapter"
+    get_peft_model(load_model("embedded_sdar")[0], LoraConfig(r=2, target_modules="all-linear")).save_pretrained(
+        folder
+    )
+    arguments = LoadingArguments(adapter=str(folder), block_origin="sequence")
+    assert family_of(arguments.load("cpu")[0]).block_origin == "sequence"
+    with pytest.raises(TypeError, match="block_origin"):
+        load_model("embedded", block_origin="sequence")  # full attention has no blocks
 
 
 def test_grid_has_a_block_more_where_a_completion_can_begin_inside_one():

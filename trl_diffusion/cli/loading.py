@@ -34,6 +34,12 @@ class LoadingArguments:
         default=None,
         metadata={"help": "Attention block of a checkpoint whose config.json leaves it out; 0 for full attention."},
     )
+    block_origin: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where the first attention block begins, `sequence` or `completion`, if not as the checkpoint says."
+        },
+    )
     fuse_elementwise: bool = field(
         default=False,
         metadata={"help": "Compute rotations, norms and gates in single kernels, which are compiled."},
@@ -58,6 +64,7 @@ class LoadingArguments:
             dtype=self.dtype,
             attn_implementation=self.attn_implementation,
             block_size=self.block_size,
+            block_origin=self.block_origin,
             device=device,
             allow_other_base=allow_other_base,
         )

@@ -26,6 +26,7 @@ def load_model(
     dtype: str = "auto",
     attn_implementation: str | None = None,
     block_size: int | None = None,
+    block_origin: str | None = None,
     device: torch.device | str = "cpu",
     allow_other_base: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -39,6 +40,8 @@ def load_model(
         dtype: `"auto"` for the checkpoint's, else for example `"bfloat16"`.
         attn_implementation: as in transformers.
         block_size: attention block of a checkpoint whose config.json leaves it out; 0 for full attention.
+        block_origin: where the first attention block begins, `sequence` or `completion`; as the checkpoint says if not
+            given.
         device: where to put it.
         allow_other_base: load an adapter although its config names another base, for example one that has moved. Its
             weights must have the shapes of the base's layers.
@@ -58,7 +61,8 @@ def load_model(
         name = _base_of(adapter, name, allow_other_base)
     if name is None:
         raise ValueError("load_model() needs a model or an adapter, got neither.")
-    settings: dict[str, Any] = {} if block_size is None else {"block_size": block_size}
+    blocks = {"block_size": block_size, "block_origin": block_origin}
+    settings: dict[str, Any] = {key: value for key, value in blocks.items() if value is not None}
     model: Any = AutoModelForCausalLM.from_pretrained(
         name,
         revision=revision,

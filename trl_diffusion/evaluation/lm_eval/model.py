@@ -49,6 +49,7 @@ class DiffusionHarnessLM(TemplateLM):
         dtype: type of the weights; `auto` for the checkpoint's.
         attn_implementation: as in transformers.
         block_size: attention block of a checkpoint whose config.json leaves it out; 0 for full attention.
+        block_origin: where the first attention block begins, `sequence` or `completion`.
         allow_other_base: accept an adapter whose config names another base.
         merge_adapter: merge the adapter into its base; if not given, where only the rounding of float32 changes.
         canvas_length: positions to write; the task's `max_gen_toks`, in whole blocks, if not given.
@@ -75,6 +76,7 @@ class DiffusionHarnessLM(TemplateLM):
         dtype: str = "auto",
         attn_implementation: str | None = None,
         block_size: int | None = None,
+        block_origin: str | None = None,
         allow_other_base: bool = False,
         merge_adapter: bool | None = None,
         canvas_length: int | None = None,
@@ -111,6 +113,7 @@ class DiffusionHarnessLM(TemplateLM):
             dtype=dtype,
             attn_implementation=attn_implementation,
             block_size=None if block_size is None else int(block_size),
+            block_origin=block_origin,
             device=self._device,
             allow_other_base=allow_other_base,
         )
