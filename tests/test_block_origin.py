@@ -329,9 +329,8 @@ def test_commands_can_say_the_origin(tmp_path):
     assert family_of(model).block_origin == "sequence"
     assert family_of(load_model("embedded_sdar")[0]).block_origin == "completion"
     folder = tmp_path / "adapter"
-    get_peft_model(load_model("embedded_sdar")[0], LoraConfig(r=2, target_modules="all-linear")).save_pretrained(
-        folder
-    )
+    lora = LoraConfig(r=2, target_modules="all-linear")
+    get_peft_model(load_model("embedded_sdar")[0], lora).save_pretrained(folder)
     arguments = LoadingArguments(adapter=str(folder), block_origin="sequence")
     assert family_of(arguments.load("cpu")[0]).block_origin == "sequence"
     with pytest.raises(TypeError, match="block_origin"):

@@ -37,7 +37,7 @@ class LoadingArguments:
     block_origin: str | None = field(
         default=None,
         metadata={
-            "help": "Where the first attention block begins, `sequence` or `completion`, if not as the checkpoint says."
+            "help": "Where the first attention block begins, `sequence` or `completion`; else as the checkpoint says."
         },
     )
     fuse_elementwise: bool = field(

@@ -119,11 +119,8 @@ class DryRun:
         check_load_arguments(dict(loading))
         base = str(base_of(name)) if is_adapter(name) else name
         config = self._config(base, loading.get("revision"))
-        for key in (
-            "mask_token_id",
-            "block_size",
-            "block_origin",
-        ):  # which a checkpoint's config.json may leave to the user
+        # what a checkpoint's config.json may leave to the user
+        for key in ("mask_token_id", "block_size", "block_origin"):
             if key in loading:
                 setattr(config, key, loading[key])
         model: Any = empty_model(config, loading.get("dtype"), loading.get("attn_implementation"), quantization_config)
