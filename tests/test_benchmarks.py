@@ -285,7 +285,8 @@ def test_scoring_benchmark(monkeypatch, tmp_path):
 @pytest.mark.thorough
 @pytest.mark.release
 def test_update_benchmark(monkeypatch, tmp_path):
-    results = run(update, monkeypatch, tmp_path, *SAMPLING, "--views", "3", "--iterations", "2")
+    # all weights: LoRA of rank 64 is most of what so narrow a network computes, and rollouts merge it
+    results = run(update, monkeypatch, tmp_path, *SAMPLING, "--views", "3", "--iterations", "2", "--full")
     agrpo, diffu = results["tiny_AGRPO"], results["tiny_diffu-GRPO"]
     # steps and views; steps, and old, reference and training passes of two inner updates
     for result, passes in ((agrpo, 16 + 3), (diffu, 16 + 3 * 2)):
