@@ -338,8 +338,8 @@ MUTANTS = [
     Mutant(
         "trainer: weights are not renewed before later updates",
         "trainers/base/trainer.py",
-        "(update, micro_batch) != (0, 0)",
-        "False",
+        "if self.choices.credit.refreshes and trained and",
+        "if self.choices.credit.refreshes and False and",
         f"{LOSSES} -k own_change_before_each_update",
     ),
     Mutant(

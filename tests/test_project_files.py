@@ -7,6 +7,7 @@ import re
 import pytest
 import yaml
 from documentation import ROOT
+from mutants import MUTANTS
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
@@ -33,3 +34,9 @@ def test_links_between_files_of_the_project_lead_somewhere():
         links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / name).read_text())
         assert all((ROOT / link).exists() for link in links), name
         assert links or name != "CONTRIBUTING.md"
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_the_passage_of_a_mutant_is_still_there(mutant):
+    """The mutants themselves run by hand, see `mutants.py`."""
+    assert (ROOT / "trl_diffusion" / mutant.file).read_text().count(mutant.right) == 1
