@@ -32,7 +32,7 @@ class ToyConfig(DiffusionConfigMixin, MistralConfig):
     published = PUBLISHED
 
 
-class ToyRotary(Float32Rotary, mistral.MistralRotaryEmbedding):
+class ToyRotaryEmbedding(Float32Rotary, mistral.MistralRotaryEmbedding):
     pass
 
 
@@ -46,7 +46,7 @@ class MistralDecoderLayer(LastLayer, mistral.MistralDecoderLayer):
 
 class ToyModel(DiffusionLM, StockMistral):
     config_class = ToyConfig
-    rotary_class = ToyRotary
+    rotary_class = ToyRotaryEmbedding
     attention_class = ToyAttention
     last_layer_class = MistralDecoderLayer
 
@@ -94,6 +94,13 @@ def test_auto_classes_and_trls_loader_load_it(checkpoint, model):
         first = model(input_ids=ids).logits
         changed = model(input_ids=ids.index_fill(1, torch.tensor([8]), 36)).logits
     assert (first[:, 0] - changed[:, 0]).abs().max() > 1e-4  # attention is full: the last token reaches the first
+
+
+def test_frequencies_that_would_stay_undefined_are_refused(model):
+    fresh = ToyRotaryEmbedding(toy_config()).inv_freq
+    assert torch.equal(model.model.rotary_emb.inv_freq, fresh)
+    with pytest.raises(TypeError, match="must have RotaryEmbedding in its name, got ToyRotary"):
+        type("ToyRotary", (Float32Rotary, mistral.MistralRotaryEmbedding), {})
 
 
 def test_variants_that_no_family_computes_are_refused():

@@ -24,9 +24,23 @@ class Float32Rotary:
     """Keeps the frequencies, cosines and sines of a rotary embedding in float32 when the model is cast.
 
     `model.bfloat16()` casts buffers too, and bfloat16 frequencies make log-probabilities 3 to 10 times less exact.
+
+    Raises:
+        TypeError: for a subclass whose name has no `RotaryEmbedding` in it. Frequencies are not in a checkpoint:
+            transformers computes them after loading for classes of this name, and leaves those of others what the
+            memory happened to hold.
     """
 
     inv_freq: Any  # tensor [head size / 2]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "RotaryEmbedding" not in cls.__name__:
+            raise TypeError(
+                f"A rotary embedding must have RotaryEmbedding in its name, got {cls.__name__}: by this name "
+                "transformers knows that its frequencies must be computed when a checkpoint is loaded, and without it "
+                f"they would be left undefined. Call it {cls.__name__}RotaryEmbedding."
+            )
 
     def _apply(self, fn, recurse: bool = True):
         # `_apply` moves and casts all buffers alike. A cast one is replaced by the float32 values from before, because
