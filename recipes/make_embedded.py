@@ -50,7 +50,7 @@ CHAT_TEMPLATE = (
 )
 CANVAS = 32
 FAMILIES: dict[str, type[DiffusionLM]] = {"llada": LLaDAModelLM, "sdar": SDARForCausalLM}
-# Prompts of the tasks have all lengths, and a canvas begins with a whole block for each.
+# The bundled model counts blocks from the completion, so that the first block is a whole one for every prompt.
 OWN_SETTINGS = {"llada": {}, "sdar": {"block_origin": "completion"}}
 
 

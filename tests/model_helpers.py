@@ -429,8 +429,8 @@ def stock_model(family: str, tied: bool = False, **kwargs) -> PreTrainedModel:
 
 
 def stock_mask(family: str, attention_mask: torch.Tensor) -> torch.Tensor:
-    """What the stock model needs to see what the family sees: for blocks, additive masks that count from the first
-    token."""
+    """Return the mask with which the stock model sees what the family sees; for blocks, which begin with the first
+    token that is shown, it is additive."""
     if family not in BLOCK_CAUSAL:
         return attention_mask
     columns = attention_mask.size(1)

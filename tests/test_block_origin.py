@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import product
 
-import numpy as np
 import pytest
 import torch
 from methods import method_named
@@ -241,12 +240,15 @@ def test_two_streams_replay_the_rollout_of_every_remainder(build):
 
 
 @NETWORKS
-@pytest.mark.parametrize("name", ["agrpo", "agrpo, max_prob", "mapg", "fork_grpo", "dipo"])
-def test_ratios_start_at_one(name, build, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "least"), [("agrpo", 20), ("agrpo, max_prob", 20), ("mapg", 20), ("fork_grpo", 5), ("dipo", 20)]
+)
+def test_ratios_start_at_one(name, least, build, tmp_path, monkeypatch):
+    """ForkGRPO learns at forced steps alone, which are few."""
     trainer = method_named(name).make(tmp_path, model=build(), learning_rate=0.0)
     seen = losses_seen(trainer, monkeypatch)
     trainer.train()
-    assert sum(x["targets"].sum() for x in seen) > 5 and largest_log_ratio(seen) <= 1e-4
+    assert sum(x["targets"].sum() for x in seen) > least and largest_log_ratio(seen) <= 1e-5
 
 
 # ------------------------------------------- windows without a mask
@@ -273,8 +275,10 @@ def test_steps_inside_a_block_have_no_mask_and_the_same_logits(build, monkeypatc
 
     monkeypatch.setattr(type(model), "_attention", recorded)
     without = sample(model, ids, mask, CONFIG, row_generators(0, rows=range(8)))
-    inside = [seen for seen in masks if seen is None]
-    assert len(inside) >= len(masks) // 2 or model.logit_shift  # shifted windows begin in the block before
+    # The first window of a block also computes the block before it; a shifted one always begins there. The passes over
+    # the prompts and the blocks' other windows see everything that there is.
+    unmasked = sum(seen is None for seen in masks)
+    assert unmasked >= 2 * (BLOCK - 1) if not model.logit_shift else unmasked <= 1
     monkeypatch.setattr("trl_diffusion.models.diffusion_lm.sees_all", lambda *args: False)
     masks.clear()
     masked = sample(model, ids, mask, CONFIG, row_generators(0, rows=range(8)))
@@ -344,4 +348,4 @@ def test_grid_has_a_block_more_where_a_completion_can_begin_inside_one():
     for other in (replace(family, block_origin="completion"), replace(family, attention_block=None)):
         assert CONFIG.on_grid(other) is CONFIG
     assert family.prompt_tail(torch.tensor([4, 5, 6, 7])).tolist() == [0, 1, 2, 3]
-    assert np.isclose(CONFIG.commits(), grid.commits()).all()
+    assert CONFIG.commits() == grid.commits()

@@ -25,7 +25,6 @@ from trl_diffusion.evaluation import (
     evaluate_accuracy,
     join_processes,
     load_model,
-    loading,
     markdown_table,
     measure,
     merge_for_decoding,
@@ -472,7 +471,7 @@ def test_an_adapter_is_merged_where_only_rounding_changes(adapter, monkeypatch):
     assert merge_for_decoding(plain) == (plain, None)
     with pytest.raises(ValueError, match="merge_adapter=True cannot be done: there is no adapter"):
         merge_for_decoding(plain, True)
-    monkeypatch.setattr(loading, "products_are_exact", lambda device: False)
+    monkeypatch.setattr("trl_diffusion.adapters.merging.products_are_exact", lambda device: False)
     assert "as TF32 does" in merged(None)[2] and merged(True)[2] == "yes"
 
 

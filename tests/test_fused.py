@@ -111,8 +111,11 @@ def test_the_kernels_give_the_same_completions_and_log_probabilities():
         ours, theirs = (sample(m, ids, mask, config, row_generators(0, rows=range(16))) for m in (model, plain))
         assert torch.equal(ours.completion_ids, theirs.completion_ids)
         torch.testing.assert_close(ours.logps, theirs.logps, atol=1e-5, rtol=1e-5)
-    for name, value in gradients(plain, ids).items():
-        torch.testing.assert_close(gradients(model, ids)[name], value, atol=1e-4, rtol=1e-4)
-    half = model.bfloat16(), plain.bfloat16()
-    ours, theirs = (m(input_ids=ids).logits.float() for m in half)
-    torch.testing.assert_close(ours[..., :MASK], theirs[..., :MASK], atol=0.5, rtol=0.05)
+    ours, theirs = gradients(model, ids), gradients(plain, ids)
+    for name, value in theirs.items():
+        assert (ours[name] - value).abs().max() < 1e-5 * value.abs().max(), name
+    with torch.no_grad():
+        exact = plain(input_ids=ids).logits
+        # In bfloat16 both are rounded, neither more than the other.
+        errors = [(m.bfloat16()(input_ids=ids).logits.float() - exact).abs().mean() for m in (model, plain)]
+    assert 0 < errors[0] < 1.1 * errors[1]

@@ -200,7 +200,7 @@ def test_what_cannot_be_merged_without_a_loss_is_said():
 
 def test_products_that_round_are_noticed(monkeypatch, tmp_path):
     assert products_are_exact(torch.device("cpu"))
-    monkeypatch.setattr(rollout_adapter, "products_are_exact", lambda device: False)
+    monkeypatch.setattr("trl_diffusion.adapters.merging.products_are_exact", lambda device: False)
     assert "TF32" in AGRPO.make(tmp_path, peft_config=lora()).rollout_adapter.obstacle
 
 
@@ -240,7 +240,7 @@ def test_a_quantised_base_is_not_merged(tmp_path):
 
 @contextmanager
 def seen_rollouts(monkeypatch) -> Iterator[list[SimpleNamespace]]:
-    """What every rollout and continuation drew, whether merged, and the weight of a layer that it was drawn with."""
+    """Return what every rollout and continuation drew, whether merged, and the weight of a layer it was drawn with."""
     seen: list[SimpleNamespace] = []
     whole = RolloutEngine.sample
 

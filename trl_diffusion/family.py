@@ -37,6 +37,13 @@ class DiffusionFamily:
     attention_block: int | None = None
     block_origin: str = "completion"
 
+    @property
+    def longest_prompt_tail(self) -> int:
+        """The most tokens of a prompt that can share a block of attention with its completion."""
+        if self.attention_block is None or self.block_origin == "completion":
+            return 0
+        return self.attention_block - 1
+
     def prompt_tail(self, prompt_lengths: torch.Tensor) -> torch.Tensor:
         """Count the last tokens of each prompt that share a block of attention with its completion.
 
@@ -46,9 +53,7 @@ class DiffusionFamily:
         Returns:
             Long [B], below the block size; zeros where blocks begin with the completion, and with full attention.
         """
-        if self.attention_block is None or self.block_origin == "completion":
-            return torch.zeros_like(prompt_lengths)
-        return prompt_lengths % self.attention_block
+        return prompt_lengths % (self.longest_prompt_tail + 1)
 
     def exclude_never_sampled(self, logits: torch.Tensor) -> torch.Tensor:
         """Set the logits of the mask token and of unused ids to -inf, in place.

@@ -1,4 +1,4 @@
-"""What fusing the elementwise work of the layers saves, in rollouts and in passes with gradient.
+"""Time rollouts and passes with gradient with the elementwise work of the layers fused, and with stock layers.
 
     python recipes/benchmarks/fused.py --shapes backbone-heavy --rounds 5
     python recipes/benchmarks/fused.py --shapes tiny --canvas 8 --steps 4 --rounds 1    # to try it

@@ -115,7 +115,7 @@ def free(device: torch.device) -> None:
 
 
 def test(run: Run) -> None:
-    """Run the tests that need a GPU in a process of their own, which gives its memory back."""
+    """Run the tests that need a GPU in another process, whose memory is free again when it ends."""
     if not run.fits("correctness tests", TESTS_NEED):
         return
     with tempfile.TemporaryDirectory() as folder:

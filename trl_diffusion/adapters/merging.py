@@ -53,6 +53,13 @@ def merge_obstacle(model: nn.Module, lossless: bool = True) -> str | None:
     return None
 
 
+def product_obstacle(device: torch.device) -> str | None:
+    """Return why matrix products of a device make merging lossy, as `merge_obstacle` does; `None` if they do not."""
+    if products_are_exact(device):
+        return None
+    return f"matrix products on {device.type} round float32 as TF32 does, {SMALL_IS_LOST}"
+
+
 def products_are_exact(device: torch.device) -> bool:
     """Return whether matrix products of float32 on a device keep all of its 24 bits, which TF32 does not.
 
@@ -130,7 +137,7 @@ def _is_plain_lora(layer: Any) -> bool:
 
 
 def _is_mergeable(layer: Any) -> bool:
-    """Return whether a layer is LoRA or DoRA on a linear layer or on a parameter, without biases of its own."""
+    """Return whether a layer is LoRA or DoRA on a linear layer or on a parameter, without further biases."""
     if not isinstance(layer, (LoraLinear, ParamWrapper)) or any(layer.lora_bias.values()):
         return False
     return all(isinstance(variant, DoraLinearVariant) for variant in layer.lora_variant.values())

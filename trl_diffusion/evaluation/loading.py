@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from trl_diffusion.adapters.merging import SMALL_IS_LOST, merge_obstacle, products_are_exact
+from trl_diffusion.adapters.merging import merge_obstacle, product_obstacle
 from trl_diffusion.adapters.renaming import base_of, is_adapter, load_adapter
 from trl_diffusion.family import family_of
 from trl_diffusion.models.embedded import EMBEDDED_MODELS
@@ -93,8 +93,8 @@ def merge_for_decoding(model: Any, wanted: bool | None = None) -> tuple[Any, str
         ValueError: if it is wanted and cannot be done.
     """
     obstacle = merge_obstacle(model, lossless=not wanted)
-    if obstacle is None and not wanted and not products_are_exact(model.device):
-        obstacle = f"matrix products on {model.device.type} round float32 as TF32 does, {SMALL_IS_LOST}"
+    if obstacle is None and not wanted:
+        obstacle = product_obstacle(model.device)
     if wanted and obstacle is not None:
         raise ValueError(f"merge_adapter=True cannot be done: {obstacle}. Leave it out.")
     if not isinstance(model, PeftModel):

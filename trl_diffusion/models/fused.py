@@ -103,7 +103,7 @@ def _check_compiler(device: torch.device) -> None:
     states = torch.ones(2, 3, device="cpu" if device.type == "meta" else device)
     try:
         compiled(gated)(states, states)
-    except Exception as error:  # whatever the compiler's tool chain raises
+    except RuntimeError as error:  # what torch raises for every fault of the compiler and its tools
         raise ValueError(
             f"fuse_elementwise compiles kernels for {device.type}, and torch.compile failed there: {error}. Install "
             "Triton on a GPU, or a C++ compiler for the CPU; or leave fuse_elementwise out."

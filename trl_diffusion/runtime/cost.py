@@ -194,7 +194,7 @@ def network_shape(model: nn.Module, recomputes: bool = False, merged: bool = Fal
     Args:
         model: the model.
         recomputes: whether it is trained with gradient checkpointing.
-        merged: LoRA is merged into the weights of its layers, and takes no product of its own.
+        merged: LoRA is merged into the weights of its layers, and needs no further product.
     """
     size = dict.fromkeys(("body", "last", "head", "trained_body", "trained_last", "trained_head"), 0)
     attention = {"attention": 0, "last_attention": 0}

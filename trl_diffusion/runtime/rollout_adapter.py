@@ -15,7 +15,7 @@ from trl_diffusion.adapters.merging import (
     cast_adapter,
     merge_obstacle,
     merged_adapter,
-    products_are_exact,
+    product_obstacle,
 )
 from trl_diffusion.runtime.planned_launch import Launch
 
@@ -81,9 +81,7 @@ class RolloutAdapter:
         """
         accelerator, launch = trainer.accelerator, Launch.of_trainer(trainer)
         precision = accelerator.mixed_precision
-        obstacle = rollout_merge_obstacle(trainer.model, precision, launch)
-        if obstacle is None and not products_are_exact(accelerator.device):
-            obstacle = f"matrix products on {accelerator.device.type} round float32 as TF32 does, {SMALL_IS_LOST}"
+        obstacle = rollout_merge_obstacle(trainer.model, precision, launch) or product_obstacle(accelerator.device)
         check_wanted_merge(wanted, obstacle)
         if wanted is False:
             obstacle = "merge_adapter_for_rollout is off"

@@ -281,26 +281,23 @@ class BlockCache(_OneWindow):
 
     def _prefill(self, rows: np.ndarray, end: int) -> None:
         """Compute the columns [0, end), once for all rows that are equal there."""
+        self._cache = WindowCache(self.tokens.size(1))
+        self._hold(rows)
+        self._unwritten = 0
         if end == 0:  # every prompt is shorter than a block, and nothing lies before the first one
             self.sync_forward()
-            self._cache = WindowCache(self.tokens.size(1))
-            self._hold(rows)
-            self._unwritten = 0
             return
         index = to_device(rows, self.tokens.device)
         seen = torch.cat([self.visible[:, :end], self.tokens[:, :end]], dim=1)[index]
         distinct, same = torch.unique(seen, dim=0, return_inverse=True)
         example = np.empty(len(distinct), dtype=np.int64)
         example[same.cpu().numpy()] = rows
-        self._cache = WindowCache(self.tokens.size(1))
         example_index = to_device(example, self.tokens.device)
         self._evaluate(example, example_index, (0, end, end), index.new_empty(len(example), 0), self._cache)
         self._cache.keep(same)
         # `_evaluate` has charged the forward to the examples; all rows share it in equal parts.
         self.row_units[example] -= end / self._columns(example)
         self.row_units[rows] += end / self._columns(rows) * len(example) / len(rows)
-        self._hold(rows)
-        self._unwritten = 0
 
     def logits(self, at, offsets):
         # All rows of the cache are computed, also those that have finished the block: their finished block is to be

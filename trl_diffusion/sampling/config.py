@@ -189,7 +189,7 @@ class SamplingConfig:
         Where blocks are counted from the start of the sequence, a completion can begin inside a block and so end
         inside another. The grid has a block more then, and these settings count the steps of a trajectory.
         """
-        if family.attention_block in (None, 1) or family.block_origin == "completion":
+        if family.longest_prompt_tail == 0:
             return self
         return replace(
             self,
