@@ -48,8 +48,9 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-CANVAS = 32
 FAMILIES: dict[str, type[DiffusionLM]] = {"llada": LLaDAModelLM, "sdar": SDARForCausalLM}
+# What a generator is asked for before the slips, in addition to right solutions.
+PRACTICE = {"chained_sums": {"wrong_share": 0.15}, "chained_sums_fixed": {"wrong_share": 0.15}}
 # The bundled model counts blocks from the completion, so that the first block is a whole one for every prompt.
 OWN_SETTINGS = {"llada": {}, "sdar": {"block_origin": "completion"}}
 
@@ -72,6 +73,9 @@ class EmbeddedArguments:
         default_factory=lambda: ["word_problems=40000", "countdown=12000", "sudoku=12000"],
         metadata={"help": "NAME=SIZE: what it learns, and how many problems of it to generate, in this order."},
     )
+    canvas: int = field(default=32, metadata={"help": "Canvas length."})
+    block_length: int = field(default=8, metadata={"help": "Block length in the table, without block-causal attention."})
+    denoising_steps: int = field(default=16, metadata={"help": "Denoising steps in the table."})
     held_out: int = field(default=256, metadata={"help": "Held-out rows per task for the table."})
     seed: int = field(default=0, metadata={"help": "Seed of data, initialisation and noise."})
 
@@ -134,10 +138,11 @@ def make_model(args: EmbeddedArguments, tokenizer: PreTrainedTokenizerBase):
 def make_dataset(args: EmbeddedArguments, slips: bool) -> Dataset:
     """Return the training rows of all the tasks."""
     parts = [
-        generator(task)("train", size, seed=args.seed + slips, slips=slips).select_columns(["prompt", "completion"])
+        generator(task)("train", size, seed=args.seed + slips, slips=slips, **({} if slips else PRACTICE.get(task, {})))
         for task, size in sizes(args).items()
     ]
-    return concatenate_datasets(parts)
+    read = [column for column in ("prompt", "completion", "unscored") if column in parts[0].column_names]
+    return concatenate_datasets([part.select_columns(read) for part in parts])
 
 
 def sizes(args: EmbeddedArguments) -> dict[str, int]:
@@ -179,7 +184,7 @@ def train(
             warmup_steps=min(100, steps // 10),
             weight_decay=0.01,
             adam_beta2=0.99,
-            max_completion_length=CANVAS,
+            max_completion_length=args.canvas,
             bf16=False,
             gradient_checkpointing=False,
             use_cpu=True,
@@ -199,8 +204,10 @@ def report(model, tokenizer: PreTrainedTokenizerBase, args: EmbeddedArguments) -
     model.eval()
     for task in sizes(args):
         rows = generator(task)("test", args.held_out, seed=args.seed)
-        block_length = model.family.attention_block or 8
-        decoding = SamplingConfig(CANVAS, 16, block_length, temperature=0.0, unmasking="max_prob")
+        block_length = model.family.attention_block or args.block_length
+        decoding = SamplingConfig(
+            args.canvas, args.denoising_steps, block_length, temperature=0.0, unmasking="max_prob"
+        )
         correct = TASKS[task].is_correct
         greedy = evaluate_accuracy(model, tokenizer, rows, correct, decoding=decoding, batch_size=128)
         sampled = evaluate_accuracy(

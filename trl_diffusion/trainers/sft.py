@@ -3,7 +3,8 @@
 Every answer is noised at its own level t ~ U(1e-3, 1): each of its positions is masked with probability t. The loss is
 the sum of cross-entropy / t over masked positions, divided by the number of answer positions. The answer consists of
 the completion, the id that ends a turn, and the tail id up to the end of the canvas. The tail is trained like the
-rest, so that the network learns where texts end. Prompts are never masked.
+rest, so that the network learns where texts end. Prompts are never masked, and neither are spans of an answer that a
+data set marks as `unscored`.
 """
 
 from __future__ import annotations
@@ -111,7 +112,9 @@ class SFTTrainer(ModelCards, Checkpoints, GuardedUpdates, _BaseTrainer):  # type
             float32 unless `model_init_kwargs` says otherwise.
         args: configuration; d1's defaults if not given.
         train_dataset: columns `prompt` and `completion`, both strings or both lists of messages. Messages of the
-            prompt go through the chat template; the completion is one assistant message.
+            prompt go through the chat template; the completion is one assistant message. A column `unscored`, if
+            there is one, lists spans [start, end) of the completion's characters. Their tokens are treated as the
+            prompt's: always shown, never scored.
         eval_dataset: in the same form. Its noise is the same at every evaluation, so that losses can be compared.
         processing_class: the tokenizer; loaded from the model's name if not given.
         callbacks: as in `transformers.Trainer`.
@@ -236,7 +239,7 @@ class SFTTrainer(ModelCards, Checkpoints, GuardedUpdates, _BaseTrainer):  # type
         return {"max_new_tokens": canvas, "block_length": min(32, canvas), "denoising_steps": max(canvas // 2, 1)}
 
     def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = ["prompt_ids", "completion_ids", "row"]  # type: ignore[assignment]
+        self._signature_columns = ["prompt_ids", "completion_ids", "shown", "row"]  # type: ignore[assignment]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Compute the masked loss of a micro-batch, with noise keyed by (seed, update, row of the data set)."""
@@ -257,6 +260,7 @@ class SFTTrainer(ModelCards, Checkpoints, GuardedUpdates, _BaseTrainer):  # type
             masked.to(device),
             level.to(device),
             self.family,
+            inputs["scored"],
         )
         self.look_at_loss(model, loss)
         return (loss, {}) if return_outputs else loss
@@ -298,8 +302,9 @@ def masked_loss(
     masked: torch.Tensor,
     level: torch.Tensor,
     family: DiffusionFamily,
+    scored: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return Σ cross-entropy / t over masked positions ÷ number of answer positions (2504.12216), mean over rows.
+    """Return Σ cross-entropy / t over masked positions ÷ number of scored positions (2504.12216), mean over rows.
 
     With block-causal attention the clean answer is part of the input too, and every noised block sees the clean blocks
     before it, all in one forward pass (2503.09573).
@@ -312,10 +317,14 @@ def masked_loss(
         masked: bool [B, L].
         level: float32 [B], the noise level t of each row.
         family: names the mask token and the kind of attention.
+        scored: bool [B, L], False where the answer is shown whatever `masked` says; every position is scored if not
+            given.
 
     Returns:
-        Scalar, in nats per answer position.
+        Scalar, in nats per scored position.
     """
+    scored = torch.ones_like(masked) if scored is None else scored
+    masked = masked & scored
     views = noised_views(
         completion_ids,
         masked,
@@ -324,4 +333,4 @@ def masked_loss(
         two_stream=family.attention_block is not None,
     )
     logps = score_views(model, prompt_ids, prompt_mask, completion_ids, views).logps
-    return -(logps / level.unsqueeze(1)).mean()
+    return -((logps / level.unsqueeze(1)).sum(1) / scored.sum(1)).mean()

@@ -72,26 +72,38 @@ def tokenize_dataset(
     """Tokenise prompts and completions.
 
     Args:
-        dataset: columns `prompt` and `completion`.
+        dataset: columns `prompt` and `completion`; with a column `unscored`, spans of the completion's characters that
+            are shown and not scored.
         tokenizer: with a chat template, if the rows are conversational.
         family: names the id that ends a turn, the last of its end set.
         max_completion_length: canvas length.
 
     Returns:
-        Columns `prompt_ids`, `completion_ids` (with the turn-end id, without the tail) and `row`.
+        Columns `prompt_ids`, `completion_ids` (with the turn-end id, without the tail), `shown` (the numbers of the
+        tokens in `completion_ids` that are not scored) and `row`.
 
     Raises:
-        ValueError: if a message is not text, a completion is not one assistant message, or completions do not fit.
+        ValueError: if a message is not text, a completion is not one assistant message, completions do not fit, or a
+            span of `unscored` does not lie in its text.
     """
-    rows = dataset.map(
-        lambda row, index: {
+
+    def tokenize(row: dict[str, Any], index: int) -> dict[str, Any]:
+        text, spans = completion_content(row["completion"]), row.get("unscored") or []
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=bool(spans))
+        return {
             "prompt_ids": encode_prompt(_checked_text(row["prompt"]), tokenizer),
-            "completion_ids": [
-                *tokenizer(completion_content(row["completion"]), add_special_tokens=False)["input_ids"],
-                family.end_token_ids[-1],
-            ],
+            "completion_ids": [*encoded["input_ids"], family.end_token_ids[-1]],
+            "shown": _tokens_of(_checked_spans(spans, text, index), encoded["offset_mapping"]) if spans else [],
             "row": index,
-        },
+        }
+
+    if "unscored" in dataset.column_names and not tokenizer.is_fast:
+        raise ValueError(
+            f"The column `unscored` gives spans of characters, and a {type(tokenizer).__name__} does not say which "
+            "characters a token has. Use a fast tokenizer, or leave the column out."
+        )
+    rows = dataset.map(
+        tokenize,
         with_indices=True,
         remove_columns=dataset.column_names,
         desc="Tokenizing",
@@ -104,6 +116,26 @@ def tokenize_dataset(
             "max_completion_length or filter the data set."
         )
     return rows
+
+
+def _checked_spans(spans: Any, text: str, row: int) -> list[list[int]]:
+    """Return the spans of a row if each of them lies in its text."""
+    for span in spans:
+        if len(span) != 2 or not 0 <= span[0] < span[1] <= len(text):
+            raise ValueError(
+                f"Row {row} has {span!r} in `unscored`, which is no span of its completion of {len(text)} characters. "
+                "Give [start, end) with 0 ≤ start < end ≤ the number of characters."
+            )
+    return spans
+
+
+def _tokens_of(spans: list[list[int]], offsets: list[tuple[int, int]]) -> list[int]:
+    """Return the numbers of the tokens that share a character with a span."""
+    return [
+        number
+        for number, (start, end) in enumerate(offsets)
+        if any(start < span_end and span_start < end for span_start, span_end in spans)
+    ]
 
 
 def completion_content(completion: str | list[dict[str, Any]]) -> str:
@@ -137,8 +169,8 @@ def make_collator(tail_token_id: int, max_completion_length: int) -> Callable[[l
     """Make a collator that batches left-padded prompts and whole canvases.
 
     Returns:
-        A function from rows to `prompt_ids` long [B, P], `prompt_mask` [B, P], `completion_ids` long [B, L] and `row`
-        long [B].
+        A function from rows to `prompt_ids` long [B, P], `prompt_mask` [B, P], `completion_ids` long [B, L], `scored`
+        bool [B, L] and `row` long [B].
     """
 
     def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -148,10 +180,14 @@ def make_collator(tail_token_id: int, max_completion_length: int) -> Callable[[l
             row["completion_ids"] + [tail_token_id] * (max_completion_length - len(row["completion_ids"]))
             for row in rows
         ]
+        scored = torch.ones(len(rows), max_completion_length, dtype=torch.bool)
+        for row, own in zip(rows, scored, strict=True):
+            own[row["shown"]] = False
         return {
             "prompt_ids": prompt_ids,
             "prompt_mask": prompt_mask,
             "completion_ids": torch.tensor(canvases),
+            "scored": scored,
             "row": torch.tensor([row["row"] for row in rows]),
         }
 

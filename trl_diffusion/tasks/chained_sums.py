@@ -1,0 +1,150 @@
+"""Generates chained sums modulo 10 whose every line is written out: texts with a middle, on which a mistake is carried.
+
+A problem is `Sum 4+7+3+… mod 10.` with eight numbers to add, and its solution has a line for each:
+
+    4+7=1
+    1+3=4
+    …
+    #### 6
+
+Three of the eight lines add 7, 8 or 9. Solutions that slip are wrong on such lines only: their result is one too large,
+and the lines after it continue with it. So a text is decided at three places, and those are its only uncertain ones.
+There are two layouts: the three lines are the same in all problems, or each problem has its own.
+
+A network that never saw a wrong result would learn to compute from the prompt alone and to ignore what it has
+written. Some training solutions therefore have wrong results that are shown and carried on, but not scored.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+from datasets import Dataset, Value
+
+from trl_diffusion.tasks import d1_prompts as prompts
+from trl_diffusion.tasks.gsm8k import correctness_reward, format_reward, score
+from trl_diffusion.tasks.rows import check_split
+from trl_diffusion.tasks.split import held_out
+from trl_diffusion.tasks.task import EMBEDDED, Task
+
+__all__ = ["FIXED", "MOVING", "correctness_reward", "format_reward", "load_chained_sums", "score"]
+
+TEST_SIZE = 256
+LINES = 8
+EASY, HARD = range(1, 7), range(7, 10)
+HARD_LINES = 3
+FIXED_LINES = (1, 4, 6)
+# How often a line that adds 7, 8 or 9 slips.
+SLIP_RATES = {7: 0.35, 8: 0.45, 9: 0.55}
+LAYOUTS = ("moving", "fixed")
+
+
+def load_chained_sums(
+    split: str = "train",
+    size: int = 1000,
+    seed: int = 0,
+    slips: bool = False,
+    layout: str = "moving",
+    wrong_share: float = 0.0,
+) -> Dataset:
+    """Generate chained sums; no problem is in both splits, whatever the seed.
+
+    Args:
+        split: `"train"` or `"test"` (held out).
+        size: number of rows.
+        seed: seed of the draws.
+        slips: let lines of `completion` that add 7, 8 or 9 go wrong, at `SLIP_RATES`; `answer` stays right.
+        layout: `"moving"`: every problem has its own three lines that add 7, 8 or 9. `"fixed"`: they are the second,
+            fifth and seventh of every problem.
+        wrong_share: share of lines with a random wrong result that is not scored, see `unscored`.
+
+    Returns:
+        Columns `prompt` (one user message), `answer` (string), `completion` (one assistant message), `hard_lines`
+        (list of ints from 0), and `unscored` (spans [start, end) of the completion's characters that masked SFT
+        shows and does not score: the results drawn by `wrong_share`).
+
+    Raises:
+        ValueError: for another split or layout.
+    """
+    check_split(split, "chained_sums")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
+    rng = np.random.default_rng([seed, split == "test"])
+    rows: list[dict] = []
+    while len(rows) < size:
+        row = _row(rng, layout, slips, wrong_share)
+        if held_out(row["prompt"][0]["content"]) == (split == "test"):
+            rows.append(row)
+    return Dataset.from_list(rows)
+
+
+def _row(rng: np.random.Generator, layout: str, slips: bool, wrong_share: float) -> dict:
+    """Draw a problem and its solution; every row takes the same number of draws, so that they do not depend on it."""
+    places = np.sort(rng.permutation(LINES)[:HARD_LINES])
+    hard_lines = FIXED_LINES if layout == "fixed" else tuple(map(int, places))
+    easy, hard = rng.integers(EASY.start, EASY.stop, LINES), rng.integers(HARD.start, HARD.stop, LINES)
+    start = int(rng.integers(10))
+    numbers = [int((hard if line in hard_lines else easy)[line]) for line in range(LINES)]
+    chance, wrong, other = rng.random(LINES), rng.random(LINES) < wrong_share, rng.integers(1, 10, LINES)
+    errors = [
+        int(other[line]) if wrong[line] else int(slips and chance[line] < SLIP_RATES.get(number, 0.0))
+        for line, number in enumerate(numbers)
+    ]
+    solution, results = write_solution(start, numbers, errors)
+    return {
+        "prompt": [{"role": "user", "content": f"Sum {'+'.join(map(str, [start, *numbers]))} mod 10."}],
+        "answer": str((start + sum(numbers)) % 10),
+        "completion": [{"role": "assistant", "content": solution}],
+        "hard_lines": list(hard_lines),
+        "unscored": [[at, at + 1] for at, unscored in zip(results, wrong, strict=True) if unscored],
+    }
+
+
+def write_solution(start: int, numbers: list[int], errors: list[int]) -> tuple[str, list[int]]:
+    """Write the lines of a chained sum, and where in the text their results stand.
+
+    Args:
+        start: the number that the first line begins with.
+        numbers: what the lines add.
+        errors: what the result of each line is too large by; the next line continues with that result.
+    """
+    text, results, value = "", [], start
+    for number, error in zip(numbers, errors, strict=True):
+        result = (value + number + error) % 10
+        text += f"{value}+{number}={result}\n"
+        results.append(len(text) - 2)
+        value = result
+    return f"{text}#### {value}", results
+
+
+def load(
+    split: str,
+    source: str | None = None,
+    limit: int | None = None,
+    prompt: str = prompts.PLAIN,
+    seed: int = 0,
+    *,
+    layout: str,
+) -> Dataset:
+    """See `trl_diffusion.tasks.Task`; its own data are the generated ones."""
+    if source not in (None, EMBEDDED):
+        raise ValueError(f"Chained sums are generated and read no file, got source {source!r}; leave it out.")
+    if prompt != prompts.PLAIN:
+        raise ValueError(f"Chained sums have the prompt 'plain' only, got {prompt!r}.")
+    return load_chained_sums(split, limit or TEST_SIZE, seed, layout=layout)
+
+
+def _task(name: str, layout: str) -> Task:
+    return Task(
+        name=name,
+        description="Share of generated chained sums whose answer, the one stated last, is the gold number.",
+        load=partial(load, layout=layout),
+        score=score,
+        rewards=(correctness_reward, format_reward),
+        columns={"answer": Value("string")},
+        generate=partial(load_chained_sums, layout=layout),
+    )
+
+
+MOVING, FIXED = _task("chained_sums", "moving"), _task("chained_sums_fixed", "fixed")
