@@ -41,6 +41,7 @@ SPECIAL_TOKENS = [
 ]
 # Words with their space, single digits, runs of signs with the space around them, line ends.
 PIECES = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+ ?|\s+"
+ADDED_DIGIT = r"\+\p{N}"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ (bos_token if loop.first else '') + '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' "
@@ -69,23 +70,32 @@ class EmbeddedArguments:
     intermediate_size: int = field(default=256, metadata={"help": "Width of its MLPs."})
     layers: int = field(default=4, metadata={"help": "Depth."})
     heads: int = field(default=4, metadata={"help": "Attention heads."})
+    added_digits: bool = field(default=False, metadata={"help": "A plus and the digit after it are one token."})
+    initial_std: float = field(default=0.02, metadata={"help": "Standard deviation of the initial weights."})
     tasks: list[str] = field(
         default_factory=lambda: ["word_problems=40000", "countdown=12000", "sudoku=12000"],
         metadata={"help": "NAME=SIZE: what it learns, and how many problems of it to generate, in this order."},
     )
     canvas: int = field(default=32, metadata={"help": "Canvas length."})
-    block_length: int = field(default=8, metadata={"help": "Block length in the table, without block-causal attention."})
+    block_length: int = field(
+        default=8, metadata={"help": "Block length in the table, without block-causal attention."}
+    )
     denoising_steps: int = field(default=16, metadata={"help": "Denoising steps in the table."})
     held_out: int = field(default=256, metadata={"help": "Held-out rows per task for the table."})
     seed: int = field(default=0, metadata={"help": "Seed of data, initialisation and noise."})
 
 
-def make_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Train byte-complete BPE of at most 512 ids, digits one by one, with LLaDA's special tokens and chat template."""
+def make_tokenizer(texts: Iterable[str], pieces: str = PIECES) -> PreTrainedTokenizerFast:
+    """Train byte-complete BPE of at most 512 ids with LLaDA's special tokens and chat template.
+
+    Args:
+        texts: to train it on.
+        pieces: regular expression of the parts of a text that tokens do not cross.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.Split(Regex(pieces), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -123,6 +133,7 @@ def make_model(args: EmbeddedArguments, tokenizer: PreTrainedTokenizerBase):
         num_key_value_heads=args.heads,
         head_dim=args.hidden_size // args.heads,
         max_position_embeddings=256,
+        initializer_range=args.initial_std,
         mask_token_id=tokenizer.mask_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=end,
@@ -138,7 +149,9 @@ def make_model(args: EmbeddedArguments, tokenizer: PreTrainedTokenizerBase):
 def make_dataset(args: EmbeddedArguments, slips: bool) -> Dataset:
     """Return the training rows of all the tasks."""
     parts = [
-        generator(task)("train", size, seed=args.seed + slips, slips=slips, **({} if slips else PRACTICE.get(task, {})))
+        generator(task)(
+            "train", size, seed=args.seed + slips, slips=slips, **({} if slips else PRACTICE.get(task, {}))
+        )
         for task, size in sizes(args).items()
     ]
     read = [column for column in ("prompt", "completion", "unscored") if column in parts[0].column_names]
@@ -232,7 +245,8 @@ def main(args: EmbeddedArguments) -> None:
     console, start = Console(), time.perf_counter()
     clean, slipped = make_dataset(args, slips=False), make_dataset(args, slips=True)
     texts = (row[column][0]["content"] for row in slipped for column in ("prompt", "completion"))
-    tokenizer = make_tokenizer([*texts, "user\n\n", "assistant\n\n"])
+    pieces = f"{ADDED_DIGIT}|{PIECES}" if args.added_digits else PIECES
+    tokenizer = make_tokenizer([*texts, "user\n\n", "assistant\n\n"], pieces)
     model = make_model(args, tokenizer)
     train(model, tokenizer, clean, args.clean_steps, args.learning_rate, args)
     console.print(report(model, tokenizer, args), "before the slips")

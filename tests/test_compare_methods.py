@@ -9,6 +9,7 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -16,8 +17,19 @@ sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))
 
 from comparison import figures  # noqa: E402
 from comparison.arms import ARMS  # noqa: E402
+from comparison.core import CORE, FEWER_STEPS  # noqa: E402
+from comparison.core_summary import (  # noqa: E402
+    Runs,
+    area,
+    compact,
+    core_tables,
+    fewer_steps_table,
+    undecided,
+)
 from comparison.summary import markdown, summarise  # noqa: E402
-from statistics_of_runs import sign_flip_p_value, standard_error  # noqa: E402
+from statistics_of_runs import holm, sign_flip_p_value, standard_error  # noqa: E402
+
+from trl_diffusion.trainers import METHODS  # noqa: E402
 
 TUNED = ("diffu_grpo_tuned", "agrpo_tuned")  # baselines of the family that compares all methods
 
@@ -34,6 +46,66 @@ def test_sign_flips_by_hand():
     assert sign_flip_p_value([-1.0, 2.0, 3.0]) == 4 / 8
     assert sign_flip_p_value([1.0] * 5) == 2 / 32
     assert sign_flip_p_value([0.0, 0.0]) == 1.0
+
+
+def test_sign_flips_of_many_pairs_are_drawn():
+    differences = np.random.default_rng(1).normal(0.5, 1.0, 14)
+    exact = sign_flip_p_value(differences)
+    # a fifteenth pair of 0 changes no sum, so the p-value is the same; 100,000 draws have an error of 0.0016 at most
+    assert sign_flip_p_value([*differences, 0.0]) == pytest.approx(exact, abs=0.007)
+    assert sign_flip_p_value([1.0] * 30) == pytest.approx(1 / 100_001)
+    assert sign_flip_p_value([0.0] * 30) == 1.0
+
+
+def test_holm_by_hand():
+    # sorted 0.01, 0.02, 0.03, 0.04: times 4, 3, 2, 1, and no smaller than those before
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def core_run(arm: str, seed: int, sampled: float, task: str = "chained_sums") -> dict:
+    curve = [{"forward_units": 100.0, "reward": 0.2}, {"forward_units": 400.0, "reward": 0.4}]
+    greedy = {"27": sampled, "9": 0.0} if arm != "base" else {"36": 0.1, "27": sampled, "18": 0.05, "9": 0.0}
+    run = {"task": task, "arm": arm, "seed": seed, "accuracy": greedy, "sampled_accuracy": sampled, "curve": curve}
+    return run | ({"curve": []} if arm == "base" else {})
+
+
+def test_verdicts_follow_the_interval():
+    runs = [core_run("base", 0, 0.2)]
+    for seed in range(6):
+        noise = 0.01 * (-1) ** seed
+        runs += [
+            core_run("agrpo", seed, 0.5 + 0.05 * seed),
+            core_run("diffu_grpo", seed, 0.3 + 0.05 * seed + noise),  # less
+            core_run("agrpo_sum", seed, 0.501 + 0.05 * seed + noise),  # within ± 1.5 points
+            core_run("agrpo_sapo_1", seed, 0.501 + 0.05 * seed + 5 * noise),  # open
+        ]
+    found = Runs(runs)
+    verdicts = {each.arm: each for each in found.differences("chained_sums")}
+    assert {arm: each.verdict for arm, each in verdicts.items()} == {
+        "diffu_grpo": "less",
+        "agrpo_sum": "equal",
+        "agrpo_sapo_1": "open",
+    }
+    less = verdicts["diffu_grpo"]
+    # ± 1 around −20: std 1.0954, standard error 0.4472, t(5) 2.5706
+    assert (less.mean, less.half_width) == (pytest.approx(-20.0), pytest.approx(2.5706 * 0.4472, abs=1e-3))
+    assert undecided(found, 60) == [("chained_sums", "agrpo_sapo_1", "agrpo")] and undecided(found, 6) == []
+    assert area(runs[1]) == pytest.approx(100 * (0.2 * 100 + 0.4 * 300) / 400)
+    assert area(compact(runs[1])) == area(runs[1]) and math.isnan(area(runs[0]))
+    (_, head, accuracies), (_, _, differences) = core_tables(found)
+    assert accuracies[1][:4] == ["agrpo", "62.5 ± 3.8", "50.0", "0"] and len(head) <= 7
+    assert {line[0]: line[-1] for line in differences} == {arm: each.verdict for arm, each in verdicts.items()}
+    assert fewer_steps_table(found)[2] == [["chained_sums", "base", "10.0", "5.0", "0.0"]]
+
+
+def test_core_arms_are_compared_with_arms_of_the_table():
+    settings = {name: METHODS[arm.method].config_class.__dataclass_fields__ for name, arm in CORE.items()}
+    for name, arm in CORE.items():
+        assert set(arm.baselines) <= CORE.keys() - {name}
+        assert arm.settings.keys() <= settings[name].keys() and "learning_rate" not in arm.settings
+    assert FEWER_STEPS.keys() | set(FEWER_STEPS.values()) <= CORE.keys()
 
 
 def run_of(arm: str, seed: int, greedy: float, sampled: float) -> dict:

@@ -204,13 +204,21 @@ def test_methods_that_need_full_attention_refuse_the_block_causal_embedded_model
             ["--model_name_or_path=embedded_sdar"],
             ["--config", "x", "--block_length", "4", "--model_name_or_path=embedded_sdar"],
         ),
+        (
+            ["--model_name_or_path", "embedded_chains", "--block_length", "9"],
+            [
+                *("--config", "x", "--task", "chained_sums", "--block_length", "5"),
+                *("--model_name_or_path", "embedded_chains", "--block_length", "9"),
+            ],
+        ),
         (["--model_name_or_path", "embedded_sdar", "--config", "y"], None),
         (["--model_name_or_path", "GSAI-ML/LLaDA-8B-Instruct"], None),
         (["--adapter=z"], None),
     ],
 )
 def test_arguments_for_the_embedded_models(arguments, expected):
-    assert embedded_arguments(arguments, ["--config", "x"], "--block_length", "--adapter") == expected
+    options = {"task": "--task", "block_length": "--block_length"}  # of a command that draws on no canvas
+    assert embedded_arguments(arguments, ["--config", "x"], options, "--adapter") == expected
 
 
 @pytest.mark.thorough

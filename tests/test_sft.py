@@ -79,15 +79,22 @@ def config(path, **changes) -> SFTConfig:
     return SFTConfig(**{**defaults, **changes})
 
 
-def test_loss_is_cross_entropy_over_t_by_hand():
+@pytest.mark.parametrize("unscored", [(), ((0, 0), (1, 1), (1, 2))])
+def test_loss_is_cross_entropy_over_t_by_hand(unscored):
+    """Unscored positions are shown whatever the noise says, and leave the divisor."""
     model = tiny_model().eval()
     prompt, mask = torch.tensor([[1, 5, 6], [4, 5, 6]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
     answer = torch.tensor([[7, 8, 2, 1], [9, 2, 1, 1]])
     masked = torch.tensor([[True, False, True, False], [False, True, True, True]])
     level = torch.tensor([0.4, 0.8])
 
-    loss = masked_loss(model, prompt, mask, answer, masked, level, model.family)
+    scored = torch.ones_like(masked)
+    for position in unscored:
+        scored[position] = False
 
+    loss = masked_loss(model, prompt, mask, answer, masked, level, model.family, scored if unscored else None)
+
+    masked &= scored
     expected = 0.0
     for row in range(2):
         ids = torch.cat([prompt[row], torch.where(masked[row], model.config.mask_token_id, answer[row])])
@@ -95,8 +102,22 @@ def test_loss_is_cross_entropy_over_t_by_hand():
         logits = model(input_ids=ids[None], attention_mask=attention[None]).logits[0, 3:].float()
         logits[:, model.config.mask_token_id] = -torch.inf
         cross_entropy = -logits.log_softmax(-1)[range(4), answer[row]]
-        expected = expected + (cross_entropy * masked[row]).sum() / level[row] / 4
+        expected = expected + (cross_entropy * masked[row]).sum() / level[row] / scored[row].sum()
     torch.testing.assert_close(loss, expected / 2, rtol=1e-6, atol=1e-6)
+
+
+def test_what_is_unscored_is_shown_and_has_no_part_in_the_loss(tmp_path):
+    rows = [{"prompt": "a b", "completion": "e f g h"}] * 4
+    marked = Dataset.from_list([{**row, "unscored": [[4, 5]]} for row in rows])
+    other = Dataset.from_list([{**row, "completion": "e f d h", "unscored": [[4, 5]]} for row in rows])
+    seen = {}
+    for name, data in {"marked": marked, "other": other, "scored": Dataset.from_list(rows)}.items():
+        trainer = SFTTrainer(tiny_model(), config(tmp_path, max_steps=1), data, processing_class=tiny_tokenizer())
+        inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        seen[name] = trainer.compute_loss(trainer.model, inputs).item()
+        assert inputs["scored"].all() == (name == "scored")
+    # another token there is read by the network, so the loss differs; without the column it is scored, and differs too
+    assert len(set(seen.values())) == 3
 
 
 def test_expected_loss_at_a_level_equals_the_enumeration():

@@ -21,11 +21,13 @@ import argparse
 import json
 import os
 import time
+from itertools import product
 from pathlib import Path
 
 from comparison.arms import ARMS
 from comparison.figures import accuracy, learning_curves
-from comparison.run import run_all
+from comparison.run import Job, Length, run_all
+from comparison.settings import SHORT, setting_of
 from comparison.summary import families, markdown, summarise, tables
 from rich.console import Console
 from rich.table import Table
@@ -34,7 +36,7 @@ from trl_diffusion.tasks import TASKS
 
 
 def main() -> None:
-    generated = [name for name, task in TASKS.items() if task.generate is not None]
+    generated = [name for name, task in TASKS.items() if task.generate is not None and setting_of(name) is SHORT]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=["word_problems", "countdown"], choices=sorted(generated))
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
@@ -49,7 +51,10 @@ def main() -> None:
 
     os.environ["OMP_NUM_THREADS"] = "1"  # read by the worker processes when they import torch
     start = time.perf_counter()
-    runs = run_all(args)
+    chosen = [(task, "base", 0) for task in args.tasks]
+    chosen += [(task, arm, seed) for seed, task, arm in product(args.seeds, args.tasks, args.arms)]
+    jobs = [Job(*each, args.learning_rate, args.output_dir / "runs" / each[0] / each[1]) for each in chosen]
+    runs = run_all(jobs, Length(args.budget, args.eval_size, args.max_updates), args.workers)
     rows = summarise(runs)
     spent = f"{args.max_updates} updates" if args.max_updates else f"{args.budget:.0f} forward units"
     for (task, baselines), own in families(rows).items():

@@ -45,7 +45,7 @@ from trl_diffusion.evaluation.confusion_zones import (
 )
 from trl_diffusion.evaluation.decoding import decode_completions
 from trl_diffusion.models import family_of
-from trl_diffusion.models.embedded import EMBEDDED_MODEL, embedded_arguments
+from trl_diffusion.models.embedded import BLOCKS_AND_STEPS, EMBEDDED_MODEL, embedded_arguments
 from trl_diffusion.sampling import SamplingArguments, SamplingConfig, row_generators, sample
 from trl_diffusion.sampling.arguments import with_default
 from trl_diffusion.tasks import TASKS
@@ -140,6 +140,7 @@ def summary(frame: pd.DataFrame, args: AnalysisArguments, selected: list[int]) -
     }
 
 
+OPTIONS = {"task": "--task", "canvas": "--canvas_length"} | BLOCKS_AND_STEPS
 SHOWN = ("adapter", "task", "num_completions", "canvas_length", "block_length", "denoising_steps", "num_selected")
 
 
@@ -153,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(
         [AnalysisArguments], "trl-diffusion analyze", __doc__, {"Options used most": (*SHOWN, "output_dir")}
     )
-    (args,) = parser.parse(embedded_arguments(words, [], "--block_length", "--adapter") or words)
+    (args,) = parser.parse(embedded_arguments(words, [], OPTIONS, "--adapter") or words)
     console = Console()
     if args.model_name_or_path is None and args.adapter is None:
         args.model_name_or_path = EMBEDDED_MODEL

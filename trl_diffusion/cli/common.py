@@ -186,9 +186,11 @@ def parse(choice: Choice, arguments: Sequence[str]) -> tuple:
         arguments: of the command line.
     """
     parser = choice.parser()
-    block = "--block_length" if "block_length" in _names(choice.config) else "--eval_block_length"
+    of_rollouts = "" if "block_length" in _names(choice.config) else "eval_"  # SFT samples in evaluation only
+    options = {name: f"--{of_rollouts}{name}" for name in ("block_length", "denoising_steps")}
+    options |= {"task": "--dataset_path", "canvas": "--max_completion_length"}
     defaults = ["--config", str(CONFIGS / choice.bundled), *choice.adapted]
-    for_bundled = embedded_arguments(arguments, defaults, block)
+    for_bundled = embedded_arguments(arguments, defaults, options)
     words = arguments if for_bundled is None else for_bundled
     with planned(words) as launch:
         parsed = parser.parse(words)

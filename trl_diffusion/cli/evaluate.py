@@ -38,7 +38,7 @@ from trl_diffusion.evaluation import (
     write_results,
 )
 from trl_diffusion.family import family_of
-from trl_diffusion.models.embedded import EMBEDDED_MODEL, EMBEDDED_MODELS, embedded_arguments
+from trl_diffusion.models.embedded import BLOCKS_AND_STEPS, EMBEDDED_MODEL, EMBEDDED_MODELS, embedded_arguments
 from trl_diffusion.runtime.recorded_decoding import recorded_decoding
 from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.sampling.arguments import GreedyArguments
@@ -165,7 +165,8 @@ def parse(arguments: Sequence[str]) -> tuple[EvaluateArguments, bool]:
     """Parse the arguments; the second value is true if no model was given and the bundled one is evaluated."""
     words = model_first(arguments)
     config = ["--config", str(CONFIGS / "embedded" / "evaluate.yaml")]
-    for_bundled = embedded_arguments(words, config, "--block_length", "--adapter")
+    options = {"task": "--tasks", "canvas": "--canvas_lengths"} | BLOCKS_AND_STEPS
+    for_bundled = embedded_arguments(words, config, options, "--adapter")
     parser = Parser([EvaluateArguments], "trl-diffusion evaluate", __doc__, {"Options used most": SHOWN})
     (args,) = parser.parse(words if for_bundled is None else for_bundled)
     by_default = args.model_name_or_path is None and args.adapter is None

@@ -41,7 +41,7 @@ from trl_diffusion.evaluation.decoding import decode_completions
 from trl_diffusion.evaluation.loading import merge_for_decoding
 from trl_diffusion.evaluation.results import describe_decoding
 from trl_diffusion.family import family_of
-from trl_diffusion.models.embedded import EMBEDDED_MODELS, embedded_arguments
+from trl_diffusion.models.embedded import BLOCKS_AND_STEPS, EMBEDDED_MODELS, embedded_arguments
 from trl_diffusion.runtime.recorded_decoding import recorded_decoding
 from trl_diffusion.runtime.text import plural
 from trl_diffusion.sampling import CanvasState, SamplingConfig, row_generators, sample
@@ -69,6 +69,7 @@ SHOWN = (
     "dtype",
 )
 TRUTH_VALUES = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")  # those of transformers' parser
+OPTIONS = {"canvas": "--canvas_length"} | BLOCKS_AND_STEPS
 BUNDLED_CANVAS = ("--canvas_length", "32")  # what the bundled models were trained on
 
 
@@ -302,7 +303,7 @@ def parse(arguments: Sequence[str]) -> SampleArguments:
         check_model_name(words[0])
         options = ["--model_name_or_path", words.pop(0), *options]
     options += [f"--prompt={word}" for word in words]
-    for_bundled = embedded_arguments(options, BUNDLED_CANVAS, "--block_length", "--adapter")
+    for_bundled = embedded_arguments(options, BUNDLED_CANVAS, OPTIONS, "--adapter")
     parser = Parser([SampleArguments], "trl-diffusion sample", __doc__, {"Options used most": SHOWN})
     (args,) = parser.parse(options if for_bundled is None else for_bundled)
     if args.model_name_or_path is None and args.adapter is None:

@@ -110,6 +110,37 @@ def failure_auc(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index", columns=["auc", "standard_error"]).rename_axis("signal")
 
 
+def failure_auc_within(frame: pd.DataFrame, prompt: Sequence[int]) -> pd.DataFrame:
+    """Compute how well each signal predicts which completions of the same prompt fail.
+
+    `failure_auc` can be large because a signal finds hard prompts, and advantages compare completions of one prompt.
+    Here a failed completion is compared with the successful ones of its own prompt only; all such pairs count alike.
+
+    Args:
+        frame: see `signal_frame`.
+        prompt: the prompt of each completion, by any number.
+
+    Returns:
+        Index `signal`; columns `auc` (NaN without pairs) and `pairs`, their number.
+    """
+    values = frame.groupby("completion")[list(SIGNALS)].mean()
+    success = outcomes(frame)
+    group = pd.Series([int(number) for number in prompt]).reindex(values.index)
+    result = {}
+    for signal in SIGNALS:
+        better = pairs = 0.0
+        for _, own in values[signal].groupby(group):
+            known = own.notna() & success[own.index].notna()
+            failed = own[known & (success[own.index] == False)].to_numpy()  # noqa: E712 (NA)
+            right = own[known & (success[own.index] == True)].to_numpy()  # noqa: E712 (NA)
+            larger = failed[:, None] > right[None, :]
+            equal = failed[:, None] == right[None, :]
+            better += float(larger.sum() + 0.5 * equal.sum())
+            pairs += len(failed) * len(right)
+        result[signal] = (better / pairs if pairs else math.nan, int(pairs))
+    return pd.DataFrame.from_dict(result, orient="index", columns=["auc", "pairs"]).rename_axis("signal")
+
+
 def failure_auc_by_step(frame: pd.DataFrame) -> pd.DataFrame:
     """Compute the AUC of each signal at single steps, over the completions that took them.
 

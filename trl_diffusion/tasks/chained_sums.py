@@ -1,4 +1,4 @@
-"""Generates chained sums modulo 10 whose every line is written out: texts with a middle, on which a mistake is carried.
+"""Generates chained sums modulo 10 whose every line is written out: texts with a middle, where mistakes are carried on.
 
 A problem is `Sum 4+7+3+… mod 10.` with eight numbers to add, and its solution has a line for each:
 
@@ -7,8 +7,8 @@ A problem is `Sum 4+7+3+… mod 10.` with eight numbers to add, and its solution
     …
     #### 6
 
-Three of the eight lines add 7, 8 or 9. Solutions that slip are wrong on such lines only: their result is one too large,
-and the lines after it continue with it. So a text is decided at three places, and those are its only uncertain ones.
+Three of the eight lines add 7, 8 or 9. Solutions that slip are wrong on such lines only: their result is one too
+large, and the lines after it continue with it. So a text is decided at three places, and is uncertain only there.
 There are two layouts: the three lines are the same in all problems, or each problem has its own.
 
 A network that never saw a wrong result would learn to compute from the prompt alone and to ignore what it has

@@ -8,15 +8,11 @@ from typing import Any
 
 from trl_diffusion.credit import StepSelection
 
-CANVAS_LENGTH, BLOCK_LENGTH, DENOISING_STEPS = 32, 8, 16
-# The accuracy after training is measured at S, S/2 and S/4 denoising steps.
-EVALUATED_STEPS = (DENOISING_STEPS, DENOISING_STEPS // 2, DENOISING_STEPS // 4)
+# The length of the canvas of these arms, see `comparison.settings`.
+CANVAS_LENGTH = 32
 COMMON = dict(
     per_device_train_batch_size=32,
     num_generations=8,
-    max_completion_length=CANVAS_LENGTH,
-    block_length=BLOCK_LENGTH,
-    denoising_steps=DENOISING_STEPS,
     temperature=1.0,
     learning_rate=3e-4,
     lr_scheduler_type="constant",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from itertools import product
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,17 @@ from datasets.utils.logging import disable_progress_bar
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 
-from comparison.arms import ARMS, BLOCK_LENGTH, CANVAS_LENGTH, COMMON, DENOISING_STEPS, EVALUATED_STEPS, Arm
+from comparison.arms import ARMS, COMMON
+from comparison.core import CORE, FEWER_STEPS
+from comparison.settings import Setting, setting_of
 from trl_diffusion.credit import StepAwareReward
 from trl_diffusion.evaluation import evaluate_accuracy
-from trl_diffusion.models.embedded import EMBEDDED_MODEL
-from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.tasks import TASKS, Task
 from trl_diffusion.trainers import METHODS, DiffusionGRPOTrainer
 
 TRAINING_ROWS = 2000
+EVALUATION_BATCH = 256
+ALL_ARMS = ARMS | CORE
 LOGGED = (
     "forward_units",
     "reward",
@@ -64,29 +66,67 @@ class Budget(TrainerCallback):
         control.should_training_stop |= self.budget is not None and self.trainer.forward_units >= self.budget
 
 
-def make_trainer(
-    arm: Arm, task: Task, seed: int, folder: str, learning_rate: float | None, max_updates: int | None, budget: Budget
-) -> DiffusionGRPOTrainer:
-    """Make the trainer of an arm on the bundled model; its only reward is the task's first, which is 1 for success."""
+@dataclass(frozen=True)
+class Job:
+    """A run: an arm on a task, with a seed.
+
+    Args:
+        task: its name.
+        arm: its name, or `base` for the untrained model.
+        seed: of the run.
+        learning_rate: in place of the arm's own.
+        folder: where its result goes, with the name SEED.json.
+    """
+
+    task: str
+    arm: str
+    seed: int
+    learning_rate: float | None
+    folder: Path
+
+    @property
+    def path(self) -> Path:
+        return self.folder / f"{self.seed}.json"
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long runs train, and how much is measured after them.
+
+    Args:
+        budget: forward units per run.
+        eval_size: held-out problems.
+        max_updates: updates per run, in place of the budget.
+    """
+
+    budget: float = 16_000
+    eval_size: int = 256
+    max_updates: int | None = None
+
+
+def make_trainer(job: Job, length: Length, setting: Setting, folder: str, budget: Budget) -> DiffusionGRPOTrainer:
+    """Make the trainer of a run; its only reward is the task's first, which is 1 for success."""
+    arm, task = ALL_ARMS[job.arm], TASKS[job.task]
     trainer_class, reward = METHODS[arm.method], task.rewards[0]
     quiet = dict(use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True)
-    settings = COMMON | arm.settings | ({} if learning_rate is None else {"learning_rate": learning_rate})
+    settings = COMMON | setting.of_trainer | arm.settings
+    settings |= {} if job.learning_rate is None else {"learning_rate": job.learning_rate}
     trainer = trainer_class(
-        model=EMBEDDED_MODEL,
+        model=setting.model,
         reward_funcs=reward
         if arm.step_aware is None
         else StepAwareReward(reward, success_threshold=1.0, **arm.step_aware),
         args=trainer_class.config_class(
             folder,
-            seed=seed,
-            max_steps=max_updates or 100_000,
+            seed=job.seed,
+            max_steps=length.max_updates or 100_000,
             gradient_checkpointing=False,
             model_init_kwargs={"dtype": "float32"},
             **quiet,
             **settings,
         ),
-        train_dataset=generated(task, "train", TRAINING_ROWS, seed),
-        processing_class=AutoTokenizer.from_pretrained(EMBEDDED_MODEL, padding_side="left"),
+        train_dataset=generated(task, "train", TRAINING_ROWS, job.seed),
+        processing_class=AutoTokenizer.from_pretrained(setting.model, padding_side="left"),
         callbacks=[budget],
         **({} if arm.selector is None else {"step_selector": arm.selector}),
     )
@@ -101,89 +141,82 @@ def generated(task: Task, split: str, size: int, seed: int):
     return task.generate(split, size, seed)
 
 
-def measure(model, task: Task, eval_size: int) -> dict[str, Any]:
+def measure(model, task: Task, setting: Setting, eval_size: int, steps: Sequence[int]) -> dict[str, Any]:
     """Measure held-out accuracy, greedy at several numbers of denoising steps, and sampled at temperature 1."""
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(setting.model, padding_side="left")
     held_out = generated(task, "test", eval_size, 0)
 
-    def accuracy(steps: int, temperature: float = 0.0) -> float:
-        decoding = SamplingConfig(CANVAS_LENGTH, steps, BLOCK_LENGTH, temperature, unmasking="max_prob")
+    def accuracy(steps: int, temperature: float = 0.0, draws: int = 1) -> float:
         measured = evaluate_accuracy(
-            model, tokenizer, held_out, task.is_correct, decoding=decoding, batch_size=128, progress=False
+            model,
+            tokenizer,
+            held_out,
+            task.is_correct,
+            decoding=setting.decoding(steps, temperature),
+            batch_size=EVALUATION_BATCH,
+            completions_per_prompt=draws,
+            progress=False,
         )
         return measured.value
 
     return {
-        "accuracy": {str(steps): accuracy(steps) for steps in EVALUATED_STEPS},
-        "sampled_accuracy": accuracy(DENOISING_STEPS, temperature=1.0),
+        "accuracy": {str(number): accuracy(number) for number in steps},
+        "sampled_accuracy": accuracy(setting.denoising_steps, 1.0, setting.draws),
     }
 
 
-def train_and_evaluate(
-    task_name: str,
-    arm_name: str,
-    seed: int,
-    budget: float,
-    eval_size: int,
-    learning_rate: float | None,
-    max_updates: int | None,
-) -> dict[str, Any]:
-    """Train until the budget is spent, then measure accuracy. An arm named `base` is not trained.
-
-    `learning_rate` replaces the arm's own, `max_updates` the budget.
-    """
+def train_and_evaluate(job: Job, length: Length) -> dict[str, Any]:
+    """Train until the budget is spent, then measure accuracy. An arm named `base` is not trained."""
     torch.set_num_threads(1)
     disable_progress_bar()
-    task, spent = TASKS[task_name], Budget(None if max_updates is not None else budget)
+    setting, spent = setting_of(job.task), Budget(None if length.max_updates is not None else length.budget)
     start = time.perf_counter()
-    if arm_name == "base":
-        model, units = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL), 0.0
+    if job.arm == "base":
+        model, units = AutoModelForCausalLM.from_pretrained(setting.model), 0.0
+        steps = sorted({*setting.greedy_steps, *setting.fewer_steps}, reverse=True)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            trainer = make_trainer(ARMS[arm_name], task, seed, folder, learning_rate, max_updates, spent)
+            trainer = make_trainer(job, length, setting, folder, spent)
             trainer.train()
         model, units = trainer.model, trainer.forward_units
+        steps = setting.fewer_steps if job.arm in FEWER_STEPS else setting.greedy_steps
     seconds = time.perf_counter() - start
     return {
-        "task": task_name,
-        "arm": arm_name,
-        "seed": seed,
+        "task": job.task,
+        "arm": job.arm,
+        "seed": job.seed,
+        "learning_rate": job.learning_rate,
         "forward_units": units,
         "updates": len(spent.curve),
         "seconds": seconds,
-        **measure(model, task, eval_size),
+        **measure(model, TASKS[job.task], setting, length.eval_size, steps),
         "curve": spent.curve,
     }
 
 
-def run_all(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Do every run that is not on disk yet, and return all of them."""
-    jobs = [(task, "base", 0) for task in args.tasks]
-    jobs += [(task, arm, seed) for seed, task, arm in product(args.seeds, args.tasks, args.arms)]
-    paths = {job: args.output_dir / "runs" / job[0] / job[1] / f"{job[2]}.json" for job in jobs}
-    setting = {name: getattr(args, name) for name in ("budget", "eval_size", "learning_rate", "max_updates")}
-    missing = [job for job in jobs if not _finished(paths[job], setting)]
+def run_all(jobs: Sequence[Job], length: Length, workers: int) -> list[dict[str, Any]]:
+    """Do every run that is not on disk yet, and return all of them in the order of the jobs."""
+    missing = [job for job in jobs if not _finished(job, length)]
     with (
-        ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool,
+        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
         tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc="runs") as progress,
     ):
-        started = {pool.submit(train_and_evaluate, *job, *setting.values()): job for job in missing}
+        started = {pool.submit(train_and_evaluate, job, length): job for job in missing}
         for future in as_completed(started):
             result = future.result()
-            _write(paths[started[future]], {**result, **setting})
-            progress.set_postfix_str(
-                f"{result['task']} {result['arm']} {result['accuracy'][str(DENOISING_STEPS)]:.3f}"
-            )
+            _write(started[future].path, {**result, **asdict(length)})
+            progress.set_postfix_str(f"{result['task']} {result['arm']} {result['sampled_accuracy']:.3f}")
             progress.update()
-    return [json.loads(paths[job].read_text()) for job in jobs]
+    return [json.loads(job.path.read_text()) for job in jobs]
 
 
-def _finished(path: Path, setting: dict[str, Any]) -> bool:
-    if not path.exists():
+def _finished(job: Job, length: Length) -> bool:
+    if not job.path.exists():
         return False
-    found = {name: json.loads(path.read_text()).get(name) for name in setting}
-    if found != setting:
-        raise SystemExit(f"{path} was made with {found}, not {setting}. Choose another --output_dir or delete it.")
+    setting = asdict(length) | {"learning_rate": job.learning_rate}
+    found = json.loads(job.path.read_text())
+    if (found := {name: found.get(name) for name in setting}) != setting:
+        raise SystemExit(f"{job.path} was made with {found}, not {setting}. Choose another --output_dir or delete it.")
     return True
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from statistics_of_runs import sign_flip_p_value, standard_error
 
-from comparison.arms import ARMS, EVALUATED_STEPS
+from comparison.arms import ARMS
+from comparison.settings import SHORT
 
 
 def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -36,9 +37,9 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 # Accuracies in percent: greedy at S, S/2 and S/4 steps, and sampled at temperature 1.
 MEASURES: dict[str, Callable[[dict], float]] = {
-    "greedy": lambda run: 100 * run["accuracy"][str(EVALUATED_STEPS[0])],
-    "greedy_half_steps": lambda run: 100 * run["accuracy"][str(EVALUATED_STEPS[1])],
-    "greedy_quarter_steps": lambda run: 100 * run["accuracy"][str(EVALUATED_STEPS[2])],
+    "greedy": lambda run: 100 * run["accuracy"][str(SHORT.greedy_steps[0])],
+    "greedy_half_steps": lambda run: 100 * run["accuracy"][str(SHORT.greedy_steps[1])],
+    "greedy_quarter_steps": lambda run: 100 * run["accuracy"][str(SHORT.greedy_steps[2])],
     "sampled": lambda run: 100 * run["sampled_accuracy"],
 }
 

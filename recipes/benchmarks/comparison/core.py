@@ -1,0 +1,81 @@
+"""The arms of the core table: every claim of a paper that can be tested here, as data.
+
+An arm has no learning rate of its own: each runs at that one of `LEARNING_RATES` which samples best on `TUNING_TASK`
+with the seeds `TUNING_SEEDS`, which no other run uses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from comparison.arms import DMPO, TRAJECTORY, Arm
+
+TASKS = ("chained_sums", "chained_sums_fixed")
+LEARNING_RATES = (3e-5, 1e-4, 3e-4)
+TUNING_TASK, TUNING_SEEDS = "chained_sums", (100, 101)
+
+MAX_PROB = {"unmasking": "max_prob"}
+NOISED = MAX_PROB | {"num_iterations": 4}
+DIFFU = NOISED | {"epsilon": 0.5, "beta": 0.04}
+STEPS = MAX_PROB | TRAJECTORY
+ONE_TOKEN_A_STEP = {"num_iterations": 2, "denoising_steps": 0}
+
+
+def _with_step_aware_rewards(arm: Arm, baseline: str, **settings: Any) -> Arm:
+    return replace(arm, baselines=(baseline,), step_aware=settings)
+
+
+def _agrpo(*baselines: str, **settings: Any) -> Arm:
+    return Arm("agrpo", baselines, STEPS | {"step_draws": "uniform"} | settings)
+
+
+def _atpo(selector: str, *baselines: str, **settings: Any) -> Arm:
+    return Arm("atpo", baselines, STEPS | {"step_selector": selector} | settings)
+
+
+DIFFU_GRPO, AGRPO = Arm("diffu_grpo", ("agrpo",), DIFFU), _agrpo()
+CORE: dict[str, Arm] = {
+    "agrpo": AGRPO,
+    "diffu_grpo": DIFFU_GRPO,
+    # SAPO: process rewards over outcome rewards.
+    "sapo_1": _with_step_aware_rewards(DIFFU_GRPO, "diffu_grpo", num_rollouts=1),
+    "sapo_3": _with_step_aware_rewards(DIFFU_GRPO, "diffu_grpo", num_rollouts=3),
+    "sapo_6": _with_step_aware_rewards(DIFFU_GRPO, "diffu_grpo", num_rollouts=6),
+    "agrpo_sapo_1": _with_step_aware_rewards(AGRPO, "agrpo", num_rollouts=1),
+    "agrpo_sapo_3": _with_step_aware_rewards(AGRPO, "agrpo", num_rollouts=3),
+    "agrpo_sapo_6": _with_step_aware_rewards(AGRPO, "agrpo", num_rollouts=6),
+    # ATPO: uncertain steps over others, the same for all completions or for those of a prompt.
+    "uniform": _atpo("uniform", "agrpo"),
+    "random": _atpo("random", "uniform"),
+    "roec_cm": _atpo("roec_cm", "uniform", "agrpo"),
+    "entropy": _atpo("entropy", "uniform", "roec_cm"),
+    "confidence_margin": _atpo("confidence_margin", "uniform", "roec_cm"),
+    "roec": _atpo("roec", "uniform", "roec_cm"),
+    "roec_cm_group": _atpo("roec_cm", "roec_cm", "agrpo", signal_average="group"),
+    "confidence_margin_group": _atpo("confidence_margin", "confidence_margin", "agrpo", signal_average="group"),
+    # AGRPO: which steps of a completion, and what they stand for.
+    "agrpo_paper": _agrpo("agrpo", step_scope="paper"),
+    "agrpo_sum": _agrpo("agrpo", step_reduction="sum"),
+    "agrpo_entropy": _agrpo("agrpo", step_draws="entropy"),
+    # Rollouts that unmask at random.
+    "agrpo_random_order": _agrpo("agrpo", unmasking="random"),
+    "uniform_random_order": _atpo("uniform", "uniform", unmasking="random"),
+    "roec_cm_random_order": _atpo("roec_cm", "uniform_random_order", "roec_cm", unmasking="random"),
+    # Other likelihoods and losses.
+    "espo": Arm("espo", ("diffu_grpo", "agrpo"), NOISED | dict(num_mc_samples=2, epsilon=0.2, beta=1e-3)),
+    "spg": Arm("spg", ("diffu_grpo", "agrpo"), NOISED),
+    "tracerl": Arm("tracerl", ("agrpo",), MAX_PROB | dict(num_iterations=2, shrink=4, epsilon=0.2, beta=0.01)),
+    "dmpo": Arm("dmpo", ("diffu_grpo", "agrpo"), MAX_PROB | DMPO),
+    "dmpo_individual": Arm("dmpo", ("dmpo",), MAX_PROB | DMPO | {"weight_baseline": "individual"}),
+    "gdpo": Arm("gdpo", ("espo",), NOISED | dict(num_mc_samples=3, epsilon=0.5, beta=0.0)),
+    "spg_informed": Arm("spg", ("spg",), NOISED | {"mask_bias": "informed"}),
+    "just_grpo": Arm("just_grpo", ("agrpo",), ONE_TOKEN_A_STEP | dict(block_length=1, step_draws="top_entropy")),
+    "fork_grpo": Arm("fork_grpo", ("agrpo",), ONE_TOKEN_A_STEP | dict(num_mc_samples=8)),
+    # Rollouts of twice as many steps, evaluated at as many, half and a quarter of them.
+    "diffu_grpo_36": Arm("diffu_grpo", (), DIFFU | {"denoising_steps": 36}),
+    "agrpo_36": _agrpo(denoising_steps=36),
+    "roec_cm_36": _atpo("roec_cm", denoising_steps=36),
+}
+# Arms evaluated at fewer steps than their rollouts take, with the arm whose learning rate they take.
+FEWER_STEPS = {"diffu_grpo_36": "diffu_grpo", "agrpo_36": "agrpo", "roec_cm_36": "roec_cm"}

@@ -1,0 +1,183 @@
+"""Summarises the runs of the core table: accuracies, paired differences with intervals, and what is decided."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+from statistics_of_runs import holm, sign_flip_p_value, standard_error
+
+from comparison.core import CORE, FEWER_STEPS
+from comparison.settings import setting_of
+
+# A difference whose interval lies within so many points counts as none.
+EQUAL_WITHIN = 1.5
+
+
+@dataclass
+class Difference:
+    """A paired difference of sampled accuracies, in points.
+
+    Args:
+        task: its name.
+        arm: its name.
+        baseline: the arm it is compared with.
+        mean: over the seeds that both have.
+        half_width: of the 95 % interval (Student's t); not corrected for the choice of the number of seeds.
+        p_value: two-sided, of random signs.
+        seeds: pairs.
+    """
+
+    task: str
+    arm: str
+    baseline: str
+    mean: float
+    half_width: float
+    p_value: float
+    seeds: int
+
+    @property
+    def verdict(self) -> str:
+        """`more` or `less` if the interval excludes 0, `equal` if it lies within ± 1.5 points, else `open`."""
+        if abs(self.mean) > self.half_width:
+            return "more" if self.mean > 0 else "less"
+        return "equal" if abs(self.mean) + self.half_width < EQUAL_WITHIN else "open"
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.1f} ± {self.half_width:.1f}"
+
+
+class Runs:
+    """The runs of the table, by task and arm.
+
+    Args:
+        runs: results of `train_and_evaluate`, with or without learning curves.
+    """
+
+    def __init__(self, runs: Sequence[dict[str, Any]]):
+        self.all = list(runs)
+        self._of: dict[tuple[str, str], dict[int, dict[str, Any]]] = {}
+        for run in self.all:
+            self._of.setdefault((run["task"], run["arm"]), {})[run["seed"]] = run
+
+    @property
+    def tasks(self) -> list[str]:
+        return sorted({task for task, _ in self._of})
+
+    def arms(self, task: str) -> list[str]:
+        """Return the trained arms of a task, in the order of `CORE`."""
+        return [arm for arm in CORE if (task, arm) in self._of]
+
+    def seeds(self, task: str, arm: str) -> int:
+        return len(self._of[task, arm])
+
+    def sampled(self, task: str, arm: str) -> np.ndarray:
+        """Return sampled accuracies in percent, by seed."""
+        return np.array([100 * run["sampled_accuracy"] for _, run in sorted(self._of[task, arm].items())])
+
+    def greedy(self, task: str, arm: str, steps: int) -> np.ndarray:
+        """Return greedy accuracies in percent, by seed."""
+        return np.array([100 * run["accuracy"][str(steps)] for _, run in sorted(self._of[task, arm].items())])
+
+    def values(self, task: str, arm: str, name: str) -> np.ndarray:
+        return np.array([run[name] for _, run in sorted(self._of[task, arm].items())])
+
+    def difference(self, task: str, arm: str, baseline: str) -> Difference:
+        """Compare the sampled accuracies of two arms over the seeds that both have, at least two."""
+        one, other = self._of[task, arm], self._of[task, baseline]
+        shared = sorted(one.keys() & other.keys())
+        values = [100 * (one[seed]["sampled_accuracy"] - other[seed]["sampled_accuracy"]) for seed in shared]
+        width = stats.t.ppf(0.975, len(values) - 1) * standard_error(values) if len(values) > 1 else math.inf
+        return Difference(
+            task, arm, baseline, float(np.mean(values)), float(width), sign_flip_p_value(values), len(values)
+        )
+
+    def differences(self, task: str) -> list[Difference]:
+        """Compare every arm of a task with its baselines, as far as both were run."""
+        arms = self.arms(task)
+        pairs = [(arm, baseline) for arm in arms for baseline in CORE[arm].baselines if baseline in arms]
+        return [self.difference(task, *pair) for pair in pairs]
+
+
+def compact(run: dict[str, Any]) -> dict[str, Any]:
+    """Return a run without its learning curve, which becomes the area under it."""
+    return {name: value for name, value in run.items() if name != "curve"} | {"area": area(run)}
+
+
+def area(run: dict[str, Any]) -> float:
+    """Return the mean reward of a run's rollouts in percent, each weighted by the forward units it was trained for.
+
+    It is the area under the learning curve, divided by the budget; NaN for the untrained model.
+    """
+    if "curve" not in run:
+        return run["area"]
+    points = run["curve"]
+    if not points:
+        return math.nan
+    units = np.diff([0.0, *(point["forward_units"] for point in points)])
+    return 100 * float(np.average([point["reward"] for point in points], weights=units))
+
+
+def undecided(runs: Runs, most: int) -> list[tuple[str, str, str]]:
+    """Return (task, arm, baseline) of the pairs whose difference is open and that may have more seeds."""
+    found = [difference for task in runs.tasks for difference in runs.differences(task)]
+    return [(d.task, d.arm, d.baseline) for d in found if d.verdict == "open" and d.seeds < most]
+
+
+TextTable = tuple[str, list[str], list[list[str]]]
+
+
+def core_tables(runs: Runs) -> list[TextTable]:
+    """Return, for every task, a table of accuracies and one of differences."""
+    tables = []
+    for task in runs.tasks:
+        base = runs.sampled(task, "base").mean()
+        lines = [["base", f"{base:.1f}", "", "", "", f"{_greedy(runs, task, 'base').mean():.1f}", ""]]
+        for arm in (arm for arm in runs.arms(task) if arm not in FEWER_STEPS):
+            sampled = runs.sampled(task, arm)
+            areas = [area(run) for run in runs._of[task, arm].values()]
+            lines.append(
+                [
+                    arm,
+                    _mean_and_error(sampled),
+                    f"{sampled.min():.1f}",
+                    f"{100 * (sampled < base).mean():.0f}",
+                    f"{np.mean(areas):.1f}",
+                    _mean_and_error(_greedy(runs, task, arm)),
+                    f"{len(sampled)}",
+                ]
+            )
+        head = ["arm", "sampled", "worst", "collapsed %", "area", "greedy", "seeds"]
+        tables.append((f"{task}: accuracies", head, lines))
+        differences = [each for each in runs.differences(task) if each.arm not in FEWER_STEPS]
+        adjusted = holm([each.p_value for each in differences])
+        compared = [
+            [each.arm, each.baseline, str(each), f"{each.p_value:.4f}", f"{p:.4f}", str(each.seeds), each.verdict]
+            for each, p in zip(differences, adjusted, strict=True)
+        ]
+        head = ["arm", "against", "sampled, 95 %", "p", "Holm", "seeds", "verdict"]
+        tables.append((f"{task}: differences", head, compared))
+    return tables
+
+
+def fewer_steps_table(runs: Runs) -> TextTable:
+    """Return greedy accuracies of the arms that were trained with more steps, at S, S/2 and S/4."""
+    lines = []
+    for task in runs.tasks:
+        for arm in ("base", *(arm for arm in runs.arms(task) if arm in FEWER_STEPS)):
+            steps = setting_of(task).fewer_steps
+            lines.append([task, arm, *(_mean_and_error(runs.greedy(task, arm, number)) for number in steps)])
+    return "fewer steps: greedy accuracy", ["task", "arm", "S", "S/2", "S/4"], lines
+
+
+def _greedy(runs: Runs, task: str, arm: str) -> np.ndarray:
+    return runs.greedy(task, arm, setting_of(task).denoising_steps)
+
+
+def _mean_and_error(values: np.ndarray) -> str:
+    error = standard_error(values.tolist())
+    return f"{values.mean():.1f}" + ("" if math.isnan(error) else f" ± {error:.1f}")

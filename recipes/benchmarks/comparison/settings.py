@@ -1,0 +1,55 @@
+"""What the runs on a task have in common: the model, the canvas, and how accuracy is measured after training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from trl_diffusion.models.embedded import EMBEDDED_CHAINS_MODEL, EMBEDDED_MODEL
+from trl_diffusion.sampling import SamplingConfig
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the runs on a task have in common.
+
+    Args:
+        model: the bundled model that every run starts from.
+        canvas_length: L.
+        block_length: of rollouts and evaluation.
+        denoising_steps: S, of rollouts and of sampled evaluation.
+        greedy_steps: denoising steps at which greedy accuracy is measured: S first, then fewer.
+        draws: sampled completions of each held-out problem.
+        fewer_steps: as `greedy_steps`, for arms whose rollouts take more steps; empty without such arms.
+    """
+
+    model: str
+    canvas_length: int
+    block_length: int
+    denoising_steps: int
+    greedy_steps: Sequence[int]
+    draws: int = 1
+    fewer_steps: Sequence[int] = ()
+
+    def decoding(self, steps: int, temperature: float) -> SamplingConfig:
+        """Return how held-out problems are decoded."""
+        return SamplingConfig(self.canvas_length, steps, self.block_length, temperature, unmasking="max_prob")
+
+    @property
+    def of_trainer(self) -> dict[str, int]:
+        """The settings of a trainer's config."""
+        return {
+            "max_completion_length": self.canvas_length,
+            "block_length": self.block_length,
+            "denoising_steps": self.denoising_steps,
+        }
+
+
+SHORT = Setting(EMBEDDED_MODEL, 32, 8, 16, (16, 8, 4))
+CHAINS = Setting(EMBEDDED_CHAINS_MODEL, 45, 5, 27, (27, 9), draws=4, fewer_steps=(36, 18, 9))
+SETTINGS = {"chained_sums": CHAINS, "chained_sums_fixed": CHAINS}
+
+
+def setting_of(task: str) -> Setting:
+    """Return the setting of a task; tasks of the first bundled model share one."""
+    return SETTINGS.get(task, SHORT)

@@ -1,0 +1,100 @@
+"""The core table: what the claims of the papers come to, on tasks in which their premises hold.
+
+    python recipes/benchmarks/core_table.py
+    python recipes/benchmarks/core_table.py --tasks chained_sums --arms roec_cm --seeds 20
+
+The arms are those of `comparison/core.py`. It runs in three rounds, and skips every run that is on disk:
+
+1. Learning rates: every arm at every rate of the grid, on seeds that are not used again. `--learning_rates FILE` takes
+   those of a file instead, by default the ones stored with the results.
+2. Every arm and its baselines with the first `--seeds` seeds. Arms of one seed see the same prompts in the same order.
+3. More seeds, in steps of ten up to `--most_seeds`, for the pairs that are undecided: those whose 95 % interval holds
+   0 and reaches beyond ± 1.5 points.
+
+It ends with the tables, and with `core_table.json`, which holds every run without its learning curve.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+
+from comparison.core import CORE, FEWER_STEPS, LEARNING_RATES, TASKS, TUNING_SEEDS, TUNING_TASK
+from comparison.core_summary import Runs, compact, core_tables, fewer_steps_table, undecided
+from comparison.run import Job, Length, run_all
+from rich.console import Console
+from rich.table import Table
+
+STORED = Path(__file__).parent / "results" / "learning_rates.json"
+MORE_SEEDS = 10
+
+
+def tune(arms: Sequence[str], folder: Path, length: Length, workers: int) -> dict[str, dict[str, float]]:
+    """Measure sampled accuracy in percent of every arm at every learning rate, the mean over the tuning seeds."""
+    cases = list(product(TUNING_SEEDS, arms, LEARNING_RATES))
+    jobs = [Job(TUNING_TASK, arm, seed, rate, folder / "tuning" / arm / f"{rate:g}") for seed, arm, rate in cases]
+    found = {arm: dict.fromkeys((f"{rate:g}" for rate in LEARNING_RATES), 0.0) for arm in arms}
+    for run in run_all(jobs, length, workers):
+        found[run["arm"]][f"{run['learning_rate']:g}"] += 100 * run["sampled_accuracy"] / len(TUNING_SEEDS)
+    return found
+
+
+def with_baselines(arms: Sequence[str]) -> list[str]:
+    """Return arms and the arms that they are compared with, in the order of the table."""
+    wanted = set(arms) | {baseline for arm in arms for baseline in CORE[arm].baselines}
+    return [arm for arm in CORE if arm in wanted]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
+    parser.add_argument("--arms", nargs="+", default=list(CORE), choices=list(CORE))
+    parser.add_argument("--seeds", type=int, default=20, help="seeds of every arm")
+    parser.add_argument("--most_seeds", type=int, default=60, help="seeds of an undecided pair at most")
+    parser.add_argument("--learning_rates", type=Path, default=STORED, help="missing arms are tuned")
+    parser.add_argument("--budget", type=float, default=Length.budget, help="forward units per run")
+    parser.add_argument("--eval_size", type=int, default=Length.eval_size, help="held-out problems")
+    parser.add_argument("--workers", type=int, default=2, help="runs at the same time, one thread each")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs/core_table"))
+    args = parser.parse_args()
+
+    os.environ["OMP_NUM_THREADS"] = "1"  # read by the worker processes when they import torch
+    start, length = time.perf_counter(), Length(args.budget, args.eval_size)
+    arms = with_baselines(args.arms)
+    sampled = json.loads(args.learning_rates.read_text()) if args.learning_rates.exists() else {}
+    untuned = {FEWER_STEPS.get(arm, arm) for arm in arms} - sampled.keys()
+    sampled |= tune([arm for arm in CORE if arm in untuned], args.output_dir, length, args.workers)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    (args.output_dir / "learning_rates.json").write_text(json.dumps(sampled, indent=1))
+
+    def job(task: str, arm: str, seed: int) -> Job:
+        rates = sampled.get(FEWER_STEPS.get(arm, arm), {})
+        rate = max(LEARNING_RATES, key=lambda rate: rates[f"{rate:g}"]) if rates else None
+        return Job(task, arm, seed, rate, args.output_dir / "runs" / task / arm)
+
+    jobs = [job(task, "base", 0) for task in args.tasks]
+    jobs += [job(task, arm, seed) for seed, task, arm in product(range(args.seeds), args.tasks, arms)]
+    runs = Runs(run_all(jobs, length, args.workers))
+    while pairs := undecided(runs, args.most_seeds):
+        seeds = {(task, arm): runs.seeds(task, arm) for task, *pair in pairs for arm in pair}
+        more = [job(task, arm, seed) for (task, arm), n in seeds.items() for seed in range(n, n + MORE_SEEDS)]
+        runs = Runs([*runs.all, *run_all(more, length, args.workers)])
+    (args.output_dir / "core_table.json").write_text(json.dumps([compact(run) for run in runs.all], indent=0))
+    text = []
+    for title, head, lines in [*core_tables(runs), fewer_steps_table(runs)]:
+        table = Table(*head, title=title)
+        for line in lines:
+            table.add_row(*line)
+        Console(width=180).print(table)
+        text += [f"### {title}\n", *(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines)), ""]
+    (args.output_dir / "results.md").write_text("\n".join(text))
+    print(f"{time.perf_counter() - start:.0f} s; tables and runs: {args.output_dir}")
+
+
+if __name__ == "__main__":
+    main()
