@@ -3,10 +3,11 @@ r"""Make the embedded models: tiny LLaDA and SDAR checkpoints, trained with the 
     OMP_NUM_THREADS=1 python recipes/make_embedded.py --output_dir trl_diffusion/models/embedded
     OMP_NUM_THREADS=1 python recipes/make_embedded.py --family sdar --clean_steps 2000 --slip_steps 500 \
         --output_dir trl_diffusion/models/embedded_sdar
+    OMP_NUM_THREADS=1 python recipes/make_embedded.py --config recipes/embedded_chains.yaml
 
-First it learns from right solutions to word problems, Countdown and 4×4 Sudoku, then from solutions of which many slip
-on purpose. So the network can compute the right answer and often prefers a wrong one, which reinforcement learning can
-repair. On one machine the same command gives the same files, bit for bit.
+First it learns from right solutions, then from solutions of which many slip on purpose. So the network can compute the
+right answer and often prefers a wrong one, which reinforcement learning can repair. On one machine the same command
+gives the same files, bit for bit.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, concatenate_datasets
@@ -50,8 +52,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 FAMILIES: dict[str, type[DiffusionLM]] = {"llada": LLaDAModelLM, "sdar": SDARForCausalLM}
-# What a generator is asked for before the slips, in addition to right solutions.
-PRACTICE = {"chained_sums": {"wrong_share": 0.15}, "chained_sums_fixed": {"wrong_share": 0.15}}
+# Tasks of which lines can begin anew, and the share that do while right solutions are learned.
+RESTARTING, RESTARTS = ("chained_sums", "chained_sums_fixed"), 0.3
 # The bundled model counts blocks from the completion, so that the first block is a whole one for every prompt.
 OWN_SETTINGS = {"llada": {}, "sdar": {"block_origin": "completion"}}
 
@@ -62,6 +64,7 @@ class EmbeddedArguments:
 
     output_dir: str = field(default="outputs/embedded", metadata={"help": "Where the checkpoint goes."})
     family: str = field(default="llada", metadata={"help": f"Kind of network: {', '.join(FAMILIES)}."})
+    practice_steps: int = field(default=0, metadata={"help": "Updates before, on chained sums without a chain."})
     clean_steps: int = field(default=4000, metadata={"help": "Updates on right solutions."})
     slip_steps: int = field(default=800, metadata={"help": "Updates on solutions of which many slip."})
     batch_size: int = field(default=32, metadata={"help": "Rows per update."})
@@ -146,14 +149,18 @@ def make_model(args: EmbeddedArguments, tokenizer: PreTrainedTokenizerBase):
     return model
 
 
-def make_dataset(args: EmbeddedArguments, slips: bool) -> Dataset:
-    """Return the training rows of all the tasks."""
-    parts = [
-        generator(task)(
-            "train", size, seed=args.seed + slips, slips=slips, **({} if slips else PRACTICE.get(task, {}))
-        )
-        for task, size in sizes(args).items()
-    ]
+def make_dataset(args: EmbeddedArguments, slips: bool = False, restarts: float = 0.0) -> Dataset:
+    """Return the training rows of all the tasks.
+
+    Args:
+        args: tasks and seed.
+        slips: let solutions slip.
+        restarts: share of lines that begin anew, in tasks that have such lines.
+    """
+    parts = []
+    for task, size in sizes(args).items():
+        asked = {"restart_share": restarts} if task in RESTARTING else {}
+        parts.append(generator(task)("train", size, seed=args.seed + slips, slips=slips, **asked))
     read = [column for column in ("prompt", "completion", "unscored") if column in parts[0].column_names]
     return concatenate_datasets([part.select_columns(read) for part in parts])
 
@@ -184,16 +191,17 @@ def train(
     steps: int,
     learning_rate: float,
     args: EmbeddedArguments,
+    **settings: Any,
 ) -> None:
-    """Train all the weights by masked SFT, in place."""
+    """Train all the weights by masked SFT, in place, with these settings of its config in addition."""
     with tempfile.TemporaryDirectory() as scratch:
         config = SFTConfig(
+            **{"lr_scheduler_type": "cosine"} | settings,
             output_dir=scratch,
             max_steps=steps,
             per_device_train_batch_size=args.batch_size,
             gradient_accumulation_steps=1,
             learning_rate=learning_rate,
-            lr_scheduler_type="cosine",
             warmup_steps=min(100, steps // 10),
             weight_decay=0.01,
             adam_beta2=0.99,
@@ -243,11 +251,16 @@ def main(args: EmbeddedArguments) -> None:
     torch.use_deterministic_algorithms(True)
     set_seed(args.seed)
     console, start = Console(), time.perf_counter()
-    clean, slipped = make_dataset(args, slips=False), make_dataset(args, slips=True)
+    clean, slipped = make_dataset(args, restarts=RESTARTS), make_dataset(args, slips=True)
     texts = (row[column][0]["content"] for row in slipped for column in ("prompt", "completion"))
     pieces = f"{ADDED_DIGIT}|{PIECES}" if args.added_digits else PIECES
     tokenizer = make_tokenizer([*texts, "user\n\n", "assistant\n\n"], pieces)
     model = make_model(args, tokenizer)
+    if args.practice_steps:
+        # Next to a line that continues with the result, the network would learn to copy it instead of computing it.
+        practice = make_dataset(args, restarts=1.0)
+        steady = {"lr_scheduler_type": "constant_with_warmup", "min_noise_level": 0.2}
+        train(model, tokenizer, practice, args.practice_steps, args.learning_rate, args, **steady)
     train(model, tokenizer, clean, args.clean_steps, args.learning_rate, args)
     console.print(report(model, tokenizer, args), "before the slips")
     train(model, tokenizer, slipped, args.slip_steps, args.learning_rate / 5, args)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
@@ -32,7 +33,7 @@ def test_solutions_are_right_and_every_line_continues_the_one_before(layout):
         lines = lines_of(row)
         assert [lines[0][0], *(number for _, number, _ in lines)] == numbers
         assert all((left + number) % 10 == result for left, number, result in lines)
-        assert all(after[0] == before[2] for before, after in zip(lines, lines[1:], strict=False))
+        assert all(after[0] == before[2] for before, after in itertools.pairwise(lines))
         assert row["answer"] == str(sum(numbers) % 10) and row["unscored"] == []
         assert [at for at, (_, number, _) in enumerate(lines) if number in SLIP_RATES] == row["hard_lines"]
         assert len(row["hard_lines"]) == HARD_LINES
@@ -53,7 +54,7 @@ def test_slips_are_one_too_large_on_lines_with_large_numbers_and_carried_on():
     slipped = {number: [] for number in range(1, 10)}
     for row in rows:
         lines = lines_of(row)
-        assert all(after[0] == before[2] for before, after in zip(lines, lines[1:], strict=False))
+        assert all(after[0] == before[2] for before, after in itertools.pairwise(lines))
         errors = [(result - left - number) % 10 for left, number, result in lines]
         for (_, number, _), error in zip(lines, errors, strict=True):
             assert error in (0, 1)
@@ -87,7 +88,7 @@ def test_bad_arguments(arguments, message):
 
 @pytest.mark.parametrize("name", ["chained_sums", "chained_sums_fixed"])
 def test_tasks_refuse_what_they_have_not(name):
-    with pytest.raises(ValueError, match="read no file, got source 'rows.jsonl'"):
+    with pytest.raises(ValueError, match=r"read no file, got source 'rows\.jsonl'"):
         TASKS[name].load("test", "rows.jsonl")
     with pytest.raises(ValueError, match="'plain' only, got 'd1'"):
         TASKS[name].load("test", prompt="d1")
@@ -95,24 +96,24 @@ def test_tasks_refuse_what_they_have_not(name):
     assert (tuple(row["hard_lines"]) == FIXED_LINES) or name == "chained_sums"
 
 
-def test_wrong_results_are_carried_on_and_not_scored():
+def test_lines_that_begin_anew_are_right_and_their_begin_is_not_scored():
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
-    rows = load_chained_sums("train", 300, wrong_share=0.15)
-    family = tiny_model().family
-    tokens = tokenize_dataset(rows, tokenizer, family, 64)
-    wrong = 0
+    rows = load_chained_sums("train", 300, restart_share=0.3)
+    tokens = tokenize_dataset(rows, tokenizer, tiny_model().family, 64)
+    begun = 0
     for row, encoded in zip(rows, tokens, strict=True):
-        lines = lines_of(row)
-        assert all(after[0] == before[2] for before, after in zip(lines, lines[1:], strict=False))
-        errors = [(result - left - number) % 10 for left, number, result in lines]
-        text = row["completion"][0]["content"]
-        assert [text[:start].count("\n") for start, _ in row["unscored"]] == [
-            line for line, error in enumerate(errors) if error
-        ]
+        lines, text = lines_of(row), row["completion"][0]["content"]
+        assert all((left + number) % 10 == result for left, number, result in lines)
+        starts = {text[:start].count("\n"): text[start:end] for start, end in row["unscored"]}
+        for line, (before, after) in enumerate(itertools.pairwise(lines), 1):
+            assert after[0] == (int(starts[line]) if line in starts else before[2])
         shown = [tokenizer.decode(encoded["completion_ids"][at]) for at in encoded["shown"]]
-        assert shown == [text[start:end] for start, end in row["unscored"]]
-        wrong += len(shown)
-    assert abs(wrong / (300 * LINES) - 0.15) < 0.03
+        assert shown == list(starts.values())
+        begun += len(shown)
+    assert abs(begun / (300 * (LINES - 1)) - 0.3) < 0.05  # five standard deviations
+    everywhere = load_chained_sums("train", 20, restart_share=1.0)
+    assert all(len(row["unscored"]) == LINES - 1 for row in everywhere)
+    assert everywhere["prompt"] == load_chained_sums("train", 20)["prompt"]
 
 
 def test_the_collator_says_what_is_scored():

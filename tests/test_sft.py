@@ -106,13 +106,14 @@ def test_loss_is_cross_entropy_over_t_by_hand(unscored):
     torch.testing.assert_close(loss, expected / 2, rtol=1e-6, atol=1e-6)
 
 
-def test_what_is_unscored_is_shown_and_has_no_part_in_the_loss(tmp_path):
-    rows = [{"prompt": "a b", "completion": "e f g h"}] * 4
-    marked = Dataset.from_list([{**row, "unscored": [[4, 5]]} for row in rows])
-    other = Dataset.from_list([{**row, "completion": "e f d h", "unscored": [[4, 5]]} for row in rows])
+def test_what_is_unscored_is_shown_and_has_no_part_in_the_loss(tmp_path, tokenizer):
+    rows = [{"prompt": "1+2", "completion": "1+2=3"}] * 4
+    marked = Dataset.from_list([{**row, "unscored": [[2, 3]]} for row in rows])
+    other = Dataset.from_list([{**row, "completion": "1+4=3", "unscored": [[2, 3]]} for row in rows])
     seen = {}
     for name, data in {"marked": marked, "other": other, "scored": Dataset.from_list(rows)}.items():
-        trainer = SFTTrainer(tiny_model(), config(tmp_path, max_steps=1), data, processing_class=tiny_tokenizer())
+        model = tiny_model(tokenizer)
+        trainer = SFTTrainer(model, config(tmp_path, max_steps=1), data, processing_class=tokenizer)
         inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
         seen[name] = trainer.compute_loss(trainer.model, inputs).item()
         assert inputs["scored"].all() == (name == "scored")

@@ -1,4 +1,4 @@
-"""Generates chained sums modulo 10 whose every line is written out: texts with a middle, where mistakes are carried on.
+"""Generates chained sums modulo 10 whose every line is written out: texts with a middle, in which mistakes go on.
 
 A problem is `Sum 4+7+3+… mod 10.` with eight numbers to add, and its solution has a line for each:
 
@@ -11,12 +11,14 @@ Three of the eight lines add 7, 8 or 9. Solutions that slip are wrong on such li
 large, and the lines after it continue with it. So a text is decided at three places, and is uncertain only there.
 There are two layouts: the three lines are the same in all problems, or each problem has its own.
 
-A network that never saw a wrong result would learn to compute from the prompt alone and to ignore what it has
-written. Some training solutions therefore have wrong results that are shown and carried on, but not scored.
+A network that only saw right solutions would learn to compute from the prompt alone, and to ignore what it has
+written. It would also learn to copy a result from the line after it, which begins with it, long before it learned to
+add. For practice there are solutions with lines that begin with another number: it is shown and not scored.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -46,7 +48,7 @@ def load_chained_sums(
     seed: int = 0,
     slips: bool = False,
     layout: str = "moving",
-    wrong_share: float = 0.0,
+    restart_share: float = 0.0,
 ) -> Dataset:
     """Generate chained sums; no problem is in both splits, whatever the seed.
 
@@ -57,12 +59,13 @@ def load_chained_sums(
         slips: let lines of `completion` that add 7, 8 or 9 go wrong, at `SLIP_RATES`; `answer` stays right.
         layout: `"moving"`: every problem has its own three lines that add 7, 8 or 9. `"fixed"`: they are the second,
             fifth and seventh of every problem.
-        wrong_share: share of lines with a random wrong result that is not scored, see `unscored`.
+        restart_share: share of lines, of those after the first, that begin with a random number in place of the last
+            result, see `unscored`.
 
     Returns:
         Columns `prompt` (one user message), `answer` (string), `completion` (one assistant message), `hard_lines`
         (list of ints from 0), and `unscored` (spans [start, end) of the completion's characters that masked SFT
-        shows and does not score: the results drawn by `wrong_share`).
+        shows and does not score: the numbers drawn by `restart_share`).
 
     Raises:
         ValueError: for another split or layout.
@@ -73,49 +76,52 @@ def load_chained_sums(
     rng = np.random.default_rng([seed, split == "test"])
     rows: list[dict] = []
     while len(rows) < size:
-        row = _row(rng, layout, slips, wrong_share)
+        row = _row(rng, layout, slips, restart_share)
         if held_out(row["prompt"][0]["content"]) == (split == "test"):
             rows.append(row)
     return Dataset.from_list(rows)
 
 
-def _row(rng: np.random.Generator, layout: str, slips: bool, wrong_share: float) -> dict:
+def _row(rng: np.random.Generator, layout: str, slips: bool, restart_share: float) -> dict:
     """Draw a problem and its solution; every row takes the same number of draws, so that they do not depend on it."""
     places = np.sort(rng.permutation(LINES)[:HARD_LINES])
     hard_lines = FIXED_LINES if layout == "fixed" else tuple(map(int, places))
     easy, hard = rng.integers(EASY.start, EASY.stop, LINES), rng.integers(HARD.start, HARD.stop, LINES)
     start = int(rng.integers(10))
     numbers = [int((hard if line in hard_lines else easy)[line]) for line in range(LINES)]
-    chance, wrong, other = rng.random(LINES), rng.random(LINES) < wrong_share, rng.integers(1, 10, LINES)
-    errors = [
-        int(other[line]) if wrong[line] else int(slips and chance[line] < SLIP_RATES.get(number, 0.0))
-        for line, number in enumerate(numbers)
-    ]
-    solution, results = write_solution(start, numbers, errors)
+    chance, restarts, others = rng.random(LINES), rng.random(LINES) < restart_share, rng.integers(0, 10, LINES)
+    errors = [int(slips and chance[line] < SLIP_RATES.get(number, 0.0)) for line, number in enumerate(numbers)]
+    begins = [int(others[line]) if line and restarts[line] else None for line in range(LINES)]
+    solution, unscored = write_solution(start, numbers, errors, begins)
     return {
         "prompt": [{"role": "user", "content": f"Sum {'+'.join(map(str, [start, *numbers]))} mod 10."}],
         "answer": str((start + sum(numbers)) % 10),
         "completion": [{"role": "assistant", "content": solution}],
         "hard_lines": list(hard_lines),
-        "unscored": [[at, at + 1] for at, unscored in zip(results, wrong, strict=True) if unscored],
+        "unscored": unscored,
     }
 
 
-def write_solution(start: int, numbers: list[int], errors: list[int]) -> tuple[str, list[int]]:
-    """Write the lines of a chained sum, and where in the text their results stand.
+def write_solution(
+    start: int, numbers: Sequence[int], errors: Sequence[int], begins: Sequence[int | None]
+) -> tuple[str, list[list[int]]]:
+    """Write the lines of a chained sum, and the spans of the numbers in them that were not computed.
 
     Args:
         start: the number that the first line begins with.
         numbers: what the lines add.
         errors: what the result of each line is too large by; the next line continues with that result.
+        begins: the number that each line begins with in place of the last result; `None` to continue.
     """
-    text, results, value = "", [], start
-    for number, error in zip(numbers, errors, strict=True):
+    text, spans, value = "", [], start
+    for number, error, begin in zip(numbers, errors, begins, strict=True):
+        if begin is not None:
+            spans.append([len(text), len(text) + 1])
+            value = begin
         result = (value + number + error) % 10
         text += f"{value}+{number}={result}\n"
-        results.append(len(text) - 2)
         value = result
-    return f"{text}#### {value}", results
+    return f"{text}#### {value}", spans
 
 
 def load(
