@@ -84,6 +84,7 @@ class EmbeddedArguments:
         default=8, metadata={"help": "Block length in the table, without block-causal attention."}
     )
     denoising_steps: int = field(default=16, metadata={"help": "Denoising steps in the table."})
+    sampled_unmasking: str = field(default="random", metadata={"help": "Unmasking of the table's sampled accuracy."})
     held_out: int = field(default=256, metadata={"help": "Held-out rows per task for the table."})
     seed: int = field(default=0, metadata={"help": "Seed of data, initialisation and noise."})
 
@@ -236,7 +237,7 @@ def report(model, tokenizer: PreTrainedTokenizerBase, args: EmbeddedArguments) -
             tokenizer,
             rows.select(range(min(64, len(rows)))),
             correct,
-            decoding=replace(decoding, temperature=1.0, unmasking="random"),
+            decoding=replace(decoding, temperature=1.0, unmasking=args.sampled_unmasking),
             batch_size=128,
             completions_per_prompt=8,
             seed=args.seed,

@@ -65,6 +65,7 @@ def measure(
     right, failed = (part.nonzero().flatten()[: completions // 2] for part in (batch.success, ~batch.success))
     return {
         **premises.outcomes(batch),
+        "uncertain_postponed": premises.uncertain_postponed(batch),
         "auc": premises.signal_auc(batch),
         "gradient_share": premises.gradient_shares(batch, premises.gradient_norms(batch, some), some, CHOSEN_STEPS),
         "continuations": {
@@ -90,6 +91,7 @@ def table(name: str, measured: dict[str, Any]) -> Table:
     add("accuracy of single samples", measured["accuracy"], 3)
     add("groups with right and wrong completions", measured["mixed_groups"], 3)
     add("tokens of a text", measured["tokens"], 1)
+    add("uncertain tokens written after one to their right", measured["uncertain_postponed"])
     for where in ("among_all", "within_prompts"):
         add(f"AUC for failure, {where.replace('_', ' ')}", {key: auc[where] for key, auc in measured["auc"].items()})
     add(f"share of the gradient norm in {CHOSEN_STEPS} steps", measured["gradient_share"])

@@ -65,7 +65,9 @@ CORE: dict[str, Arm] = {
     # Other likelihoods and losses.
     "espo": Arm("espo", ("diffu_grpo", "agrpo"), NOISED | dict(num_mc_samples=2, epsilon=0.2, beta=1e-3)),
     "spg": Arm("spg", ("diffu_grpo", "agrpo"), NOISED),
-    "tracerl": Arm("tracerl", ("agrpo",), MAX_PROB | dict(num_iterations=2, shrink=4, epsilon=0.2, beta=0.01)),
+    "tracerl": Arm(
+        "tracerl", ("diffu_grpo", "agrpo"), MAX_PROB | dict(num_iterations=2, shrink=4, epsilon=0.2, beta=0.01)
+    ),
     "dmpo": Arm("dmpo", ("diffu_grpo", "agrpo"), MAX_PROB | DMPO),
     "dmpo_individual": Arm("dmpo", ("dmpo",), MAX_PROB | DMPO | {"weight_baseline": "individual"}),
     "gdpo": Arm("gdpo", ("espo",), NOISED | dict(num_mc_samples=3, epsilon=0.5, beta=0.0)),

@@ -115,6 +115,18 @@ def outcomes(batch: Batch) -> dict[str, float]:
     }
 
 
+def uncertain_postponed(batch: Batch, entropy: float = 0.3) -> float:
+    """Return the share of uncertain tokens that were written after a token to their right.
+
+    That is what the order of certainty does to forks (2601.15165): they are decided last, when the text after them is
+    there. Uncertain is a token drawn with at least this entropy, in nats.
+    """
+    steps, entropies = batch.trajectory.unmask_step, batch.trajectory.entropies
+    earliest_after = steps.masked_fill(steps < 0, steps.max() + 1).flip(1).cummin(1).values.flip(1)
+    uncertain = (entropies[:, :-1] >= entropy) & (steps[:, :-1] >= 0)
+    return (earliest_after[:, 1:] < steps[:, :-1])[uncertain].float().mean().item()
+
+
 def signal_auc(batch: Batch) -> dict[str, Any]:
     """Measure how well the signals of a completion's steps predict its failure: among all, and within prompts."""
     trajectory = batch.trajectory
