@@ -26,7 +26,7 @@ from pathlib import Path
 
 from comparison.core import CORE, FEWER_STEPS, LEARNING_RATES, TASKS, TUNING_SEEDS, TUNING_TASK
 from comparison.core_summary import Runs, compact, core_tables, fewer_steps_table, undecided
-from comparison.run import Job, Length, run_all
+from comparison.run import Job, Length, keep, run_all
 from rich.console import Console
 from rich.table import Table
 
@@ -37,7 +37,9 @@ MORE_SEEDS = 10
 def tune(arms: Sequence[str], folder: Path, length: Length, workers: int) -> dict[str, dict[str, float]]:
     """Measure sampled accuracy in percent of every arm at every learning rate, the mean over the tuning seeds."""
     cases = list(product(TUNING_SEEDS, arms, LEARNING_RATES))
-    jobs = [Job(TUNING_TASK, arm, seed, rate, folder / "tuning" / arm / f"{rate:g}") for seed, arm, rate in cases]
+    jobs = [
+        Job(TUNING_TASK, arm, seed, rate, folder / "tuning" / arm / f"{rate:g}", True) for seed, arm, rate in cases
+    ]
     found = {arm: dict.fromkeys((f"{rate:g}" for rate in LEARNING_RATES), 0.0) for arm in arms}
     for run in run_all(jobs, length, workers):
         found[run["arm"]][f"{run['learning_rate']:g}"] += 100 * run["sampled_accuracy"] / len(TUNING_SEEDS)
@@ -57,6 +59,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20, help="seeds of every arm")
     parser.add_argument("--most_seeds", type=int, default=60, help="seeds of an undecided pair at most")
     parser.add_argument("--learning_rates", type=Path, default=STORED, help="missing arms are tuned")
+    parser.add_argument("--stored", type=Path, help="a core_table.json, whose runs are taken and not repeated")
     parser.add_argument("--budget", type=float, default=Length.budget, help="forward units per run")
     parser.add_argument("--eval_size", type=int, default=Length.eval_size, help="held-out problems")
     parser.add_argument("--workers", type=int, default=2, help="runs at the same time, one thread each")
@@ -77,6 +80,9 @@ def main() -> None:
         rate = max(LEARNING_RATES, key=lambda rate: rates[f"{rate:g}"]) if rates else None
         return Job(task, arm, seed, rate, args.output_dir / "runs" / task / arm)
 
+    if args.stored is not None:
+        for run in json.loads(args.stored.read_text()):
+            keep(job(run["task"], run["arm"], run["seed"]), run)
     jobs = [job(task, "base", 0) for task in args.tasks]
     jobs += [job(task, arm, seed) for seed, task, arm in product(range(args.seeds), args.tasks, arms)]
     runs = Runs(run_all(jobs, length, args.workers))

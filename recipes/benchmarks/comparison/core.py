@@ -12,8 +12,8 @@ from typing import Any
 from comparison.arms import DMPO, TRAJECTORY, Arm
 
 TASKS = ("chained_sums", "chained_sums_fixed")
-LEARNING_RATES = (3e-5, 1e-4, 3e-4)
-TUNING_TASK, TUNING_SEEDS = "chained_sums", (100, 101)
+LEARNING_RATES = (1e-4, 3e-4, 6e-4)
+TUNING_TASK, TUNING_SEEDS = "chained_sums", (100,)
 
 MAX_PROB = {"unmasking": "max_prob"}
 NOISED = MAX_PROB | {"num_iterations": 4}

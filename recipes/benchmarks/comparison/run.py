@@ -76,6 +76,7 @@ class Job:
         seed: of the run.
         learning_rate: in place of the arm's own.
         folder: where its result goes, with the name SEED.json.
+        tuning: the run is for choosing a learning rate; only one sample of every held-out problem is measured.
     """
 
     task: str
@@ -83,6 +84,7 @@ class Job:
     seed: int
     learning_rate: float | None
     folder: Path
+    tuning: bool = False
 
     @property
     def path(self) -> Path:
@@ -141,8 +143,8 @@ def generated(task: Task, split: str, size: int, seed: int):
     return task.generate(split, size, seed)
 
 
-def measure(model, task: Task, setting: Setting, eval_size: int, steps: Sequence[int]) -> dict[str, Any]:
-    """Measure held-out accuracy, greedy at several numbers of denoising steps, and sampled at temperature 1."""
+def measure(model, task: Task, setting: Setting, eval_size: int, steps: Sequence[int], draws: int) -> dict[str, Any]:
+    """Measure held-out accuracy, greedy at several numbers of denoising steps, and of samples at temperature 1."""
     tokenizer = AutoTokenizer.from_pretrained(setting.model, padding_side="left")
     held_out = generated(task, "test", eval_size, 0)
 
@@ -161,7 +163,7 @@ def measure(model, task: Task, setting: Setting, eval_size: int, steps: Sequence
 
     return {
         "accuracy": {str(number): accuracy(number) for number in steps},
-        "sampled_accuracy": accuracy(setting.denoising_steps, 1.0, setting.draws),
+        "sampled_accuracy": accuracy(setting.denoising_steps, 1.0, draws),
     }
 
 
@@ -173,13 +175,14 @@ def train_and_evaluate(job: Job, length: Length) -> dict[str, Any]:
     start = time.perf_counter()
     if job.arm == "base":
         model, units = AutoModelForCausalLM.from_pretrained(setting.model), 0.0
-        steps = sorted({*setting.greedy_steps, *setting.fewer_steps}, reverse=True)
+        steps = tuple(sorted({*setting.greedy_steps, *setting.fewer_steps}, reverse=True))
     else:
         with tempfile.TemporaryDirectory() as folder:
             trainer = make_trainer(job, length, setting, folder, spent)
             trainer.train()
         model, units = trainer.model, trainer.forward_units
         steps = setting.fewer_steps if job.arm in FEWER_STEPS else setting.greedy_steps
+    steps, draws = ((), 1) if job.tuning else (steps, setting.draws)
     seconds = time.perf_counter() - start
     return {
         "task": job.task,
@@ -189,7 +192,7 @@ def train_and_evaluate(job: Job, length: Length) -> dict[str, Any]:
         "forward_units": units,
         "updates": len(spent.curve),
         "seconds": seconds,
-        **measure(model, TASKS[job.task], setting, length.eval_size, steps),
+        **measure(model, TASKS[job.task], setting, length.eval_size, steps, draws),
         "curve": spent.curve,
     }
 
@@ -218,6 +221,12 @@ def _finished(job: Job, length: Length) -> bool:
     if (found := {name: found.get(name) for name in setting}) != setting:
         raise SystemExit(f"{job.path} was made with {found}, not {setting}. Choose another --output_dir or delete it.")
     return True
+
+
+def keep(job: Job, result: dict[str, Any]) -> None:
+    """Take a result that is known as that of a run, unless it is on disk."""
+    if not job.path.exists():
+        _write(job.path, result)
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:
