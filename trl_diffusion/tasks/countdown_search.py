@@ -14,6 +14,8 @@ What it tries where decides whether it finds the answer before its attempts are 
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from datasets import Dataset, Sequence, Value
 
@@ -106,7 +108,12 @@ def _write(numbers: list[int], operators: str) -> str:
 
 
 def _value(numbers: list[int], operators: str) -> int:
-    value = evaluate_expression(_write(numbers, operators))
+    return _evaluate(_write(numbers, operators))
+
+
+@lru_cache(maxsize=None)  # there are 1,728
+def _evaluate(expression: str) -> int:
+    value = evaluate_expression(expression)
     assert value is not None
     return int(value)
 
