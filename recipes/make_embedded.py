@@ -53,7 +53,7 @@ FAMILIES: dict[str, type[DiffusionLM]] = {"llada": LLaDAModelLM, "sdar": SDARFor
 PRACTICE = {
     "chained_sums": {"wrong_share": 0.15},
     "chained_sums_fixed": {"wrong_share": 0.15},
-    "sudoku_steps": {"blanks": (1, 1, 2, 2, 3, 3, 4, 4, 5, 6, 7, 8)},
+    "sudoku_sweeps": {"blanks": (1, 2, 3, 3, 4, 4, 5, 5, 6, 7, 8, 9)},
 }
 # The bundled model counts blocks from the completion, so that the first block is a whole one for every prompt.
 OWN_SETTINGS = {"llada": {}, "sdar": {"block_origin": "completion"}}

@@ -26,7 +26,7 @@ def attempts(text: str) -> list[tuple[str, str, str]]:
 
 def test_a_search_by_hand():
     assert write_search([2, 3, 5], 17, ["++", "+*"]) == "2+3+5=10 no\n2+3*5=17 yes\n<answer>2+3*5</answer>"
-    assert write_search([2, 3, 5], 17, ["+*", "-+"], 0) == "2+3*5=17 no\n2-3+5=4 no\n<answer>2-3+5</answer>"
+    assert write_search([2, 3, 5], 17, ["+*", "-+"], 0) == "2+3*5=17 no\n2-3+5=04 no\n<answer>2-3+5</answer>"
     assert score(write_search([2, 3, 5], 17, ["++", "+*"]), {"numbers": [2, 3, 5], "target": 17})["accuracy"] == 1
 
 
@@ -44,7 +44,7 @@ def test_solutions_are_right_and_stop_at_the_first_hit():
         assert len({expression for expression, *_ in found}) == len(found)
         assert text.endswith(f"\n<answer>{found[-1][0]}</answer>")
         a, b, c = row["numbers"]
-        assert row["prompt"][0]["content"] == f"Make {row['target']} from {a}, {b}, {c}."
+        assert row["prompt"][0]["content"] == f"Make {row['target']:02} from {a}, {b}, {c}."
         assert min(int(value) for _, value, _ in found) > 0
     assert set(lengths) == {1, 2, 3, 4}
 

@@ -23,7 +23,7 @@ from trl_diffusion.tasks import (
     math500,
     rows,
     sudoku,
-    sudoku_steps,
+    sudoku_sweeps,
     word_problems,
 )
 from trl_diffusion.tasks import d1_prompts as prompts
@@ -49,7 +49,7 @@ def test_the_tasks_have_their_names_and_headlines():
         "word_problems": "accuracy",
         "chained_sums": "accuracy",
         "chained_sums_fixed": "accuracy",
-        "sudoku_steps": "puzzles_solved",
+        "sudoku_sweeps": "puzzles_solved",
         "countdown_search": "accuracy",
     }
 
@@ -57,7 +57,7 @@ def test_the_tasks_have_their_names_and_headlines():
 def sample(task: str) -> dict:
     if task in ("countdown", "countdown_search"):
         return {"numbers": [2, 3, 5], "target": 16}
-    if task in ("sudoku", "sudoku_steps"):
+    if task in ("sudoku", "sudoku_sweeps"):
         return {"puzzle": SUDOKU[0], "solution": SUDOKU[1]}
     return {"answer": "12"}
 
@@ -338,7 +338,7 @@ METRICS = {
     "word_problems": (["#### 12", "## 12", "#### 13"], "accuracy", [1, 0, 0]),
     "countdown": (["<answer>(3+5)*2</answer>", "<answer>8*2</answer>", "16"], "accuracy", [1, 0, 0]),
     "sudoku": ([SUDOKU[1], SUDOKU[0], "no"], "puzzles_solved", [1, 0, 0]),
-    "sudoku_steps": ([f"a1=1\n{SUDOKU[1]}", "a1=1", "no"], "puzzles_solved", [1, 0, 0]),
+    "sudoku_sweeps": ([f"{SUDOKU[0]}\n\n{SUDOKU[1]}", SUDOKU[0], "no"], "puzzles_solved", [1, 0, 0]),
     "countdown_search": (["8*2=16 yes\n<answer>(3+5)*2</answer>", "16 yes", "no"], "accuracy", [1, 0, 0]),
 }
 

@@ -10,7 +10,7 @@ from trl_diffusion.tasks import (
     gsm8k,
     math500,
     sudoku,
-    sudoku_steps,
+    sudoku_sweeps,
     word_problems,
 )
 from trl_diffusion.tasks.task import EMBEDDED, Task
@@ -25,7 +25,7 @@ TASKS: dict[str, Task] = {
         word_problems.TASK,
         chained_sums.MOVING,
         chained_sums.FIXED,
-        sudoku_steps.TASK,
+        sudoku_sweeps.TASK,
         countdown_search.TASK,
     )
 }

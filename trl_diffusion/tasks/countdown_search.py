@@ -4,11 +4,11 @@ A problem is `Make 17 from 2, 3, 5.` with an answer that keeps the order of its 
 attempts, each with its value and whether that is the target, and then the answer:
 
     2+3+5=10 no
-    2*3+5=11 no
+    2-3+5=04 no
     2+3*5=17 yes
     <answer>2+3*5</answer>
 
-The attempts before the right one are random, so a network learns to check an attempt and has to guess what to try.
+Values have two digits, so that all lines have the same width. The attempts before the right one are random, so a network learns to check an attempt and has to guess what to try.
 What it tries where decides whether it finds the answer before its attempts are used up.
 """
 
@@ -79,7 +79,7 @@ def load_countdown_search(
 def _row(numbers: list[int], target: int, search: list[str], passed_over: int | None) -> dict:
     a, b, c = numbers
     return {
-        "prompt": [{"role": "user", "content": f"Make {target} from {a}, {b}, {c}."}],
+        "prompt": [{"role": "user", "content": f"Make {target:02} from {a}, {b}, {c}."}],
         "numbers": numbers,
         "target": target,
         "completion": [{"role": "assistant", "content": write_search(numbers, target, search, passed_over)}],
@@ -99,7 +99,7 @@ def write_search(numbers: list[int], target: int, search: list[str], passed_over
     for index, operators in enumerate(search):
         value = _value(numbers, operators)
         found = value == target and index != passed_over
-        lines += f"{_write(numbers, operators)}={value} {'yes' if found else 'no'}\n"
+        lines += f"{_write(numbers, operators)}={value:02} {'yes' if found else 'no'}\n"
     return f"{lines}<answer>{_write(numbers, search[-1])}</answer>"
 
 

@@ -3,5 +3,5 @@
 from trl_diffusion.evaluation.metrics import task_metric
 
 
-class SudokuSteps(task_metric.TaskMetric):
-    name_of_task = "sudoku_steps"
+class SudokuSweeps(task_metric.TaskMetric):
+    name_of_task = "sudoku_sweeps"
