@@ -28,7 +28,7 @@ from trl_diffusion.tasks.task import EMBEDDED, Task
 __all__ = ["TASK", "correctness_reward", "format_reward", "load_countdown_search", "score", "write_search"]
 
 TEST_SIZE = 256
-LARGEST_NUMBER = 6
+LARGEST_NUMBER = 5
 MOST_ATTEMPTS = 4
 SLIP_RATE = 0.5
 OPERATORS = ("++", "+-", "-+", "--", "+*", "*+", "-*", "*-")
@@ -37,7 +37,7 @@ OPERATORS = ("++", "+-", "-+", "--", "+*", "*+", "-*", "*-")
 def load_countdown_search(
     split: str = "train", size: int = 1000, seed: int = 0, slips: bool = False, attempts: int = MOST_ATTEMPTS
 ) -> Dataset:
-    """Generate Countdown problems of three numbers in 1..6; no problem is in both splits, whatever the seed.
+    """Generate Countdown problems of three numbers in 1..5; no problem is in both splits, whatever the seed.
 
     Args:
         split: `"train"` or `"test"` (held out).
