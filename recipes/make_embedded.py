@@ -78,7 +78,9 @@ class EmbeddedArguments:
         metadata={"help": "NAME=SIZE: what it learns, and how many problems of it to generate, in this order."},
     )
     canvas: int = field(default=32, metadata={"help": "Canvas length."})
-    block_length: int = field(default=8, metadata={"help": "Block length in the table, without block-causal attention."})
+    block_length: int = field(
+        default=8, metadata={"help": "Block length in the table, without block-causal attention."}
+    )
     denoising_steps: int = field(default=16, metadata={"help": "Denoising steps in the table."})
     held_out: int = field(default=256, metadata={"help": "Held-out rows per task for the table."})
     seed: int = field(default=0, metadata={"help": "Seed of data, initialisation and noise."})
@@ -142,7 +144,9 @@ def make_model(args: EmbeddedArguments, tokenizer: PreTrainedTokenizerBase):
 def make_dataset(args: EmbeddedArguments, slips: bool) -> Dataset:
     """Return the training rows of all the tasks."""
     parts = [
-        generator(task)("train", size, seed=args.seed + slips, slips=slips, **({} if slips else PRACTICE.get(task, {})))
+        generator(task)(
+            "train", size, seed=args.seed + slips, slips=slips, **({} if slips else PRACTICE.get(task, {}))
+        )
         for task, size in sizes(args).items()
     ]
     read = [column for column in ("prompt", "completion", "unscored") if column in parts[0].column_names]

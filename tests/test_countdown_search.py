@@ -82,7 +82,7 @@ def test_other_splits_sources_and_prompts_are_refused():
     task = TASKS["countdown_search"]
     with pytest.raises(ValueError, match="'validation'"):
         load_countdown_search("validation", 1)
-    with pytest.raises(ValueError, match="reads no file, got source 'mine.jsonl'; the task countdown does"):
+    with pytest.raises(ValueError, match=r"reads no file, got source 'mine\.jsonl'; the task countdown does"):
         task.load("test", "mine.jsonl")
     with pytest.raises(ValueError, match="the prompt 'plain' only, got 'd1'"):
         task.load("test", prompt="d1")

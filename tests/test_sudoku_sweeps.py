@@ -93,7 +93,7 @@ def test_other_splits_sources_and_prompts_are_refused():
     task = TASKS["sudoku_sweeps"]
     with pytest.raises(ValueError, match="'validation'"):
         load_sudoku_sweeps("validation", 1)
-    with pytest.raises(ValueError, match="reads no file, got source 'mine.csv'; the task sudoku does"):
+    with pytest.raises(ValueError, match=r"reads no file, got source 'mine\.csv'; the task sudoku does"):
         task.load("test", "mine.csv")
     with pytest.raises(ValueError, match="the prompt 'plain' only, got 'd1'"):
         task.load("test", prompt="d1")

@@ -18,12 +18,10 @@ from trl_diffusion.models.embedded import EMBEDDED_MODEL
 from trl_diffusion.tasks import (
     TASKS,
     countdown,
-    countdown_search,
     gsm8k,
     math500,
     rows,
     sudoku,
-    sudoku_sweeps,
     word_problems,
 )
 from trl_diffusion.tasks import d1_prompts as prompts

@@ -8,13 +8,14 @@ attempts, each with its value and whether that is the target, and then the answe
     2+3*5=17 yes
     <answer>2+3*5</answer>
 
-Values have two digits, so that all lines have the same width. The attempts before the right one are random, so a network learns to check an attempt and has to guess what to try.
-What it tries where decides whether it finds the answer before its attempts are used up.
+Values have two digits, so that all attempts are equally long. The attempts before the right one are random, so a
+network learns to check an attempt and has to guess what to try. What it tries decides whether it finds the answer
+before its attempts are used up.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from datasets import Dataset, Sequence, Value
@@ -111,7 +112,7 @@ def _value(numbers: list[int], operators: str) -> int:
     return _evaluate(_write(numbers, operators))
 
 
-@lru_cache(maxsize=None)  # there are 1,728
+@cache  # there are 1,000
 def _evaluate(expression: str) -> int:
     value = evaluate_expression(expression)
     assert value is not None

@@ -27,7 +27,7 @@ from trl_diffusion.tasks.split import held_out
 from trl_diffusion.tasks.sudoku import CELLS, format_reward, score, solve_sudoku, solved_reward
 from trl_diffusion.tasks.task import EMBEDDED, Task
 
-__all__ = ["TASK", "format_reward", "load_sudoku_sweeps", "score", "solved_reward", "solve_in_sweeps"]
+__all__ = ["TASK", "format_reward", "load_sudoku_sweeps", "score", "solve_in_sweeps", "solved_reward"]
 
 TEST_SIZE = 256
 BLANKS = range(3, 10)
