@@ -54,6 +54,8 @@ CHAT_TEMPLATE = (
 FAMILIES: dict[str, type[DiffusionLM]] = {"llada": LLaDAModelLM, "sdar": SDARForCausalLM}
 # Tasks of which lines can begin anew, and the share that do while right solutions are learned.
 RESTARTING, RESTARTS = ("chained_sums", "chained_sums_fixed"), 0.3
+# Numbers of blanks while right solutions are learned: few first, as what is forced there is forced elsewhere.
+BLANKS = (1, 2, 3, 3, 4, 4, 5, 5, 6, 7, 8, 9)
 # The bundled model counts blocks from the completion, so that the first block is a whole one for every prompt.
 OWN_SETTINGS = {"llada": {}, "sdar": {"block_origin": "completion"}}
 
@@ -66,7 +68,7 @@ class EmbeddedArguments:
     family: str = field(default="llada", metadata={"help": f"Kind of network: {', '.join(FAMILIES)}."})
     practice_steps: int = field(default=0, metadata={"help": "Updates before, on chained sums without a chain."})
     clean_steps: int = field(default=4000, metadata={"help": "Updates on right solutions."})
-    slip_steps: int = field(default=800, metadata={"help": "Updates on solutions of which many slip."})
+    slip_steps: int = field(default=800, metadata={"help": "Updates on solutions of which many slip; 0 for none."})
     batch_size: int = field(default=32, metadata={"help": "Rows per update."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate; a fifth of it with slips."})
     hidden_size: int = field(default=96, metadata={"help": "Width of the network."})
@@ -160,7 +162,8 @@ def make_dataset(args: EmbeddedArguments, slips: bool = False, restarts: float =
     """
     parts = []
     for task, size in sizes(args).items():
-        asked = {"restart_share": restarts} if task in RESTARTING else {}
+        asked: dict[str, Any] = {"restart_share": restarts} if task in RESTARTING else {}
+        asked |= {"blanks": BLANKS} if task == "sudoku_sweeps" and not slips else {}
         parts.append(generator(task)("train", size, seed=args.seed + slips, slips=slips, **asked))
     read = [column for column in ("prompt", "completion", "unscored") if column in parts[0].column_names]
     return concatenate_datasets([part.select_columns(read) for part in parts])
@@ -263,8 +266,9 @@ def main(args: EmbeddedArguments) -> None:
         steady = {"lr_scheduler_type": "constant_with_warmup", "min_noise_level": 0.2}
         train(model, tokenizer, practice, args.practice_steps, args.learning_rate, args, **steady)
     train(model, tokenizer, clean, args.clean_steps, args.learning_rate, args)
-    console.print(report(model, tokenizer, args), "before the slips")
-    train(model, tokenizer, slipped, args.slip_steps, args.learning_rate / 5, args)
+    if args.slip_steps:
+        console.print(report(model, tokenizer, args), "before the slips")
+        train(model, tokenizer, slipped, args.slip_steps, args.learning_rate / 5, args)
     model.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
     size = sum(path.stat().st_size for path in Path(args.output_dir).iterdir())

@@ -15,7 +15,15 @@ from trl_diffusion.evaluation import wilson_interval
 from trl_diffusion.evaluation.metrics import metric_path
 from trl_diffusion.evaluation.metrics.task_metric import summarize
 from trl_diffusion.models.embedded import EMBEDDED_MODEL
-from trl_diffusion.tasks import TASKS, countdown, gsm8k, math500, rows, sudoku, word_problems
+from trl_diffusion.tasks import (
+    TASKS,
+    countdown,
+    gsm8k,
+    math500,
+    rows,
+    sudoku,
+    word_problems,
+)
 from trl_diffusion.tasks import d1_prompts as prompts
 from trl_diffusion.tasks.split import held_out
 
@@ -37,13 +45,17 @@ def test_the_tasks_have_their_names_and_headlines():
         "countdown": "accuracy",
         "sudoku": "puzzles_solved",
         "word_problems": "accuracy",
+        "chained_sums": "accuracy",
+        "chained_sums_fixed": "accuracy",
+        "sudoku_sweeps": "puzzles_solved",
+        "countdown_search": "accuracy",
     }
 
 
 def sample(task: str) -> dict:
-    if task == "countdown":
+    if task in ("countdown", "countdown_search"):
         return {"numbers": [2, 3, 5], "target": 16}
-    if task == "sudoku":
+    if task in ("sudoku", "sudoku_sweeps"):
         return {"puzzle": SUDOKU[0], "solution": SUDOKU[1]}
     return {"answer": "12"}
 
@@ -324,6 +336,8 @@ METRICS = {
     "word_problems": (["#### 12", "## 12", "#### 13"], "accuracy", [1, 0, 0]),
     "countdown": (["<answer>(3+5)*2</answer>", "<answer>8*2</answer>", "16"], "accuracy", [1, 0, 0]),
     "sudoku": ([SUDOKU[1], SUDOKU[0], "no"], "puzzles_solved", [1, 0, 0]),
+    "sudoku_sweeps": ([f"{SUDOKU[0]}\n\n{SUDOKU[1]}", SUDOKU[0], "no"], "puzzles_solved", [1, 0, 0]),
+    "countdown_search": (["8*2=16 yes\n<answer>(3+5)*2</answer>", "16 yes", "no"], "accuracy", [1, 0, 0]),
 }
 
 

@@ -3,7 +3,16 @@
 To add a task, write its file and add its `TASK` to the list below. Nothing else names the tasks one by one.
 """
 
-from trl_diffusion.tasks import chained_sums, countdown, gsm8k, math500, sudoku, word_problems
+from trl_diffusion.tasks import (
+    chained_sums,
+    countdown,
+    countdown_search,
+    gsm8k,
+    math500,
+    sudoku,
+    sudoku_sweeps,
+    word_problems,
+)
 from trl_diffusion.tasks.task import EMBEDDED, Task
 
 TASKS: dict[str, Task] = {
@@ -16,6 +25,8 @@ TASKS: dict[str, Task] = {
         word_problems.TASK,
         chained_sums.MOVING,
         chained_sums.FIXED,
+        sudoku_sweeps.TASK,
+        countdown_search.TASK,
     )
 }
 

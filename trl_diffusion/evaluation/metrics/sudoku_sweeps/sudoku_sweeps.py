@@ -1,0 +1,7 @@
+"""Scores of 4×4 Sudoku filled in line by line as an `evaluate` module; they are Sudoku's."""
+
+from trl_diffusion.evaluation.metrics import task_metric
+
+
+class SudokuSweeps(task_metric.TaskMetric):
+    name_of_task = "sudoku_sweeps"
