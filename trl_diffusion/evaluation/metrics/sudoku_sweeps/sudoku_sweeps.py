@@ -1,4 +1,4 @@
-"""Scores of 4×4 Sudoku filled in line by line as an `evaluate` module; they are Sudoku's."""
+"""Scores of 4×4 Sudoku solved in sweeps as an `evaluate` module; they are Sudoku's."""
 
 from trl_diffusion.evaluation.metrics import task_metric
 

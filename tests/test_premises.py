@@ -1,0 +1,187 @@
+"""The premises of the claims: how they are measured, and that they hold on the bundled model of chained sums."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from trl_diffusion.evaluation.confusion_zones import failure_auc, failure_auc_within
+from trl_diffusion.models.embedded import EMBEDDED_CHAINS_MODEL
+from trl_diffusion.sampling import SamplingConfig
+from trl_diffusion.tasks import TASKS
+from trl_diffusion.tasks.chained_sums import FIXED_LINES
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))
+
+from comparison import premises  # noqa: E402
+from comparison.claims import CLAIMS, claims_table  # noqa: E402
+from comparison.core import CORE  # noqa: E402
+from comparison.core import TASKS as CORE_TASKS  # noqa: E402
+from comparison.core_summary import Runs  # noqa: E402
+
+RESULTS = ROOT / "recipes" / "benchmarks" / "results"
+ROLLOUTS = SamplingConfig(45, 27, 5, unmasking="max_prob", record_signals=True)
+PROBLEMS, SIZE, STEPS = 16, 8, 4
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(EMBEDDED_CHAINS_MODEL).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(EMBEDDED_CHAINS_MODEL)
+
+
+@pytest.fixture(scope="module")
+def batches(model, tokenizer):
+    def batch_of(name: str) -> premises.Batch:
+        rows = TASKS[name].generate("test", PROBLEMS, 0)
+        return premises.roll_out(model, tokenizer, TASKS[name], rows, SIZE, ROLLOUTS, 0)
+
+    return {name: batch_of(name) for name in CORE_TASKS}
+
+
+def test_auc_within_prompts_by_hand():
+    """Two prompts: in the first the failed completion is the more uncertain, in the second one of two is."""
+    signal = [0.9, 0.1, 5.0, 6.0, 5.5]
+    success = [False, True, False, True, False]
+    frame = pd.DataFrame(
+        {
+            "completion": range(5),
+            "step": 0,
+            "entropy": signal,
+            "confidence_margin": signal[::-1],
+            "roec": np.nan,
+            "success": pd.array(success, dtype="boolean"),
+        }
+    )
+    within = failure_auc_within(frame, [0, 0, 1, 1, 1])
+    # pairs of one prompt: 0.9 > 0.1, 5.0 < 6.0, 5.5 < 6.0
+    assert within.loc["entropy"].tolist() == [pytest.approx(1 / 3), 3]
+    assert np.isnan(within.loc["roec", "auc"]) and within.loc["roec", "pairs"] == 0
+    # among all, the pairs between prompts count too: 5.0 and 5.5 > 0.1, and 0.9 < 6.0
+    assert failure_auc(frame).loc["entropy", "auc"] == pytest.approx(3 / 6)
+
+
+def test_postponed_tokens_by_hand():
+    steps = torch.tensor([[1, 0, 2], [0, 1, 2], [0, -1, -1]])
+    entropies = torch.tensor([[0.5, 0.5, 0.5], [0.5, 0.1, 0.5], [0.5, 0.0, 0.0]])
+    batch = SimpleNamespace(trajectory=SimpleNamespace(unmask_step=steps, entropies=entropies))
+    # uncertain, with a neighbour: (0, 0) after its neighbour, (0, 1), (1, 0) and (2, 0) before theirs
+    assert premises.uncertain_postponed(batch) == pytest.approx(1 / 4)
+
+
+def test_gradient_norms_add_up_to_the_gradient_of_a_step(batches):
+    batch = batches["chained_sums"]
+    row = torch.tensor([3])
+    norms = premises.gradient_norms(batch, row)
+    assert ((norms > 0) == batch.taken[row]).all()
+    step = norms[0].argmax()
+    logps = batch.scored(row, premises.step_views(batch, row, step.view(1)))
+    batch.model.zero_grad()
+    logps.sum().backward()
+    parts = [parameter.grad.norm() for parameter in batch.model.parameters() if parameter.grad is not None]
+    batch.model.zero_grad()
+    assert norms[0, step] == pytest.approx(torch.stack(parts).norm().item(), rel=1e-5)
+    # scored at the sampler's own state, the tokens have the log-probabilities that the rollout recorded
+    recorded = batch.trajectory.logps[row] * (batch.trajectory.unmask_step[row] == step)
+    torch.testing.assert_close(logps, recorded, rtol=1e-5, atol=1e-5)
+
+
+def test_shares_of_the_gradient_by_hand(batches):
+    batch = batches["chained_sums"]
+    rows, norms = torch.tensor([0, 1]), torch.zeros(2, 27)
+    norms[0, [0, 1, 2]], norms[1, [0, 5, 6]] = torch.tensor([2.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, 2.0])
+    shares = premises.gradient_shares(batch, norms, rows, 2)
+    assert shares["own"] == pytest.approx(0.75)  # 3 of 4 in each
+    assert shares["shared"] == pytest.approx((0.5 + 0.25 + 0.5) / 2)  # steps 0 and 6
+    assert shares["uniform"] == pytest.approx((2 / batch.taken[rows].sum(1)).mean().item())
+
+
+def test_premises_hold_on_chained_sums(batches):
+    """What the core table tests would be pointless without these; `results/premises.json` has the exact numbers."""
+    some = torch.arange(0, PROBLEMS * SIZE, 8)
+    shares = {}
+    for name, batch in batches.items():
+        found = premises.outcomes(batch)
+        assert 0.1 < found["accuracy"] < 0.35 and found["mixed_groups"] >= 0.5 and found["tokens"] == 43.0
+        shares[name] = premises.gradient_shares(batch, premises.gradient_norms(batch, some), some, STEPS)
+        assert shares[name]["own"] > 0.85 and shares[name]["uniform"] < 0.17
+        assert premises.uncertain_postponed(batch) > 0.9
+        # four drawn steps are nearer to the policy gradient than all tokens under the full mask
+        cosine = premises.surrogate_cosines(batch, 4, 0)
+        assert cosine["drawn_steps_4"] > cosine["one_step"] + 0.1
+        right, failed = (part.nonzero().flatten()[:12] for part in (batch.success, ~batch.success))
+        ends = [premises.continuation_success(batch, rows, 4, 0) for rows in (right, failed)]
+        # from the last line on, nothing is open; before the first, a right completion is as good as any of its prompt
+        assert ends[0][-1] > 0.9 and ends[1][-1] < 0.1 and ends[0][-3] > ends[1][-3] + 0.2
+    # where the hard lines are fixed, one choice of steps serves all completions; where they move, none does
+    assert shares["chained_sums_fixed"]["shared"] > 0.85
+    assert shares["chained_sums"]["shared"] < 0.65
+    assert shares["chained_sums_fixed"]["roec_cm"] > 0.85 and shares["chained_sums"]["roec_cm_own"] > 0.5
+
+
+def test_slips_are_where_the_task_puts_them(batches):
+    batch = batches["chained_sums_fixed"]
+    entropy = batch.trajectory.entropies.mean(0)
+    results = entropy[torch.arange(8) * 5 + 3]
+    hard = torch.zeros(8, dtype=torch.bool)
+    hard[list(FIXED_LINES)] = True
+    assert results[hard].min() > 0.4 > 0.1 > results[~hard].max()
+
+
+def test_the_elbo_of_one_mask_has_no_deviation_and_of_few_positions_much(batches):
+    batch = batches["chained_sums"]
+    deviations = premises.elbo_deviation(batch, torch.arange(8), (0.125, 1.0), 8, 0)
+    assert deviations["1"] == pytest.approx(0.0, abs=1e-4) and deviations["0.125"] > 1.0
+
+
+def test_the_last_denoising_state_continues_to_the_completion_itself(batches):
+    """With one block left and temperature 0, continuations of greedy completions are those completions."""
+    batch = batches["chained_sums"]
+    greedy = replace(ROLLOUTS, temperature=0.0)
+    rows = TASKS["chained_sums"].generate("test", PROBLEMS, 0)
+    found = premises.roll_out(batch.model, batch.tokenizer, batch.task, rows, 1, greedy, 0)
+    success = premises.continuation_success(found, torch.arange(PROBLEMS), 2, 0)
+    assert success == pytest.approx([found.success.float().mean().item()] * 9)
+
+
+def test_every_claim_has_arms_and_a_premise():
+    stored = json.loads((RESULTS / "premises.json").read_text())
+    for claim in CLAIMS:
+        assert {claim.arm, claim.baseline} <= CORE.keys()
+        assert claim.baseline in CORE[claim.arm].baselines or claim.arm in CORE[claim.baseline].baselines
+        for task in CORE_TASKS:
+            assert np.isfinite(claim.value(stored[f"{task}, max_prob"]))
+
+
+def test_a_claim_without_its_premise_gets_no_verdict():
+    claim = next(claim for claim in CLAIMS if claim.arm == "roec_cm")
+    shares = {"gradient_share": {"uniform": 0.2, "roec_cm": 0.2}}
+    more = SimpleNamespace(verdict="more")
+    assert claim.verdict(shares, more) == "premise fails"
+    shares["gradient_share"]["roec_cm"] = 0.9
+    assert claim.verdict(shares, more) == "seen" and claim.verdict(shares, None) == "not run"
+
+
+def test_the_stored_results_are_those_of_the_claims_page():
+    stored = json.loads((RESULTS / "premises.json").read_text())
+    runs = Runs(json.loads((RESULTS / "core_table.json").read_text()))
+    page = (ROOT / "docs" / "pages" / "claims.md").read_text()
+    for task in CORE_TASKS:
+        measured = {name.partition(",")[0]: found for name, found in stored.items() if name.endswith("max_prob")}
+        _, lines = claims_table(measured, runs, task)
+        for line in lines:
+            assert f"| {' | '.join(line)} |" in page

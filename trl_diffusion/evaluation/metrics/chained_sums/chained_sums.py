@@ -1,0 +1,7 @@
+"""Scores of chained sums whose hard lines move as an `evaluate` module; they are GSM8K's."""
+
+from trl_diffusion.evaluation.metrics import task_metric
+
+
+class ChainedSums(task_metric.TaskMetric):
+    name_of_task = "chained_sums"
