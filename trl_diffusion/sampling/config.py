@@ -60,6 +60,8 @@ class SamplingConfig:
         fallback: with `confidence_threshold`, the positions that commit where fewer reach it than the schedule
             demands: the `surest` of the others, or the `leftmost` (2609.39859).
         position_temperature: τ of `plackett_luce`, > 0. The smaller, the nearer to `max_prob`.
+        rollout_compile: compute the denoising steps that a `dual` or `block` cache leaves by a compiled network; equal
+            to rounding.
 
     Raises:
         ValueError: if a setting is out of its range, or one rules out another.
@@ -81,6 +83,7 @@ class SamplingConfig:
     shift_window: int | None = None
     fallback: str = "surest"
     position_temperature: float = 0.5
+    rollout_compile: bool = False
 
     def __post_init__(self) -> None:
         if min(self.canvas_length, self.denoising_steps, self.block_length) < 1:
