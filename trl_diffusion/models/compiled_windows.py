@@ -75,8 +75,8 @@ def compiled_window_states(
     # compiled.
     embedded = model.model.embed_tokens(keys_and_values.padded(input_ids)).detach()
     columns, seen = keys_and_values.columns.unsqueeze(0), keys_and_values.seen(attention, rows, width)
-    # Only these sizes are symbols. With `dynamic=True` all are, and those of equal value share one: a window as wide as
-    # the network has heads would then be compiled for this width alone.
+    # Only these sizes are symbols. With `dynamic=True` all are, and those of equal value share one: a window as wide
+    # as the network has heads would then be compiled for this width alone.
     for tensor, sizes in ((embedded, [0, 1]), (columns, [1]), (seen, [0, 2, 3])):
         torch._dynamo.maybe_mark_dynamic(tensor, sizes)
     if embedded.is_cuda:

@@ -2,11 +2,44 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from trl_diffusion.sampling.window_cache import WindowCache
 
 _COLUMNS = 64  # capacities are multiples of it, so that prompts of similar length have one shape
+
+
+def check_compiles(model: Any, sharded: bool = False) -> None:
+    """Check that the denoising steps of a model can be compiled.
+
+    Args:
+        model: a native model, possibly inside PEFT.
+        sharded: whether its weights are divided among processes.
+
+    Raises:
+        ValueError: if they cannot.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    attention, reason = base.config._attn_implementation, None
+    if sharded:
+        reason = "weights are divided among processes (ZeRO-3 or FSDP), and gathered by hooks of the layers"
+    elif base.hf_quantizer is not None:
+        reason = "the weights are quantised, which was not tried"
+    elif attention != "sdpa":
+        reason = f"attention must be computed with attn_implementation='sdpa', got {attention!r}"
+    elif is_compiled(model):
+        reason = "the network is compiled in place, by DeepSpeed's `compile` for example, and rollouts undo that"
+    if reason is not None:
+        raise ValueError(
+            f"rollout_compile=True cannot be done: {reason}. Leave it out; rollouts then run the network as it is."
+        )
+
+
+def is_compiled(model: torch.nn.Module) -> bool:
+    """Return whether modules of a model were compiled in place."""
+    return any(module._compiled_call_impl is not None for module in model.modules())
 
 
 def padded_rows(rows: int) -> int:
@@ -74,9 +107,7 @@ class StaticWindowCache(WindowCache):
             return store[layer].index_copy_(2, self.columns, window)
         return self._fill(store, layer, window, self.start)[: len(window), :, : self.visible]
 
-    def _fill(
-        self, store: dict[int, torch.Tensor], layer: int, window: torch.Tensor, start: int = 0
-    ) -> torch.Tensor:
+    def _fill(self, store: dict[int, torch.Tensor], layer: int, window: torch.Tensor, start: int = 0) -> torch.Tensor:
         """Write [R, heads, columns, head size] from a column on; make the tensor first if its rows are others."""
         rows, heads, width, size = window.shape
         if layer not in store or len(store[layer]) != padded_rows(rows):
