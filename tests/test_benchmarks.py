@@ -19,6 +19,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))
 
 import adapters  # noqa: E402
+import before_and_after  # noqa: E402
+import compiled as compiled_benchmark  # noqa: E402
 import fused as fused_benchmark  # noqa: E402
 import gpu  # noqa: E402
 import growth  # noqa: E402
@@ -31,6 +33,7 @@ from measure import Measured, Mode, Part, Work  # noqa: E402
 from networks import SHAPES, Shape, make_network  # noqa: E402
 
 from trl_diffusion.likelihood import Views, score_views  # noqa: E402
+from trl_diffusion.models.compiled_windows import window_states  # noqa: E402
 from trl_diffusion.runtime.cost import network_shape  # noqa: E402
 from trl_diffusion.sampling import SamplingConfig, row_generators, sample  # noqa: E402
 
@@ -308,6 +311,34 @@ def test_benchmark_of_fused_layers(monkeypatch, tmp_path):
         stock, fused = result["modes"]
         assert (stock["name"], fused["name"]) == ("stock layers", "fused")
         assert stock["flop"] == fused["flop"] > 0 and stock["tokens"] == fused["tokens"] > 0
+
+
+def test_benchmark_of_compiled_steps(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("trl_diffusion.models.compiled_windows.compiled", lambda device_type: window_states)
+    results = run(compiled_benchmark, monkeypatch, tmp_path, *SAMPLING)
+    assert set(results) == {"compiled_dual_tiny", "compiled_block-causal_tiny"}
+    for result in results.values():
+        plain, compiled = result["modes"]
+        assert (plain["name"], compiled["name"]) == ("as it is", "compiled")
+        assert plain["tokens"] == compiled["tokens"] > 0 and plain["forwards"] == compiled["forwards"]
+    assert capsys.readouterr().out.count("32 of 32") == 2
+
+
+def test_two_checkouts_are_compared_mode_by_mode(monkeypatch, tmp_path, capsys):
+    """Every other round backwards; what only one of them has is left out."""
+    ran = []
+
+    def seconds_of(checkout, benchmark, more):
+        ran.append(checkout.name)
+        return {"shared": 3.0 if checkout.name == "old" else 2.0, checkout.name: 1.0}
+
+    monkeypatch.setattr(before_and_after, "seconds_of", seconds_of)
+    command = ["x", str(tmp_path / "old"), str(tmp_path / "new"), "--rounds", "2", "--benchmarks", "rollout"]
+    monkeypatch.setattr(sys, "argv", [*command, "--output", str(tmp_path / "found.json")])
+    before_and_after.main()
+    assert ran == ["old", "new", "new", "old"]
+    assert json.loads((tmp_path / "found.json").read_text()) == {"shared": [[3.0, 2.0]] * 2}
+    assert "1.50 (1.50–1.50)" in capsys.readouterr().out
 
 
 def test_growth_benchmark(monkeypatch, tmp_path):
