@@ -4,8 +4,8 @@
     python recipes/benchmarks/compiled.py --shapes tiny --canvas 8 --block 4 --steps 4 --rounds 1    # to try it
 
 Random weights; with the `dual` cache, and with the exact cache of a block-causal network of the same sizes. Both ways
-alternate in one process, and compiling takes place before anything is timed. The script also prints how many tokens are
-equal, and by how much their log-probabilities differ.
+alternate in one process, and compiling takes place before anything is timed. The script also prints how many tokens
+are equal, and by how much their log-probabilities differ.
 """
 
 from __future__ import annotations

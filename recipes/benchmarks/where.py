@@ -4,8 +4,8 @@
     python recipes/benchmarks/where.py --shapes tiny --canvas 8 --block 4 --steps 4      # to try it
 
 A profile of one rollout gives the time of each operator; those of the same kind are added up. Then the rollout, a
-large product of matrices, and products of the shapes that the layers multiply are timed in turn. On a CPU all times are
-the processor's, because other programs then count less.
+large product of matrices, and products of the shapes that the layers multiply are timed in turn. On a CPU these times
+are the processor's, because other programs then count less.
 """
 
 from __future__ import annotations

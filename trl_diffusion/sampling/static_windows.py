@@ -68,9 +68,10 @@ class StaticWindowCache(WindowCache):
 
     def window(self, start: int, visible: int, step_end: int | None = None) -> StaticWindowCache:
         super().window(start, visible)
-        # Where no prompt precedes the first block, its first step is what makes the tensors.
-        known = step_end is not None and len(self.keys) > 0
-        self.columns = torch.arange(start, step_end, device=self.keys[0].device) if known else None
+        # Where no prompt precedes the first block, its first step makes the tensors.
+        self.columns = None
+        if step_end is not None and self.keys:
+            self.columns = torch.arange(start, step_end, device=self.keys[0].device)
         return self
 
     def keep(self, rows: torch.Tensor) -> None:
