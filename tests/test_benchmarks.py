@@ -321,7 +321,7 @@ def test_benchmark_of_compiled_steps(monkeypatch, tmp_path, capsys):
         plain, compiled = result["modes"]
         assert (plain["name"], compiled["name"]) == ("as it is", "compiled")
         assert plain["tokens"] == compiled["tokens"] > 0 and plain["forwards"] == compiled["forwards"]
-    assert capsys.readouterr().out.count("32 of 32") == 2
+    assert capsys.readouterr().out.count("64 of 64") == 2
 
 
 def test_two_checkouts_are_compared_mode_by_mode(monkeypatch, tmp_path, capsys):
@@ -374,7 +374,8 @@ def gpu_run(monkeypatch, folder: Path, *arguments: str) -> dict:
 
 @pytest.mark.thorough
 def test_gpu_benchmark(monkeypatch, tmp_path):
-    found = gpu_run(monkeypatch, tmp_path)
+    monkeypatch.setattr("trl_diffusion.models.compiled_windows.compiled", lambda device_type: window_states)
+    found = gpu_run(monkeypatch, tmp_path, "--compiled")
     assert found["correctness"]["passed"] > 10 and not found["correctness"]["failed"] and not found["skipped"]
     modes = {mode["name"]: mode for mode in found["modes"]}
     assert list(modes) == ["exact", "prefix", "dual", "block-causal"]
@@ -384,11 +385,13 @@ def test_gpu_benchmark(monkeypatch, tmp_path):
         assert shares == sorted(shares, reverse=True) and 0.1 < sum(shares) <= 1 and mode["kernel_ms"] > 0
         assert mode["tokens_per_second"] == pytest.approx(2 * 16 / mode["seconds"])
         assert mode["peak_share"] == pytest.approx(mode["tflop"] / mode["seconds"] / 0.1)
+    assert {name for name, mode in modes.items() if "compiled" in mode} == {"dual", "block-causal"}
     assert modes["exact"]["tflop"] > modes["prefix"]["tflop"] > modes["dual"]["tflop"]
     without, with_gradient = found["scoring"]
     assert not without["gradient"] and with_gradient["gradient"]
     table = (tmp_path / "gpu.md").read_text()
     assert "| tiny, exact |" in table and "| tiny-sdar, block-causal |" in table
+    assert "With `rollout_compile`, tiny, dual: " in table
     assert f"torch {torch.__version__}" in table and "0 failed" in table
 
 
