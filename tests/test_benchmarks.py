@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -29,6 +30,7 @@ import published  # noqa: E402
 import rollout  # noqa: E402
 import scoring  # noqa: E402
 import update  # noqa: E402
+import where  # noqa: E402
 from measure import Measured, Mode, Part, Work  # noqa: E402
 from networks import SHAPES, Shape, make_network  # noqa: E402
 
@@ -315,13 +317,16 @@ def test_benchmark_of_fused_layers(monkeypatch, tmp_path):
 
 def test_benchmark_of_compiled_steps(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("trl_diffusion.models.compiled_windows.compiled", lambda device_type: window_states)
-    results = run(compiled_benchmark, monkeypatch, tmp_path, *SAMPLING)
-    assert set(results) == {"compiled_dual_tiny", "compiled_block-causal_tiny"}
-    for result in results.values():
-        plain, compiled = result["modes"]
-        assert (plain["name"], compiled["name"]) == ("as it is", "compiled")
-        assert plain["tokens"] == compiled["tokens"] > 0 and plain["forwards"] == compiled["forwards"]
+    run(compiled_benchmark, monkeypatch, tmp_path, *SAMPLING)
     assert capsys.readouterr().out.count("64 of 64") == 2
+
+
+def test_benchmark_of_where_time_goes(monkeypatch, tmp_path, capsys):
+    run(where, monkeypatch, tmp_path, *SAMPLING)
+    printed = capsys.readouterr().out
+    assert "products of matrices" in printed and "100 % (100–100)" in printed
+    shares = [float(share) for share in re.findall(r"([\d.]+) % │$", printed, re.MULTILINE)]
+    assert sum(shares) == pytest.approx(100, abs=1)
 
 
 def test_two_checkouts_are_compared_mode_by_mode(monkeypatch, tmp_path, capsys):

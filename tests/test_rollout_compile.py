@@ -282,6 +282,12 @@ def test_a_cache_without_steps_of_one_shape_is_refused(cache, words):
         SamplingConfig(12, 6, 4, cache=cache, rollout_compile=True)
 
 
+@pytest.mark.parametrize(("steps", "more"), [(3, {}), (6, {"cache_refresh": 1})], ids=["one step", "renewed"])
+def test_steps_that_all_compute_all_columns_are_refused(steps, more):
+    with pytest.raises(ValueError, match="would compile nothing: .* every step computes all columns"):
+        SamplingConfig(12, steps, 4, cache="dual", rollout_compile=True, **more)
+
+
 def test_full_attention_without_a_cache_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"llada attends to the whole canvas.*cache='auto' they compute all columns"):
         method_named("agrpo").make(tmp_path, rollout_compile=True)

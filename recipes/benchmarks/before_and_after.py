@@ -61,7 +61,7 @@ def seconds_of(checkout: Path, benchmark: str, more: list[str]) -> dict[str, flo
 
 
 def compare(before: Path, after: Path, arguments: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
-    """Return (seconds before, seconds after) of every round, by the name of the mode."""
+    """Return (seconds before, seconds after) of every round, by the name of the mode; write what is known so far."""
     pairs: dict[str, list[tuple[float, float]]] = {}
     for turn in range(arguments.rounds):
         for name in arguments.benchmarks:
@@ -70,6 +70,8 @@ def compare(before: Path, after: Path, arguments: argparse.Namespace) -> dict[st
             seconds = {checkout: seconds_of(checkout, name, more) for checkout in order}
             for mode in seconds[before].keys() & seconds[after].keys():
                 pairs.setdefault(mode, []).append((seconds[before][mode], seconds[after][mode]))
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text(json.dumps(pairs, indent=1))
     return dict(sorted(pairs.items()))
 
 
@@ -94,8 +96,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/before_and_after.json"))
     arguments = parser.parse_args()
     pairs = compare(arguments.before.resolve(), arguments.after.resolve(), arguments)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(pairs, indent=1))
     Console(width=110).print(table(pairs))
 
 

@@ -102,7 +102,7 @@ def check_compiler(device: torch.device, setting: str) -> None:
     """Compile one function for a device (on meta devices, which compute nothing, for the CPU).
 
     Args:
-        device: to compile for.
+        device: to compile for; for a meta device, which computes nothing, it is the CPU.
         setting: that needs the compiler, for the message.
 
     Raises:

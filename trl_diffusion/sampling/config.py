@@ -168,6 +168,12 @@ class SamplingConfig:
                 "rollout_compile=True compiles steps that compute a block, and with "
                 f"cache={self.cache!r} they compute {computed}. {_COMPILE_ADVICE}"
             )
+        if self.rollout_compile and self.approximate and 1 in (self.cache_refresh, self.steps_per_block):
+            every = "cache_refresh=1" if self.cache_refresh == 1 else "one step per block"
+            raise ValueError(
+                f"rollout_compile=True would compile nothing: with {every}, every step computes all columns. Raise "
+                "cache_refresh or denoising_steps, or leave rollout_compile out."
+            )
         if self.cache_refresh >= self.steps_per_block:
             raise ValueError(
                 f"cache_refresh={self.cache_refresh} never comes due: a block has {self.steps_per_block} steps, and "
