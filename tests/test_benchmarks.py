@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -19,6 +20,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))
 
 import adapters  # noqa: E402
+import before_and_after  # noqa: E402
+import compiled as compiled_benchmark  # noqa: E402
 import fused as fused_benchmark  # noqa: E402
 import gpu  # noqa: E402
 import growth  # noqa: E402
@@ -27,10 +30,12 @@ import published  # noqa: E402
 import rollout  # noqa: E402
 import scoring  # noqa: E402
 import update  # noqa: E402
+import where  # noqa: E402
 from measure import Measured, Mode, Part, Work  # noqa: E402
 from networks import SHAPES, Shape, make_network  # noqa: E402
 
 from trl_diffusion.likelihood import Views, score_views  # noqa: E402
+from trl_diffusion.models.compiled_windows import window_states  # noqa: E402
 from trl_diffusion.runtime.cost import network_shape  # noqa: E402
 from trl_diffusion.sampling import SamplingConfig, row_generators, sample  # noqa: E402
 
@@ -310,6 +315,37 @@ def test_benchmark_of_fused_layers(monkeypatch, tmp_path):
         assert stock["flop"] == fused["flop"] > 0 and stock["tokens"] == fused["tokens"] > 0
 
 
+def test_benchmark_of_compiled_steps(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("trl_diffusion.models.compiled_windows.compiled", lambda device_type: window_states)
+    run(compiled_benchmark, monkeypatch, tmp_path, *SAMPLING)
+    assert capsys.readouterr().out.count("64 of 64") == 2
+
+
+def test_benchmark_of_where_time_goes(monkeypatch, tmp_path, capsys):
+    run(where, monkeypatch, tmp_path, *SAMPLING)
+    printed = capsys.readouterr().out
+    assert "products of matrices" in printed and "100 % (100–100)" in printed
+    shares = [float(share) for share in re.findall(r"([\d.]+) % +│", printed)]
+    assert sum(shares) == pytest.approx(100, abs=1)
+
+
+def test_two_checkouts_are_compared_mode_by_mode(monkeypatch, tmp_path, capsys):
+    """Every other round backwards; what only one of them has is left out."""
+    ran = []
+
+    def seconds_of(checkout, benchmark, more):
+        ran.append(checkout.name)
+        return {"shared": 3.0 if checkout.name == "old" else 2.0, checkout.name: 1.0}
+
+    monkeypatch.setattr(before_and_after, "seconds_of", seconds_of)
+    command = ["x", str(tmp_path / "old"), str(tmp_path / "new"), "--rounds", "2", "--benchmarks", "rollout"]
+    monkeypatch.setattr(sys, "argv", [*command, "--output", str(tmp_path / "found.json")])
+    before_and_after.main()
+    assert ran == ["old", "new", "new", "old"]
+    assert json.loads((tmp_path / "found.json").read_text()) == {"shared": [[3.0, 2.0]] * 2}
+    assert "1.50 (1.50–1.50)" in capsys.readouterr().out
+
+
 def test_growth_benchmark(monkeypatch, tmp_path):
     seen = {}
 
@@ -343,7 +379,8 @@ def gpu_run(monkeypatch, folder: Path, *arguments: str) -> dict:
 
 @pytest.mark.thorough
 def test_gpu_benchmark(monkeypatch, tmp_path):
-    found = gpu_run(monkeypatch, tmp_path)
+    monkeypatch.setattr("trl_diffusion.models.compiled_windows.compiled", lambda device_type: window_states)
+    found = gpu_run(monkeypatch, tmp_path, "--compiled")
     assert found["correctness"]["passed"] > 10 and not found["correctness"]["failed"] and not found["skipped"]
     modes = {mode["name"]: mode for mode in found["modes"]}
     assert list(modes) == ["exact", "prefix", "dual", "block-causal"]
@@ -353,11 +390,13 @@ def test_gpu_benchmark(monkeypatch, tmp_path):
         assert shares == sorted(shares, reverse=True) and 0.1 < sum(shares) <= 1 and mode["kernel_ms"] > 0
         assert mode["tokens_per_second"] == pytest.approx(2 * 16 / mode["seconds"])
         assert mode["peak_share"] == pytest.approx(mode["tflop"] / mode["seconds"] / 0.1)
+    assert {name for name, mode in modes.items() if "compiled" in mode} == {"dual", "block-causal"}
     assert modes["exact"]["tflop"] > modes["prefix"]["tflop"] > modes["dual"]["tflop"]
     without, with_gradient = found["scoring"]
     assert not without["gradient"] and with_gradient["gradient"]
     table = (tmp_path / "gpu.md").read_text()
     assert "| tiny, exact |" in table and "| tiny-sdar, block-causal |" in table
+    assert "With `rollout_compile`, tiny, dual: " in table
     assert f"torch {torch.__version__}" in table and "0 failed" in table
 
 

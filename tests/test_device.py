@@ -28,7 +28,8 @@ from trl_diffusion.evaluation import (
 )
 from trl_diffusion.evaluation.lm_eval.likelihood_bound import is_greedy, log_likelihood_bound
 from trl_diffusion.losses import SequenceRatio
-from trl_diffusion.models import DreamModel
+from trl_diffusion.models import DreamModel, compiled_windows
+from trl_diffusion.runtime.rollouts import RolloutEngine
 from trl_diffusion.sampling import CanvasState, SamplingConfig, row_generators, sample, sampler
 from trl_diffusion.sampling.unmasking import RULES, Candidates, Choice, Rule
 from trl_diffusion.trainers import SFTConfig, SFTTrainer
@@ -171,6 +172,28 @@ def test_sampling_continues_canvases(cache, device):
     assert everything_on_device(draw(device, model, SamplingConfig(12, 6, 4, cache=cache), state=state))
 
 
+@pytest.mark.parametrize("cache", NETWORKS)
+def test_sampling_goes_on_with_other_processes(cache, device):
+    """Which share the weights, and write longer: dummy forwards follow."""
+    asked = []
+
+    def any_process(here: bool) -> bool:
+        asked.append(here)
+        return here or len(asked) < 40
+
+    drawn = draw(device, NETWORKS[cache](), SamplingConfig(8, 4, 4, cache=cache), any_process=any_process)
+    assert everything_on_device(drawn) and drawn.sync_forwards > 0
+
+
+@pytest.mark.parametrize("cache", ["dual", "block"])
+def test_steps_of_a_compiled_network(cache, device, monkeypatch):
+    """What is handed over to it, and what becomes of its result."""
+    monkeypatch.setattr(compiled_windows, "compiled", lambda device_type: compiled_windows.window_states)
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
+    config = SamplingConfig(12, 6, 4, cache=cache, rollout_compile=True)
+    assert everything_on_device(draw(device, NETWORKS[cache](), config))
+
+
 def test_sampling_in_batches(device, monkeypatch):
     monkeypatch.setattr(sampler, "prompt_buckets", lambda lengths, *_: [[1, 0], list(range(2, len(lengths)))])
     assert everything_on_device(draw(device, tiny_model(5, 10.0), SamplingConfig(8, 4, 4)))
@@ -262,6 +285,19 @@ def test_continuations_that_judge_denoising_steps(tmp_path, device):
     refused = {"reward_error": "none", "reward_nonfinite": "none"}
     train(replace(method_named("sapo"), wrap=wrap), tmp_path, reward=failing, **longer, **refused)
     assert len(judged) > 1  # of the finished texts and of continuations
+
+
+@pytest.mark.slow
+def test_a_rollout_of_processes_that_share_the_weights(tmp_path, device, monkeypatch):
+    draw_alone, asked = RolloutEngine.sample, []
+
+    def draw_together(engine, *args, **kwargs):
+        asked.append(engine)
+        return draw_alone(replace(engine, sharded=True), *args, **kwargs)
+
+    monkeypatch.setattr(RolloutEngine, "sample", draw_together)
+    train(method_named("agrpo"), tmp_path)
+    assert asked
 
 
 @pytest.mark.slow

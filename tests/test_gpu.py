@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -70,6 +71,20 @@ def test_fused_layers_write_the_same(cache):
     fused = draw(DEVICE, model, config)
     assert torch.equal(plain.completion_ids, fused.completion_ids)
     torch.testing.assert_close(plain.logps, fused.logps, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="tests/test_rollout_compile.py compiles for the CPU")
+@pytest.mark.parametrize("cache", ["dual", "block"])
+def test_compiled_steps_write_the_same(cache):
+    """Twice, because a graph is recorded in the first rollout and repeated in the second."""
+    config, model = SamplingConfig(12, 6, 4, 1.3, cache=cache), NETWORKS[cache](5, 10.0).to(DEVICE)
+    for _ in range(2):
+        plain, found = (draw(DEVICE, model, replace(config, rollout_compile=on)) for on in (False, True))
+        assert torch.equal(plain.completion_ids, found.completion_ids)
+        torch.testing.assert_close(plain.logps, found.logps, atol=1e-4, rtol=1e-4)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(1.1)
 
 
 def test_bfloat16_rollouts_of_a_trained_model_answer_as_those_of_the_cpu():

@@ -13,7 +13,7 @@ from trl_diffusion.sampling.arguments import OPTIONS, GreedyArguments
 from trl_diffusion.sampling.unmasking import RULES
 from trl_diffusion.trainers import AGRPOConfig, DiffusionGRPOConfig
 
-NO_OPTIONS = {"canvas_length", "record_signals", "record_support", "shift_window"}
+NO_OPTIONS = {"canvas_length", "record_signals", "record_support", "rollout_compile", "shift_window"}
 
 
 def test_every_setting_is_an_option_of_the_same_type_and_default():

@@ -10,6 +10,7 @@
 3. The same LLaDA network scores a view, with and without the gradient of a LoRA.
 4. The real trainer does one AGRPO update with a LoRA: a rollout, and what is learnt from it.
 5. With `--fused`, which is the default on a GPU, the rollouts are timed again with `fuse_elementwise`.
+6. With `--compiled`, likewise, those of `dual` and of SDAR are timed again with `rollout_compile`.
 
 What would not fit into `--minutes` is skipped, and named. `gpu.json` has everything, with versions, seed and settings;
 `gpu.md` is the table for docs/pages/performance.md. Both are written again after every measurement, so that a run that
@@ -60,7 +61,7 @@ SIZES: dict[str, dict[str, Any]] = {
 CACHES = {"exact": "none", "prefix": "prefix", "dual": "dual", "block-causal": "block"}
 # Seconds of the correctness tests, most of which are imports; on a slow disk they must not take all the time.
 TESTS_NEED, TESTS_AT_MOST = 60.0, 180.0
-COMPILING_NEEDS = 60.0  # seconds, at a guess
+COMPILING_NEEDS = {"fused": 60.0, "compiled": 120.0}  # seconds, at a guess
 
 
 class Run:
@@ -234,24 +235,29 @@ def time_update(run: Run, mode: dict[str, Any]) -> None:
     run.save()
 
 
-# ---------------------------------------------------------------- 5. fused layers
+# ---------------------------------------------------------------- 5. and 6. fused layers, compiled steps
 
 
-def time_fused(run: Run, name: str, peak: float) -> None:
-    """Time the rollouts of a network again, with `fuse_elementwise`."""
+def time_again(run: Run, name: str, peak: float, kind: str) -> None:
+    """Time the rollouts of a network again, `fused` with `fuse_elementwise` or `compiled` with `rollout_compile`."""
     args = run.args
     plain = {mode["name"]: mode for mode in run.found["modes"] if mode["network"] == name}
-    if not plain or not run.fits(f"compiling fused layers, {name}", COMPILING_NEEDS):
+    if kind == "compiled":
+        plain = {mode: found for mode, found in plain.items() if CACHES[mode] in ("dual", "block")}
+    if not plain or not run.fits(f"compiling, {kind}, {name}", COMPILING_NEEDS[kind]):
         return
     rollouts = Rollouts(SHAPES[name], args)
-    fuse_elementwise(rollouts.model)
-    for mode, config in rollouts.modes.items():
+    if kind == "fused":
+        fuse_elementwise(rollouts.model)
+    for mode, as_it_is in rollouts.modes.items():
+        config = replace(as_it_is, rollout_compile=kind == "compiled" and mode in plain)
         brief = replace(config, denoising_steps=2 * config.num_blocks)
-        if mode in plain and run.fits(f"fused rollout, {name}, {mode}", 1.3 * plain[mode]["seconds"]):
-            rollouts.whole(brief)
+        if mode in plain and run.fits(f"{kind} rollout, {name}, {mode}", 1.3 * plain[mode]["seconds"]):
+            for _ in range(3 if kind == "compiled" else 1):  # a graph is warmed up, recorded, and then repeated
+                rollouts.whole(brief)
             seconds, _ = measure.time_and_peak(partial(rollouts.whole, config), args.device)
             total, kernels = kernel_times(partial(rollouts.whole, brief), args.device)
-            plain[mode]["fused"] = {
+            plain[mode][kind] = {
                 "seconds": seconds,
                 "step_ms": 1e3 * seconds / config.denoising_steps,
                 "peak_share": 1e12 * plain[mode]["tflop"] / seconds / peak,
@@ -290,6 +296,10 @@ def table(found: dict[str, Any]) -> str:
     if "correctness" in found and "passed" in found["correctness"]:
         tests = found["correctness"]
         below.append(f"Correctness tests: {tests['passed']} passed, {len(tests['failed'])} failed.")
+    for mode in found["modes"]:
+        if again := mode.get("compiled"):
+            rate = mode["tokens_per_second"] * mode["seconds"] / again["seconds"]
+            below.append(f"With `rollout_compile`, {mode['network']}, {mode['name']}: {rate:.0f} tokens/s.")
     below += [f"Skipped {reason}." for reason in found["skipped"]]
     return "\n".join([*lines, "", *below, ""])
 
@@ -306,6 +316,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--block", type=int, help="positions per block")
     parser.add_argument("--views", type=int, help="views per completion")
     parser.add_argument("--fused", action=argparse.BooleanOptionalAction, help="also with fused layers")
+    parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, help="also with compiled steps")
     parser.add_argument("--rounds", type=int, default=1, help="times that a rollout is timed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
@@ -314,8 +325,9 @@ def parse_args() -> argparse.Namespace:
     for name, value in SIZES[args.shapes].items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    if args.fused is None:
-        args.fused = args.device.type == "cuda"
+    for kind in COMPILING_NEEDS:
+        if getattr(args, kind) is None:
+            setattr(args, kind, args.device.type == "cuda")
     if args.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("no GPU is at hand. To try the script: --device cpu --shapes tiny")
     if args.rows % args.micro_rows:
@@ -338,9 +350,10 @@ def main() -> None:
     for mode in run.found["modes"]:
         time_update(run, mode)
         free(args.device)
-    for name in args.networks if args.fused else []:
-        time_fused(run, name, peak)
-        free(args.device)
+    for kind in [kind for kind in COMPILING_NEEDS if getattr(args, kind)]:
+        for name in args.networks:
+            time_again(run, name, peak, kind)
+            free(args.device)
     run.save()
     Console().print(table(run.found), soft_wrap=True, markup=False, highlight=False)
 

@@ -15,11 +15,13 @@ from transformers.utils.quantization_config import QuantizationMethod
 from trl_diffusion.distribution import score_targets
 from trl_diffusion.family import DiffusionFamily, HasFamily
 from trl_diffusion.models.block_attention import block_causal_bias, copied_tail, position_ids, sees_all
-from trl_diffusion.models.layers import CACHE_KEYWORD
+from trl_diffusion.models.compiled_windows import compiled_window_states
+from trl_diffusion.models.layers import CACHE_KEYWORD, take
 from trl_diffusion.models.scoring_head import ScoringHead
 from trl_diffusion.models.whole_weights import WholeWeights
 from trl_diffusion.sampling import DiffusionGenerateOutput, Trajectory, generation
 from trl_diffusion.sampling.prompts import checked_prompts
+from trl_diffusion.sampling.static_windows import StaticWindowCache
 from trl_diffusion.sampling.window_cache import WindowCache
 
 
@@ -206,6 +208,9 @@ class DiffusionLM(HasFamily, WholeWeights):
             return super().forward(input_ids=input_ids, attention_mask=attention, **kwargs)  # type: ignore[misc]
 
         read = self._columns_before(positions, start, noisy_copy)
+        if isinstance(cache, StaticWindowCache) and cache.columns is not None:
+            hidden = take(compiled_window_states(self, input_ids, attention, cache), read)
+            return DiffusionLMOutput(logits=self._diffusion_logits(hidden))
         hidden = self._hidden_at(read, input_ids=input_ids, attention_mask=attention, **kwargs)
         if targets is None:
             return DiffusionLMOutput(logits=self._diffusion_logits(hidden))

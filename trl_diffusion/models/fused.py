@@ -90,7 +90,7 @@ def fuse_elementwise(model: nn.Module) -> None:
     Raises:
         ValueError: if the kernels cannot be compiled here.
     """
-    _check_compiler(next(model.parameters()).device)
+    check_compiler(next(model.parameters()).device, "fuse_elementwise")
     for module in model.modules():
         if isinstance(module, DiffusionAttention):
             module.rotate = compiled(rotated)
@@ -98,13 +98,21 @@ def fuse_elementwise(model: nn.Module) -> None:
             module.__class__ = FUSED[type(module)]
 
 
-def _check_compiler(device: torch.device) -> None:
-    """Compile one function for a device (on meta devices, which compute nothing, for the CPU)."""
+def check_compiler(device: torch.device, setting: str) -> None:
+    """Compile one function for a device (on meta devices, which compute nothing, for the CPU).
+
+    Args:
+        device: to compile for; for a meta device, which computes nothing, it is the CPU.
+        setting: that needs the compiler, for the message.
+
+    Raises:
+        ValueError: if it cannot be compiled.
+    """
     states = torch.ones(2, 3, device="cpu" if device.type == "meta" else device)
     try:
         compiled(gated)(states, states)
     except RuntimeError as error:  # what torch raises for every fault of the compiler and its tools
         raise ValueError(
-            f"fuse_elementwise compiles kernels for {device.type}, and torch.compile failed there: {error}. Install "
-            "Triton on a GPU, or a C++ compiler for the CPU; or leave fuse_elementwise out."
+            f"{setting} compiles kernels for {device.type}, and torch.compile failed there: {error}. Install "
+            f"Triton on a GPU, or a C++ compiler for the CPU; or leave {setting} out."
         ) from error

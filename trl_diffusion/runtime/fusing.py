@@ -1,12 +1,14 @@
-"""The setting that computes elementwise work in single kernels, part of every config of this library."""
+"""Settings that compile: elementwise work in single kernels, part of every config, and the steps of rollouts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
 
-from trl_diffusion.models.fused import fuse_elementwise
+from trl_diffusion.models.fused import check_compiler, fuse_elementwise
 from trl_diffusion.runtime.launch import is_pretended
+from trl_diffusion.runtime.planned_launch import Launch
+from trl_diffusion.sampling.static_windows import check_compiles
 
 
 @dataclass
@@ -38,3 +40,18 @@ def fuse_models(args: FusingConfig, *models: Any) -> None:
         for model in models:
             if model is not None:
                 fuse_elementwise(model)
+
+
+def check_rollout_compile(trainer: Any) -> None:
+    """Check at the start that `rollout_compile` can be done, if it is asked for.
+
+    Args:
+        trainer: a trainer with rollouts whose model is set up.
+
+    Raises:
+        ValueError: if it cannot, or kernels cannot be compiled here.
+    """
+    if trainer.args.rollout_compile:
+        check_compiles(trainer.model, sharded=Launch.of_trainer(trainer).zero_stage == 3)
+        if not is_pretended():
+            check_compiler(trainer.accelerator.device, "rollout_compile")

@@ -11,6 +11,7 @@ from transformers import Trainer
 from trl_diffusion.family import DiffusionFamily
 from trl_diffusion.runtime.planned_launch import Launch
 from trl_diffusion.runtime.rollout_adapter import RolloutAdapter, check_wanted_merge, rollout_merge_obstacle
+from trl_diffusion.sampling.static_windows import check_compiles
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,8 @@ class RolloutRun(TrainingRun):
 
     def __post_init__(self) -> None:
         check_wanted_merge(self.args.merge_adapter_for_rollout, self.merge_obstacle)
+        if self.args.rollout_compile:
+            check_compiles(self.model, sharded=self.launch.zero_stage == 3)
 
     @property
     def merge_obstacle(self) -> str | None:

@@ -68,6 +68,7 @@ _MAY_CHANGE = (
     "reward_error",
     "reward_nonfinite",
     "reward_timeout",
+    "rollout_compile",
     "tied_rollouts_patience",
 )
 # Added settings that say nothing about the run. `model_init_kwargs` may hold a token, and the model that they give is

@@ -16,6 +16,7 @@ import torch
 from trl_diffusion.family import DiffusionFamily
 from trl_diffusion.sampling.active_blocks import ActiveBlocks, to_device
 from trl_diffusion.sampling.config import SamplingConfig
+from trl_diffusion.sampling.static_windows import StaticWindowCache
 from trl_diffusion.sampling.window_cache import WindowCache
 
 
@@ -133,6 +134,7 @@ class Forwards(ABC):
         window: tuple[int, int, int],
         columns: torch.Tensor,
         cache: WindowCache | None = None,
+        is_step: bool = False,
     ) -> torch.Tensor:
         """Compute the columns of a window, and return the logits at some of them.
 
@@ -142,6 +144,7 @@ class Forwards(ABC):
             window: (start, end, visible): the columns [start, end) are computed, and attend to [0, visible).
             columns: long [R, n], where logits are needed, in 0..P+L-1.
             cache: holds the keys and values of the other columns.
+            is_step: with a cache, whether this is a denoising step that computes the active block alone.
         """
         start, end, visible = window
         self.forwards += 1
@@ -153,7 +156,7 @@ class Forwards(ABC):
             padded=padded,
             positions=columns - start if start else columns,
             canvas_start=self.prompt_length,
-            cache=None if cache is None else cache.window(start, visible),
+            cache=None if cache is None else cache.window(start, visible, end if is_step else None),
         ).logits
         self.row_units[rows] += (end - start) / self._columns(rows)
         self._largest[self.forwards] = logits.amax(-1)
@@ -195,6 +198,7 @@ class _OneWindow(Forwards):
     _rows = np.empty(0, dtype=np.int64)
     _index: torch.Tensor  # the same on the device
     _cache: WindowCache
+    _static: StaticWindowCache | None = None
 
     def batch_of(self, alive, block):
         return alive[block[alive] == block[alive].min()] if len(alive) else alive
@@ -202,6 +206,14 @@ class _OneWindow(Forwards):
     def active(self, num_masked, min_commits):
         # Rows that wait for their turn stay in the batch: leaving and coming back would cost their cache.
         return num_masked > 0
+
+    def _empty_cache(self, capacity: int) -> WindowCache:
+        """Return a cache whose columns are yet to be written."""
+        if not self.config.rollout_compile:
+            return WindowCache(capacity)
+        if self._static is None:  # one for all blocks, because its tensors are to stay where they are
+            self._static = StaticWindowCache(self.tokens.size(1))
+        return self._static
 
     def _hold(self, rows: np.ndarray) -> None:
         """Note the rows that the cache holds."""
@@ -237,13 +249,13 @@ class ApproximateCache(_OneWindow):
         self._age += 1
         if age == 0 or (refresh and age % refresh == 0):
             self._hold(at.rows)
-            self._cache = WindowCache(total)
+            self._cache = self._empty_cache(total)
             return self._evaluate(at.rows, at.index, (0, total, total), columns, self._cache)
         self._keep(at.rows)  # some rows may have finished their block
         # With shifted logits (Dream) the column before a position predicts it, so the window begins one earlier.
         start = self.prompt_length + at.first - self.family.logit_shift
         end = min(self.prompt_length + at.end, total) if self.config.cache == "dual" else total
-        return self._evaluate(at.rows, at.index, (start, end, total), columns, self._cache)
+        return self._evaluate(at.rows, at.index, (start, end, total), columns, self._cache, is_step=True)
 
 
 class BlockCache(_OneWindow):
@@ -281,7 +293,7 @@ class BlockCache(_OneWindow):
 
     def _prefill(self, rows: np.ndarray, end: int) -> None:
         """Compute the columns [0, end), once for all rows that are equal there."""
-        self._cache = WindowCache(self.tokens.size(1))
+        self._cache = self._empty_cache(self.tokens.size(1))
         self._hold(rows)
         self._unwritten = 0
         if end == 0:  # every prompt is shorter than a block, and nothing lies before the first one
@@ -307,11 +319,12 @@ class BlockCache(_OneWindow):
         self._unwritten = 0
         columns = offsets + (self.prompt_length + at.first)
         if len(at) == len(self._rows):
-            return self._evaluate(at.rows, at.index, (start, end, end), columns, self._cache)
+            return self._evaluate(at.rows, at.index, (start, end, end), columns, self._cache, is_step=True)
         cache_rows = self._cache_rows(at.rows)
         everywhere = columns.new_full((len(self._rows), columns.size(1)), self.prompt_length + at.first)
         everywhere[cache_rows] = columns
-        return self._evaluate(self._rows, self._index, (start, end, end), everywhere, self._cache)[cache_rows]
+        window = (start, end, end)
+        return self._evaluate(self._rows, self._index, window, everywhere, self._cache, is_step=True)[cache_rows]
 
 
 CACHE_CLASSES: dict[str, type[Forwards]] = {

@@ -14,6 +14,11 @@ from trl_diffusion.validation import at_least, one_of
 CACHES = ("auto", "none", "prefix", "dual", "block")
 FALLBACKS = ("surest", "leftmost")
 
+_COMPILE_ADVICE = (
+    "Set cache='dual', which is approximate, for full attention, or 'block' for block-causal attention; or leave "
+    "rollout_compile out."
+)
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
@@ -60,6 +65,8 @@ class SamplingConfig:
         fallback: with `confidence_threshold`, the positions that commit where fewer reach it than the schedule
             demands: the `surest` of the others, or the `leftmost` (2609.39859).
         position_temperature: τ of `plackett_luce`, > 0. The smaller, the nearer to `max_prob`.
+        rollout_compile: compute the denoising steps between full forwards by a compiled network; equal to rounding.
+            It needs a cache under which these steps compute a block: `dual`, or `block` with block-causal attention.
 
     Raises:
         ValueError: if a setting is out of its range, or one rules out another.
@@ -81,6 +88,7 @@ class SamplingConfig:
     shift_window: int | None = None
     fallback: str = "surest"
     position_temperature: float = 0.5
+    rollout_compile: bool = False
 
     def __post_init__(self) -> None:
         if min(self.canvas_length, self.denoising_steps, self.block_length) < 1:
@@ -154,6 +162,18 @@ class SamplingConfig:
                 f"cache_refresh={self.cache_refresh} renews an approximate cache; with cache={self.cache!r} there is "
                 "none. Set cache to 'prefix' or 'dual', or leave cache_refresh at 0."
             )
+        if self.rollout_compile and self.cache in ("none", "prefix"):
+            computed = "all columns" if self.cache == "none" else "ever fewer columns"
+            raise ValueError(
+                "rollout_compile=True compiles steps that compute a block, and with "
+                f"cache={self.cache!r} they compute {computed}. {_COMPILE_ADVICE}"
+            )
+        if self.rollout_compile and self.approximate and 1 in (self.cache_refresh, self.steps_per_block):
+            every = "cache_refresh=1" if self.cache_refresh == 1 else "one step per block"
+            raise ValueError(
+                f"rollout_compile=True would compile nothing: with {every}, every step computes all columns. Raise "
+                "cache_refresh or denoising_steps, or leave rollout_compile out."
+            )
         if self.cache_refresh >= self.steps_per_block:
             raise ValueError(
                 f"cache_refresh={self.cache_refresh} never comes due: a block has {self.steps_per_block} steps, and "
@@ -171,6 +191,11 @@ class SamplingConfig:
             raise ValueError(
                 f"cache='block' needs block-causal attention, and {family.name} attends to the whole canvas. Set "
                 "cache='none', or one of the approximate caches 'prefix' and 'dual'."
+            )
+        if self.rollout_compile and self.cache_for(family) == "none":
+            raise ValueError(
+                f"rollout_compile=True compiles steps that compute a block, and {family.name} attends to the whole "
+                f"canvas, so that with cache={self.cache!r} they compute all columns. {_COMPILE_ADVICE}"
             )
         if block is not None and self.approximate:
             raise ValueError(

@@ -25,6 +25,7 @@ from trl_diffusion.sampling.observing import Commits, Observer
 from trl_diffusion.sampling.positions import check_fits
 from trl_diffusion.sampling.prompts import checked_prompts
 from trl_diffusion.sampling.recording import Recorder
+from trl_diffusion.sampling.static_windows import check_compiles, is_compiled
 from trl_diffusion.sampling.trajectory import Trajectory
 from trl_diffusion.sampling.unmasking import RULES, Candidates, Choice
 from trl_diffusion.streams import uniforms
@@ -50,7 +51,7 @@ def sample(
 
     Args:
         model: a native diffusion language model, possibly inside PEFT. A compiled model runs uncompiled, because the
-            shapes of its forwards keep changing.
+            shapes of its forwards keep changing; `rollout_compile` of the config compiles those that can be.
         input_ids: integers [B, P], left-padded prompts; B may be 0.
         attention_mask: [B, P], 0 on padding; all ones if `None`.
         config: how to draw.
@@ -69,8 +70,8 @@ def sample(
 
     Raises:
         ValueError: if there is not one generator per prompt, a prompt is empty or its mask has a hole, prompt and
-            canvas have more positions than the model, the state has another shape, or the model's attention does not
-            allow the cache or the block length.
+            canvas have more positions than the model, the state has another shape, the model's attention does not
+            allow the cache or the block length, or its steps cannot be compiled as the config asks.
         FloatingPointError: if the network's logits are not finite.
     """
     model = extract_model_from_parallel(model, keep_torch_compile=False)
@@ -86,6 +87,8 @@ def sample(
         state = CanvasState.empty(batch, config.canvas_length, family.mask_token_id, input_ids.device)
     state.check_shape(batch, config.canvas_length)
     config.check_family(family)
+    if config.rollout_compile:
+        check_compiles(model, sharded=any_process is not None)
     config.check_bounds(bounds, batch)
     if batch:
         check_fits(model, max(lengths), int(state.length.max()), "this batch")
@@ -136,8 +139,7 @@ def _uncompiled(model: torch.nn.Module) -> AbstractContextManager:
 
     `set_stance` is process-wide, for other threads too, so it is used only if something is compiled.
     """
-    compiled = any(module._compiled_call_impl is not None for module in model.modules())
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    return torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
 
 
 def _report(observer: Observer, rows: torch.Tensor, moved: torch.Tensor, commits: Commits) -> None:

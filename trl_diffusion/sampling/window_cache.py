@@ -26,8 +26,14 @@ class WindowCache:
         self.keys: dict[int, torch.Tensor] = {}
         self.values: dict[int, torch.Tensor] = {}
 
-    def window(self, start: int, visible: int) -> WindowCache:
-        """Let the next forward write from column `start` on and attend to columns 0..visible-1; returns the cache."""
+    def window(self, start: int, visible: int, step_end: int | None = None) -> WindowCache:
+        """Let the next forward write from a column on, and attend to all before another; returns the cache.
+
+        Args:
+            start: the column of its first token.
+            visible: columns 0..visible-1 are attended to.
+            step_end: of a denoising step, the column after its last token; its windows mostly have the same shape.
+        """
         self.start, self.visible = start, visible
         return self
 

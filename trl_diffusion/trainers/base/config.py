@@ -28,6 +28,9 @@ class DiffusionGRPOConfig(LaunchedConfig, SamplingArguments, GuardConfig, Resume
         merge_adapter_for_rollout: add a LoRA adapter to the weights of its layers while completions are drawn, which
             takes memory for a copy of these weights. Afterwards the layers have the weights they had, bit for bit. If
             not given, wherever that changes log-probabilities by the rounding of float32 only.
+        rollout_compile: compute the denoising steps of rollouts that a cache leaves by a compiled network, on a GPU as
+            one graph that the host starts at once; equal to rounding. It needs `cache="dual"`, or block-causal
+            attention. The first rollout takes longer, by the time that compiling takes.
         per_device_train_batch_size: completions of a micro-batch on each process. If not given, whole groups of
             `num_generations`: as many as 8 completions hold, at least one.
         per_device_eval_batch_size: the same for evaluations, with `num_generations_eval` if that is given.
@@ -47,6 +50,13 @@ class DiffusionGRPOConfig(LaunchedConfig, SamplingArguments, GuardConfig, Resume
             "help": "Merge a LoRA adapter into the weights of its layers while completions are drawn, with a copy of "
             "these weights. If not given, where only the rounding of float32 changes; true is refused elsewhere "
             "(bfloat16, quantised, ZeRO-3)."
+        },
+    )
+    rollout_compile: bool = field(
+        default=False,
+        metadata={
+            "help": "Compute the denoising steps of rollouts by a compiled network; with cache=dual, or block-causal "
+            "attention. It is compiled in the first rollout."
         },
     )
     num_mc_samples: int = field(
@@ -99,7 +109,10 @@ class DiffusionGRPOConfig(LaunchedConfig, SamplingArguments, GuardConfig, Resume
     def sampling_config(self) -> SamplingConfig:
         """Return how completions are drawn; with the fields as they are now, since they may be changed later."""
         return self.sampling_on(
-            self.max_completion_length, record_signals=self.record_signals, shift_window=self.shift_window
+            self.max_completion_length,
+            record_signals=self.record_signals,
+            shift_window=self.shift_window,
+            rollout_compile=self.rollout_compile,
         )
 
     def _refuse_what_cannot_work(self) -> None:

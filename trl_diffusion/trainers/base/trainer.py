@@ -58,7 +58,7 @@ from trl_diffusion.runtime.arguments import (
 from trl_diffusion.runtime.card_method import Source, sources_of_methods
 from trl_diffusion.runtime.cost import completion_cost, padded_length
 from trl_diffusion.runtime.credit_assignment import CreditAssignment
-from trl_diffusion.runtime.fusing import fuse_models
+from trl_diffusion.runtime.fusing import check_rollout_compile, fuse_models
 from trl_diffusion.runtime.launch import check_backend, check_device_map
 from trl_diffusion.runtime.loss_inputs import collect_loss_inputs
 from trl_diffusion.runtime.meter import Meter
@@ -174,6 +174,7 @@ class DiffusionGRPOTrainer(ModelCards, RolloutCheckpoints, GuardedUpdates, GRPOT
         self.family = family_of(self.model)
         self._check_loaded_model({"train_dataset": train_dataset} | named_eval_datasets(eval_dataset))
         fuse_models(args, self.model, self.ref_model)
+        check_rollout_compile(self)
         self._set_up_rollouts()
 
     def _checked_arguments(self, model, args, processing_class, kwargs: dict[str, Any]) -> DiffusionGRPOConfig:
