@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_diffusion.evaluation import evaluate_accuracy
 from trl_diffusion.models import LLaDAModelLM, SDARForCausalLM
-from trl_diffusion.models.embedded import EMBEDDED_MODEL, EMBEDDED_SDAR_MODEL
+from trl_diffusion.models.embedded import EMBEDDED_MODEL, EMBEDDED_MODELS, EMBEDDED_SDAR_MODEL
 from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.tasks.word_problems import correctness_reward, load_word_problems
 
@@ -35,9 +35,9 @@ def is_right(text: str, row: dict) -> bool:
     return correctness_reward([text], [row["answer"]]) == [1.0]
 
 
-@pytest.mark.parametrize("checkpoint", [EMBEDDED_MODEL, EMBEDDED_SDAR_MODEL])
-def test_it_is_small(checkpoint):
-    assert sum(path.stat().st_size for path in Path(checkpoint).iterdir()) <= 3_000_000
+def test_they_are_small():
+    files = [path for folder in EMBEDDED_MODELS.values() for path in Path(folder).iterdir()]
+    assert sum(path.stat().st_size for path in files) <= 6_000_000
 
 
 def test_it_loads_as_the_native_class_with_its_facts(model, tokenizer):

@@ -164,19 +164,21 @@ TINY_RUN = ["--eval_size", "2", "--max_steps", "1", "--per_device_train_batch_si
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments"),
+    ("model", "name", "arguments"),
     [
-        ("gsm8k_agrpo", TINY_RUN),
-        ("gsm8k_atpo", TINY_RUN),
-        ("sft", TINY_RUN),
-        ("analyze_trajectories", ["--num_completions", "2"]),
-        ("evaluate", ["--limit", "2"]),
+        ("embedded_sdar", "gsm8k_agrpo", TINY_RUN),
+        ("embedded_sdar", "gsm8k_atpo", TINY_RUN),
+        ("embedded_sdar", "sft", TINY_RUN),
+        ("embedded_sdar", "analyze_trajectories", ["--num_completions", "2"]),
+        ("embedded_sdar", "evaluate", ["--limit", "2"]),
+        ("embedded_chains", "gsm8k_atpo", TINY_RUN),
+        ("embedded_chains", "sft", TINY_RUN),
+        ("embedded_chains", "analyze_trajectories", ["--num_completions", "2"]),
+        ("embedded_chains", "evaluate", ["--limit", "2"]),
     ],
 )
-def test_the_name_of_the_block_causal_embedded_model_is_enough(name, arguments, tmp_path, monkeypatch):
-    run_recipe(
-        name, monkeypatch, "--model_name_or_path", "embedded_sdar", *arguments, "--output_dir", str(tmp_path / "out")
-    )
+def test_the_name_of_an_embedded_model_is_enough(model, name, arguments, tmp_path, monkeypatch):
+    run_recipe(name, monkeypatch, "--model_name_or_path", model, *arguments, "--output_dir", str(tmp_path / "out"))
     assert any(path.suffix in (".png", ".json") for path in (tmp_path / "out").iterdir())
 
 

@@ -108,6 +108,8 @@ def test_canvas_blocks_and_steps(tmp_path):
     assert planned(large, tmp_path, canvas_length=40) == (40, 64, 32, 32)
     bundled = sample.parse(["embedded_sdar"])
     assert (bundled.canvas_length, bundled.block_length) == (32, 4)
+    bundled = sample.parse(["embedded_chains"])
+    assert (bundled.canvas_length, bundled.block_length, bundled.denoising_steps) == (45, 5, 27)
 
 
 # ---------------------------------------------------------------- one answer

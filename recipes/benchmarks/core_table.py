@@ -11,7 +11,7 @@ The arms are those of `comparison/core.py`. It runs in three rounds, and skips e
 3. More seeds, in steps of ten up to `--most_seeds`, for the pairs that are undecided: those whose 95 % interval holds
    0 and reaches beyond ± 1.5 points.
 
-It ends with the tables, and with `core_table.json`, which holds every run without its learning curve.
+It ends with the tables, and with `core_table.json`, which holds every run in the folder without its learning curve.
 """
 
 from __future__ import annotations
@@ -87,10 +87,15 @@ def main() -> None:
     jobs += [job(task, arm, seed) for seed, task, arm in product(range(args.seeds), args.tasks, arms)]
     runs = Runs(run_all(jobs, length, args.workers))
     while pairs := undecided(runs, args.most_seeds):
-        seeds = {(task, arm): runs.seeds(task, arm) for task, *pair in pairs for arm in pair}
-        more = [job(task, arm, seed) for (task, arm), n in seeds.items() for seed in range(n, n + MORE_SEEDS)]
+        wanted: dict[tuple[str, str], int] = {}
+        for pair in pairs:
+            for arm in (pair.arm, pair.baseline):
+                most = min(pair.seeds + MORE_SEEDS, args.most_seeds)
+                wanted[pair.task, arm] = max(most, wanted.get((pair.task, arm), 0))
+        more = [job(*arm, seed) for arm, most in wanted.items() for seed in range(runs.seeds(*arm), most)]
         runs = Runs([*runs.all, *run_all(more, length, args.workers)])
-    (args.output_dir / "core_table.json").write_text(json.dumps([compact(run) for run in runs.all], indent=0))
+    known = [json.loads(path.read_text()) for path in sorted((args.output_dir / "runs").glob("*/*/*.json"))]
+    (args.output_dir / "core_table.json").write_text(json.dumps([compact(run) for run in known], indent=0))
     text = []
     for title, head, lines in [*core_tables(runs), fewer_steps_table(runs)]:
         table = Table(*head, title=title)

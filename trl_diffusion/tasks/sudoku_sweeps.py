@@ -77,7 +77,7 @@ def load_sudoku_sweeps(
     rng, solutions = np.random.default_rng([seed, split == "test"]), solve_sudoku("0" * CELLS)
     rows: list[dict] = []
     while len(rows) < size:
-        solution, count = solutions[rng.integers(len(solutions))], blanks[rng.integers(len(blanks))]
+        solution, count = solutions[rng.integers(len(solutions))], blanks[int(rng.integers(len(blanks)))]
         grids = None
         # Until there is one with this number, so that puzzles with many blanks are as frequent as was asked for.
         while grids is None:

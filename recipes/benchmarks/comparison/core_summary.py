@@ -72,19 +72,21 @@ class Runs:
         """Return the trained arms of a task, in the order of `CORE`."""
         return [arm for arm in CORE if (task, arm) in self._of]
 
+    def of(self, task: str, arm: str) -> list[dict[str, Any]]:
+        """Return the runs of an arm, by seed."""
+        return [run for _, run in sorted(self._of[task, arm].items())]
+
     def seeds(self, task: str, arm: str) -> int:
+        """Return the number of runs of an arm."""
         return len(self._of[task, arm])
 
     def sampled(self, task: str, arm: str) -> np.ndarray:
         """Return sampled accuracies in percent, by seed."""
-        return np.array([100 * run["sampled_accuracy"] for _, run in sorted(self._of[task, arm].items())])
+        return np.array([100 * run["sampled_accuracy"] for run in self.of(task, arm)])
 
     def greedy(self, task: str, arm: str, steps: int) -> np.ndarray:
         """Return greedy accuracies in percent, by seed."""
-        return np.array([100 * run["accuracy"][str(steps)] for _, run in sorted(self._of[task, arm].items())])
-
-    def values(self, task: str, arm: str, name: str) -> np.ndarray:
-        return np.array([run[name] for _, run in sorted(self._of[task, arm].items())])
+        return np.array([100 * run["accuracy"][str(steps)] for run in self.of(task, arm)])
 
     def difference(self, task: str, arm: str, baseline: str) -> Difference:
         """Compare the sampled accuracies of two arms over the seeds that both have, at least two."""
@@ -122,10 +124,10 @@ def area(run: dict[str, Any]) -> float:
     return 100 * float(np.average([point["reward"] for point in points], weights=units))
 
 
-def undecided(runs: Runs, most: int) -> list[tuple[str, str, str]]:
-    """Return (task, arm, baseline) of the pairs whose difference is open and that may have more seeds."""
+def undecided(runs: Runs, most: int) -> list[Difference]:
+    """Return the differences that are open and that may have more seeds."""
     found = [difference for task in runs.tasks for difference in runs.differences(task)]
-    return [(d.task, d.arm, d.baseline) for d in found if d.verdict == "open" and d.seeds < most]
+    return [each for each in found if each.verdict == "open" and each.seeds < most]
 
 
 TextTable = tuple[str, list[str], list[list[str]]]
@@ -139,7 +141,7 @@ def core_tables(runs: Runs) -> list[TextTable]:
         lines = [["base", f"{base:.1f}", "", "", "", f"{_greedy(runs, task, 'base').mean():.1f}", ""]]
         for arm in (arm for arm in runs.arms(task) if arm not in FEWER_STEPS):
             sampled = runs.sampled(task, arm)
-            areas = [area(run) for run in runs._of[task, arm].values()]
+            areas = [area(run) for run in runs.of(task, arm)]
             lines.append(
                 [
                     arm,
