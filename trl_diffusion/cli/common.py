@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -18,7 +17,7 @@ from trl import ModelConfig, get_quantization_config
 from trl_diffusion.cli.dry_run import DryRunArguments, dry_run, planned
 from trl_diffusion.cli.loading import load_tokenizer, new_adapter
 from trl_diffusion.cli.names import CONFIGS, check_model_name
-from trl_diffusion.cli.parsing import Parser
+from trl_diffusion.cli.parsing import Parser, read_yaml
 from trl_diffusion.evaluation import AccuracyCallback, ConfusionZoneCallback, evaluate_accuracy
 from trl_diffusion.evaluation.training_report import accuracy_section, accuracy_table, save_curves
 from trl_diffusion.models.embedded import EMBEDDED_MODELS, embedded_arguments
@@ -144,6 +143,7 @@ class Choice:
         config: the trainer's config class.
         bundled: config of the bundled model, below `trl_diffusion/configs`.
         adapted: arguments for the bundled model that win over that file, and lose against the command line.
+        model: the bundled model that is trained where none is named.
         command: the words that start the command, for messages and help.
         description: the text at the top of the help.
         own: options of the short help in addition to those of every training command.
@@ -153,6 +153,7 @@ class Choice:
     config: type
     bundled: str
     adapted: Sequence[str] = ()
+    model: str = "embedded"
     command: str = "trl-diffusion train"
     description: str = ""
     own: Sequence[str] = ()
@@ -186,21 +187,22 @@ def parse(choice: Choice, arguments: Sequence[str]) -> tuple:
         arguments: of the command line.
     """
     parser = choice.parser()
-    of_rollouts = "" if "block_length" in _names(choice.config) else "eval_"  # SFT samples in evaluation only
-    options = {name: f"--{of_rollouts}{name}" for name in ("block_length", "denoising_steps")}
-    options |= {"task": "--dataset_path", "canvas": "--max_completion_length"}
-    defaults = ["--config", str(CONFIGS / choice.bundled), *choice.adapted]
-    for_bundled = embedded_arguments(arguments, defaults, options)
+    config = CONFIGS / choice.bundled
+    options = {"task": "--dataset_path", "canvas": "--max_completion_length"}
+    for name in ("block_length", "denoising_steps"):  # SFT has them for evaluation only, as methods that derive them
+        options[name] = f"--{name}" if name in read_yaml(config) else f"--eval_{name}"
+    defaults = ["--config", str(config), *choice.adapted]
+    for_bundled = embedded_arguments(arguments, defaults, options, default=choice.model)
     words = arguments if for_bundled is None else for_bundled
     with planned(words) as launch:
         parsed = parser.parse(words)
     if for_bundled is not None:
-        real = next(CONFIGS.glob(f"*_8b/{Path(choice.bundled).name}"))
         print(
             f"No --config: training the bundled model with {choice.bundled}. It is tiny and was trained on faulty "
-            "solutions, so that there is something to repair.\nFor a real run give --config, for example "
-            f"{real.relative_to(CONFIGS).with_suffix('')}."
+            "solutions, so that there is something to repair."
         )
+        for real in CONFIGS.glob(f"*_8b/{config.name}"):
+            print(f"For a real run give --config, for example {real.relative_to(CONFIGS).with_suffix('')}.")
     script_args, training_args, model_args = parsed
     script_args.launch = launch
     name = model_args.model_name_or_path or "embedded"

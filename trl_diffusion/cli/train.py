@@ -32,6 +32,7 @@ from trl_diffusion.cli.common import USED_MOST, Choice, RecipeArguments, parse, 
 from trl_diffusion.cli.names import CONFIGS, suggesting
 from trl_diffusion.cli.parsing import read_yaml, with_config_path
 from trl_diffusion.credit import StepAwareReward
+from trl_diffusion.models.embedded import MODEL_OF_TASK
 from trl_diffusion.tasks import EMBEDDED, TASKS, Task
 from trl_diffusion.tasks.task import Reward
 from trl_diffusion.trainers import METHODS, DiffusionGRPOConfig
@@ -200,7 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     config: Any = trainer.config_class
     command = f"trl-diffusion train {chosen_.method}"
     summary = f"{command}: {trainer._name}" + (f" ({trainer._paper['id']})" if trainer._paper else "")
-    choice = Choice(TrainArguments, config, file, adapted, command, summary, own_settings(config))
+    model = MODEL_OF_TASK.get(str(chosen_.task), "embedded")
+    choice = Choice(TrainArguments, config, file, adapted, model, command, summary, own_settings(config))
     parsed = parse(choice, chosen_.others)
     args, training_args = parsed[:2]
     args.task = chosen_.task

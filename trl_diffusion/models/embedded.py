@@ -33,8 +33,16 @@ _SETTINGS: dict[str, dict[str, str]] = {
 BLOCKS_AND_STEPS = {name: f"--{name}" for name in ("block_length", "denoising_steps")}
 
 
+# Tasks that another model than `embedded` knows.
+MODEL_OF_TASK = {"chained_sums": "embedded_chains", "chained_sums_fixed": "embedded_chains"}
+
+
 def embedded_arguments(
-    arguments: Sequence[str], defaults: Sequence[str], options: Mapping[str, str], *sources: str
+    arguments: Sequence[str],
+    defaults: Sequence[str],
+    options: Mapping[str, str],
+    *sources: str,
+    default: str = "embedded",
 ) -> list[str] | None:
     """Return command-line arguments for an embedded model, if a command names one of them or no model at all.
 
@@ -43,7 +51,8 @@ def embedded_arguments(
         defaults: arguments for the embedded models, put first, so that the given ones override them.
         options: the command's options for `task`, `canvas`, `block_length` and `denoising_steps`, as far as it has
             them, which some embedded models prescribe.
-        sources: options that name another model, in addition to `--model_name_or_path` and `--config`.
+        *sources: options that name another model, in addition to `--model_name_or_path` and `--config`.
+        default: the embedded model that is meant where no model is named.
 
     Returns:
         The arguments, or `None` if the command means another model.
@@ -52,10 +61,13 @@ def embedded_arguments(
     for option in ("--model_name_or_path", "--config", *sources):
         parser.add_argument(option, nargs="?")
     given = vars(parser.parse_known_args(arguments)[0])
-    name = given.pop("model_name_or_path") or "embedded"
+    named = given.pop("model_name_or_path")
+    name = named or default
     if name not in EMBEDDED_MODELS or any(given.values()):
         return None
     prescribed = [
         (options[setting], value) for setting, value in _SETTINGS.get(name, {}).items() if setting in options
     ]
-    return [*defaults, *chain.from_iterable(prescribed), *arguments]
+    if named is None and name != "embedded":
+        prescribed.append(("--model_name_or_path", name))
+    return [*chain.from_iterable(prescribed), *defaults, *arguments]
