@@ -426,6 +426,48 @@ MUTANTS = [
         "dtype=torch.long)",
         "tests/test_device.py -k update_of_every_method",
     ),
+    Mutant(
+        "masked SFT: an unscored token is masked like the others",
+        "trainers/sft.py",
+        "masked = masked & scored",
+        "pass",
+        "tests/test_sft.py -k by_hand",
+    ),
+    Mutant(
+        "masked SFT: unscored tokens stay in the divisor",
+        "trainers/sft.py",
+        ".sum(1) / scored.sum(1)).mean()",
+        ".mean(1)).mean()",
+        "tests/test_sft.py -k by_hand",
+    ),
+    Mutant(
+        "masked SFT: a token that a span only touches counts as unscored",
+        "trainers/base/sft_data.py",
+        "if any(start < span_end and span_start < end",
+        "if any(start <= span_end and span_start <= end",
+        "tests/test_chained_sums.py -k begin_anew",
+    ),
+    Mutant(
+        "confusion zones: completions of different prompts are compared",
+        "evaluation/confusion_zones.py",
+        "for _, own in values[signal].groupby(group):",
+        "for own in [values[signal]]:",
+        "tests/test_premises.py -k within_prompts_by_hand",
+    ),
+    Mutant(
+        "compiled steps: the first rows stay, whichever have ended",
+        "sampling/static_windows.py",
+        "self._fill(store, layer, tensor[rows])",
+        "self._fill(store, layer, tensor[: len(rows)])",
+        "tests/test_rollout_compile.py -k rollouts_are_the_same",
+    ),
+    Mutant(
+        "compiled steps: columns that cannot be seen are attended to",
+        "sampling/static_windows.py",
+        "made[..., : self.visible] = True",
+        "made[...] = True",
+        "tests/test_rollout_compile.py -k rollouts_are_the_same",
+    ),
 ]
 
 

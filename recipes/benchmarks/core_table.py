@@ -95,7 +95,8 @@ def main() -> None:
         more = [job(*arm, seed) for arm, most in wanted.items() for seed in range(runs.seeds(*arm), most)]
         runs = Runs([*runs.all, *run_all(more, length, args.workers)])
     known = [json.loads(path.read_text()) for path in sorted((args.output_dir / "runs").glob("*/*/*.json"))]
-    (args.output_dir / "core_table.json").write_text(json.dumps([compact(run) for run in known], indent=0))
+    each_run = ",\n".join(json.dumps(compact(run)) for run in known)
+    (args.output_dir / "core_table.json").write_text(f"[\n{each_run}\n]\n")
     text = []
     for title, head, lines in [*core_tables(runs), fewer_steps_table(runs)]:
         table = Table(*head, title=title)

@@ -107,7 +107,8 @@ class Runs:
 
 def compact(run: dict[str, Any]) -> dict[str, Any]:
     """Return a run without its learning curve, which becomes the area under it."""
-    return {name: value for name, value in run.items() if name != "curve"} | {"area": area(run)}
+    measured = {} if run["arm"] == "base" else {"area": area(run)}
+    return {name: value for name, value in run.items() if name != "curve"} | measured
 
 
 def area(run: dict[str, Any]) -> float:
@@ -115,9 +116,9 @@ def area(run: dict[str, Any]) -> float:
 
     It is the area under the learning curve, divided by the budget; NaN for the untrained model.
     """
-    if "curve" not in run:
+    if "area" in run:
         return run["area"]
-    points = run["curve"]
+    points = run.get("curve")
     if not points:
         return math.nan
     units = np.diff([0.0, *(point["forward_units"] for point in points)])
