@@ -79,6 +79,7 @@ def test_splits_are_disjoint_whatever_the_seed():
     [
         ({"layout": "mixed"}, "layout must be one of moving, fixed, got 'mixed'"),
         ({"split": "dev"}, "dev"),
+        ({"restart_share": 1.5}, "restart_share must lie in [0, 1], got 1.5"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -68,11 +68,13 @@ def load_chained_sums(
         shows and does not score: the numbers drawn by `restart_share`).
 
     Raises:
-        ValueError: for another split or layout.
+        ValueError: for another split or layout, or a share outside of [0, 1].
     """
     check_split(split, "chained_sums")
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}.")
+    if not 0 <= restart_share <= 1:
+        raise ValueError(f"restart_share must lie in [0, 1], got {restart_share}.")
     rng = np.random.default_rng([seed, split == "test"])
     rows: list[dict] = []
     while len(rows) < size:
@@ -83,7 +85,7 @@ def load_chained_sums(
 
 
 def _row(rng: np.random.Generator, layout: str, slips: bool, restart_share: float) -> dict:
-    """Draw a problem and its solution; every row takes the same number of draws, so that they do not depend on it."""
+    """Draw a problem and its solution; as many draws whatever is asked for, so that slips change no problem."""
     places = np.sort(rng.permutation(LINES)[:HARD_LINES])
     hard_lines = FIXED_LINES if layout == "fixed" else tuple(map(int, places))
     easy, hard = rng.integers(EASY.start, EASY.stop, LINES), rng.integers(HARD.start, HARD.stop, LINES)
@@ -110,7 +112,7 @@ def write_solution(
     Args:
         start: the number that the first line begins with.
         numbers: what the lines add.
-        errors: what the result of each line is too large by; the next line continues with that result.
+        errors: by how much the result of each line is too large; the next line continues with that result.
         begins: the number that each line begins with in place of the last result; `None` to continue.
     """
     text, spans, value = "", [], start

@@ -45,6 +45,7 @@ class Setting:
         }
 
 
+# Word problems, Countdown and Sudoku; chained sums.
 SHORT = Setting(EMBEDDED_MODEL, 32, 8, 16, (16, 8, 4))
 CHAINS = Setting(EMBEDDED_CHAINS_MODEL, 45, 5, 27, (27,), draws=4, fewer_steps=(36, 18, 9))
 SETTINGS = {"chained_sums": CHAINS, "chained_sums_fixed": CHAINS}
