@@ -26,6 +26,8 @@ from comparison.core_summary import (  # noqa: E402
     fewer_steps_table,
     undecided,
 )
+from comparison.run import Budget, Job, Length, make_trainer  # noqa: E402
+from comparison.settings import CHAINS  # noqa: E402
 from comparison.summary import markdown, summarise  # noqa: E402
 from statistics_of_runs import holm, sign_flip_p_value, standard_error  # noqa: E402
 
@@ -107,6 +109,14 @@ def test_core_arms_are_compared_with_arms_of_the_table():
         assert set(arm.baselines) <= CORE.keys() - {name}
         assert arm.settings.keys() <= settings[name].keys() and "learning_rate" not in arm.settings
     assert FEWER_STEPS.keys() | set(FEWER_STEPS.values()) <= CORE.keys()
+
+
+@pytest.mark.parametrize("name", CORE)
+def test_every_core_arm_has_a_trainer(name, tmp_path):
+    job = Job("chained_sums", name, 0, 1e-4, tmp_path)
+    trainer = make_trainer(job, Length(), CHAINS, str(tmp_path), Budget(1.0))
+    assert trainer.args.learning_rate == 1e-4 and trainer.args.max_completion_length == CHAINS.canvas_length
+    assert trainer.args.unmasking == ("random" if "random_order" in name or name == "just_grpo" else "max_prob")
 
 
 def run_of(arm: str, seed: int, greedy: float, sampled: float) -> dict:

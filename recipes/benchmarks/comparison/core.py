@@ -56,7 +56,7 @@ CORE: dict[str, Arm] = {
     "confidence_margin_group": _atpo("confidence_margin", "confidence_margin", "agrpo", signal_average="group"),
     # AGRPO: which steps of a completion, and what they stand for.
     "agrpo_paper": _agrpo("agrpo", step_scope="paper"),
-    "agrpo_sum": _agrpo("agrpo", step_reduction="sum"),
+    "agrpo_sum": _agrpo("agrpo", step_reduction="sum", loss_type="dr_grpo"),
     "agrpo_entropy": _agrpo("agrpo", step_draws="entropy"),
     # Rollouts that unmask at random.
     "agrpo_random_order": _agrpo("agrpo", unmasking="random"),
