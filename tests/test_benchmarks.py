@@ -378,6 +378,7 @@ def gpu_run(monkeypatch, folder: Path, *arguments: str) -> dict:
 
 
 @pytest.mark.thorough
+@pytest.mark.release
 def test_gpu_benchmark(monkeypatch, tmp_path):
     monkeypatch.setattr("trl_diffusion.models.compiled_windows.compiled", lambda device_type: window_states)
     found = gpu_run(monkeypatch, tmp_path, "--compiled")

@@ -135,6 +135,7 @@ def test_every_sample_says_what_was_measured_and_how(embedded, measurement, fini
             "cache_refresh": 0,
             "fallback": "surest",
             "position_temperature": 0.5,
+            "rollout_compile": False,
         }
     assert result.scores["accuracy"].value == sum(one["scores"]["accuracy"] for one in samples) / ROWS
     assert {path.name for path in folder.iterdir()} == {"samples.jsonl", "settings.json"}

@@ -100,6 +100,7 @@ def test_a_machine_without_compiler_says_so(monkeypatch):
 
 
 @pytest.mark.thorough
+@pytest.mark.release
 def test_the_kernels_give_the_same_completions_and_log_probabilities():
     """Passes of several shapes, with and without gradient, in one process."""
     model = tiny_model(5, 10.0, LLaDAModelLM).eval()

@@ -120,13 +120,13 @@ def test_premises_hold_on_chained_sums(batches):
         shares[name] = premises.gradient_shares(batch, premises.gradient_norms(batch, some), some, STEPS)
         assert shares[name]["own"] > 0.85 and shares[name]["uniform"] < 0.17
         assert premises.uncertain_postponed(batch) > 0.9
-        # four drawn steps are nearer to the policy gradient than all tokens under the full mask
-        cosine = premises.surrogate_cosines(batch, 1, 0)
-        assert cosine["drawn_steps_4"] > cosine["one_step"] + 0.1
         right, failed = (part.nonzero().flatten()[:8] for part in (batch.success, ~batch.success))
         ends = [premises.continuation_success(batch, rows, 3, 0) for rows in (right, failed)]
         # from the last line on, nothing is open; before the first, a right completion is as good as any of its prompt
         assert ends[0][-1] > 0.9 and ends[1][-1] < 0.1 and ends[0][-3] > ends[1][-3] + 0.2
+    # four drawn steps are nearer to the policy gradient than all tokens under the full mask
+    cosine = premises.surrogate_cosines(batches["chained_sums_fixed"], 1, 0)
+    assert cosine["drawn_steps_4"] > cosine["one_step"] + 0.1
     # where the hard lines are fixed, one choice of steps serves all completions; where they move, none does
     assert shares["chained_sums_fixed"]["shared"] > 0.85
     assert shares["chained_sums"]["shared"] < 0.65

@@ -204,12 +204,12 @@ def test_methods_that_need_full_attention_refuse_the_block_causal_embedded_model
         (["--model_name_or_path", "embedded"], ["--config", "x", "--model_name_or_path", "embedded"]),
         (
             ["--model_name_or_path=embedded_sdar"],
-            ["--block_length", "4", "--config", "x", "--model_name_or_path=embedded_sdar"],
+            ["--config", "x", "--block_length", "4", "--model_name_or_path=embedded_sdar"],
         ),
         (
             ["--model_name_or_path", "embedded_chains", "--block_length", "9"],
             [
-                *("--task", "chained_sums", "--block_length", "5", "--config", "x"),
+                *("--config", "x", "--task", "chained_sums", "--block_length", "5"),
                 *("--model_name_or_path", "embedded_chains", "--block_length", "9"),
             ],
         ),

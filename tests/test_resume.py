@@ -84,6 +84,7 @@ def test_a_killed_run_ends_as_the_uninterrupted_one(case, killed):
 
 
 @pytest.mark.thorough
+@pytest.mark.release
 @pytest.mark.parametrize("zero", ZERO_STAGES)
 def test_a_run_on_two_processes_whose_ranks_are_killed(zero, killed):
     resumed, whole, output = outcome(killed, "agrpo on two processes", zero)

@@ -149,6 +149,7 @@ def test_fused_layers(counter, monkeypatch):
 
 
 @pytest.mark.thorough
+@pytest.mark.release
 def test_kernels_give_the_same(monkeypatch):
     monkeypatch.undo()
     assert_same(*drawn(tiny_model(5, 10.0)))

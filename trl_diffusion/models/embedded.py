@@ -70,4 +70,4 @@ def embedded_arguments(
     ]
     if named is None and name != "embedded":
         prescribed.append(("--model_name_or_path", name))
-    return [*chain.from_iterable(prescribed), *defaults, *arguments]
+    return [*defaults, *chain.from_iterable(prescribed), *arguments]
