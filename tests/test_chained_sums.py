@@ -89,7 +89,7 @@ def test_bad_arguments(arguments, message):
 
 @pytest.mark.parametrize("name", ["chained_sums", "chained_sums_fixed"])
 def test_tasks_refuse_what_they_have_not(name):
-    with pytest.raises(ValueError, match=r"read no file, got source 'rows\.jsonl'"):
+    with pytest.raises(ValueError, match=r"reads no file, got source 'rows\.jsonl'"):
         TASKS[name].load("test", "rows.jsonl")
     with pytest.raises(ValueError, match="'plain' only, got 'd1'"):
         TASKS[name].load("test", prompt="d1")

@@ -187,7 +187,7 @@ def test_sampling_goes_on_with_other_processes(cache, device):
 
 @pytest.mark.parametrize("cache", ["dual", "block"])
 def test_steps_of_a_compiled_network(cache, device, monkeypatch):
-    """What is handed over to it, and what becomes of its result."""
+    """The inputs of the compiled function are on the device, and its outputs stay there."""
     monkeypatch.setattr(compiled_windows, "compiled", lambda device_type: compiled_windows.window_states)
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)
     config = SamplingConfig(12, 6, 4, cache=cache, rollout_compile=True)

@@ -111,7 +111,7 @@ def test_shares_of_the_gradient_by_hand(batches):
 
 
 def test_premises_hold_on_chained_sums(batches):
-    """What the core table tests would be pointless without these; `results/premises.json` has the exact numbers."""
+    """Without these premises the core table could show nothing; `results/premises.json` has the exact numbers."""
     some = torch.arange(0, PROBLEMS * SIZE, 12)
     shares = {}
     for name, batch in batches.items():

@@ -3,9 +3,9 @@
     git worktree add ../before COMMIT
     python recipes/benchmarks/before_and_after.py ../before . --rounds 5
 
-Runs `rollout.py`, `scoring.py` and `update.py` of either checkout in a process of its own, the two in turn, every
-other round backwards, at sizes for which a round takes five minutes of a processor. It compares the modes that both
-have.
+Runs `rollout.py`, `scoring.py` and `update.py` of each checkout in a separate process, alternately and every other
+round backwards, at sizes for which a round takes five minutes of a processor. It compares the modes that both have.
+
 Seconds are those of the processor, and the least of three runs in a process, because other programs then count little.
 Above 1 the second checkout is faster.
 """

@@ -27,6 +27,7 @@ from pathlib import Path
 from comparison.core import CORE, FEWER_STEPS, LEARNING_RATES, TASKS, TUNING_SEEDS, TUNING_TASK
 from comparison.core_summary import Runs, compact, core_tables, fewer_steps_table, undecided
 from comparison.run import Job, Length, keep, run_all
+from comparison.summary import markdown_table
 from rich.console import Console
 from rich.table import Table
 
@@ -103,7 +104,7 @@ def main() -> None:
         for line in lines:
             table.add_row(*line)
         Console(width=180).print(table)
-        text += [f"### {title}\n", *(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines)), ""]
+        text += [f"### {title}\n", markdown_table(head, lines), ""]
     (args.output_dir / "results.md").write_text("\n".join(text))
     print(f"{time.perf_counter() - start:.0f} s; tables and runs: {args.output_dir}")
 

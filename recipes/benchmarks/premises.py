@@ -5,7 +5,7 @@
 
 A premise is what must hold for a claim to have a chance: for example that failed completions are more uncertain than
 successful ones, or that a few steps hold most of the gradient. Completions are drawn as in training, 8 of each
-held-out problem. It prints a table for each task and writes the numbers as JSON.
+held-out problem. It prints a table and writes the numbers as JSON.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from comparison import premises
 from comparison.core import TASKS as CORE_TASKS
+from comparison.premises_table import premises_table
 from comparison.run import generated
 from comparison.settings import setting_of
 from rich.console import Console
@@ -77,31 +78,6 @@ def measure(
     }
 
 
-def table(name: str, measured: dict[str, Any]) -> Table:
-    """Return the premises of a task as a table with a line for each."""
-    result = Table("premise", "value", title=name)
-
-    def add(premise: str, values: dict[str, float] | list[float] | float, digits: int = 2) -> None:
-        if isinstance(values, dict):
-            shown = ", ".join(f"{key} {value:.{digits}f}" for key, value in values.items())
-        else:
-            shown = ", ".join(f"{value:.{digits}f}" for value in (values if isinstance(values, list) else [values]))
-        result.add_row(premise, shown)
-
-    add("accuracy of single samples", measured["accuracy"], 3)
-    add("groups with right and wrong completions", measured["mixed_groups"], 3)
-    add("tokens of a text", measured["tokens"], 1)
-    add("uncertain tokens written after one to their right", measured["uncertain_postponed"])
-    for where in ("among_all", "within_prompts"):
-        add(f"AUC for failure, {where.replace('_', ' ')}", {key: auc[where] for key, auc in measured["auc"].items()})
-    add(f"share of the gradient norm in {CHOSEN_STEPS} steps", measured["gradient_share"])
-    for outcome, values in measured["continuations"].items():
-        add(f"success of continuations after each block, {outcome} completions", values)
-    add("deviation of the ELBO by share masked, nats", measured["elbo_deviation"], 1)
-    add("cosine to the policy gradient", measured["cosine"])
-    return result
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     generating = [name for name, task in TASKS.items() if task.generate is not None]
@@ -115,8 +91,11 @@ def main() -> None:
     start, sizes = time.perf_counter(), (args.problems, args.completions, args.continuations, args.seed)
     cases = [(task, unmasking) for task in args.tasks for unmasking in UNMASKING]
     found = {f"{task}, {rule}": measure(task, rule, *sizes) for task, rule in track(cases, description="premises")}
-    for name, measured in found.items():
-        Console(width=160).print(table(name, measured))
+    head, lines = premises_table(found)
+    table = Table(*head)
+    for line in lines:
+        table.add_row(*line)
+    Console(width=160).print(table)
     setting = {name: getattr(args, name) for name in ("problems", "completions", "continuations", "seed")}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps({"setting": setting, **found}, indent=1) + "\n")

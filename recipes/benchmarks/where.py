@@ -1,4 +1,4 @@
-"""Where an exact rollout spends its time, as shares of it, and what matrix products of its own shapes reach.
+"""Measure where an exact rollout spends its time, and the speed of matrix products of its layers' shapes.
 
     OMP_NUM_THREADS=1 python recipes/benchmarks/where.py --shapes backbone-heavy --steps 16
     python recipes/benchmarks/where.py --shapes tiny --canvas 8 --block 4 --steps 4      # to try it

@@ -114,7 +114,7 @@ def failure_auc_within(frame: pd.DataFrame, prompt: Sequence[int]) -> pd.DataFra
     """Compute how well each signal predicts which completions of the same prompt fail.
 
     `failure_auc` can be large because a signal finds hard prompts, and advantages compare completions of one prompt.
-    Here a failed completion is compared with the successful ones of its own prompt only; all such pairs count alike.
+    Here a failed completion is compared only with the successful ones of the same prompt; all such pairs count alike.
 
     Args:
         frame: see `signal_frame`.

@@ -24,15 +24,14 @@ from functools import partial
 import numpy as np
 from datasets import Dataset, Value
 
-from trl_diffusion.tasks import d1_prompts as prompts
+from trl_diffusion.tasks.generated import generated_loader
 from trl_diffusion.tasks.gsm8k import correctness_reward, format_reward, score
 from trl_diffusion.tasks.rows import check_split
 from trl_diffusion.tasks.split import held_out
-from trl_diffusion.tasks.task import EMBEDDED, Task
+from trl_diffusion.tasks.task import Task
 
 __all__ = ["FIXED", "MOVING", "correctness_reward", "format_reward", "load_chained_sums", "score"]
 
-TEST_SIZE = 256
 LINES = 8
 EASY, HARD = range(1, 7), range(7, 10)
 HARD_LINES = 3
@@ -126,32 +125,16 @@ def write_solution(
     return f"{text}#### {value}", spans
 
 
-def load(
-    split: str,
-    source: str | None = None,
-    limit: int | None = None,
-    prompt: str = prompts.PLAIN,
-    seed: int = 0,
-    *,
-    layout: str,
-) -> Dataset:
-    """See `trl_diffusion.tasks.Task`; its own data are the generated ones."""
-    if source not in (None, EMBEDDED):
-        raise ValueError(f"Chained sums are generated and read no file, got source {source!r}; leave it out.")
-    if prompt != prompts.PLAIN:
-        raise ValueError(f"Chained sums have the prompt 'plain' only, got {prompt!r}.")
-    return load_chained_sums(split, limit or TEST_SIZE, seed, layout=layout)
-
-
 def _task(name: str, layout: str) -> Task:
+    generate = partial(load_chained_sums, layout=layout)
     return Task(
         name=name,
         description="Share of generated chained sums whose answer, the one stated last, is the gold number.",
-        load=partial(load, layout=layout),
+        load=generated_loader(name, generate, "gsm8k"),
         score=score,
         rewards=(correctness_reward, format_reward),
         columns={"answer": Value("string")},
-        generate=partial(load_chained_sums, layout=layout),
+        generate=generate,
     )
 
 

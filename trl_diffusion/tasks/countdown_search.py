@@ -20,15 +20,14 @@ from functools import cache
 import numpy as np
 from datasets import Dataset, Sequence, Value
 
-from trl_diffusion.tasks import d1_prompts as prompts
 from trl_diffusion.tasks.countdown import correctness_reward, evaluate_expression, format_reward, score
+from trl_diffusion.tasks.generated import generated_loader
 from trl_diffusion.tasks.rows import check_split
 from trl_diffusion.tasks.split import held_out
-from trl_diffusion.tasks.task import EMBEDDED, Task
+from trl_diffusion.tasks.task import Task
 
 __all__ = ["TASK", "correctness_reward", "format_reward", "load_countdown_search", "score", "write_search"]
 
-TEST_SIZE = 256
 LARGEST_NUMBER = 5
 MOST_ATTEMPTS = 4
 SLIP_RATE = 0.5
@@ -119,23 +118,10 @@ def _evaluate(expression: str) -> int:
     return int(value)
 
 
-def load(
-    split: str, source: str | None = None, limit: int | None = None, prompt: str = prompts.PLAIN, seed: int = 0
-) -> Dataset:
-    """See `trl_diffusion.tasks.Task`; its own data are the generated ones."""
-    if source not in (None, EMBEDDED):
-        raise ValueError(
-            f"countdown_search is generated and reads no file, got source {source!r}; the task countdown does."
-        )
-    if prompt != prompts.PLAIN:
-        raise ValueError(f"countdown_search has the prompt 'plain' only, got {prompt!r}.")
-    return load_countdown_search(split, limit or TEST_SIZE, seed)
-
-
 TASK = Task(
     name="countdown_search",
     description="Share of Countdown problems solved, of expressions stated, and of those with the right numbers.",
-    load=load,
+    load=generated_loader("countdown_search", load_countdown_search, "countdown"),
     score=score,
     rewards=(correctness_reward, format_reward),
     columns={"numbers": Sequence(Value("int64")), "target": Value("int64")},

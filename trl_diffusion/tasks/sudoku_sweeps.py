@@ -21,15 +21,14 @@ from collections.abc import Sequence
 import numpy as np
 from datasets import Dataset, Value
 
-from trl_diffusion.tasks import d1_prompts as prompts
+from trl_diffusion.tasks.generated import generated_loader
 from trl_diffusion.tasks.rows import check_split
 from trl_diffusion.tasks.split import held_out
 from trl_diffusion.tasks.sudoku import CELLS, format_reward, score, solve_sudoku, solved_reward
-from trl_diffusion.tasks.task import EMBEDDED, Task
+from trl_diffusion.tasks.task import Task
 
 __all__ = ["TASK", "format_reward", "load_sudoku_sweeps", "score", "solve_in_sweeps", "solved_reward"]
 
-TEST_SIZE = 256
 BLANKS = range(3, 10)
 MOST_BLANKS = 10  # of puzzles with more, few are solved in three sweeps
 SWEEPS = 3
@@ -130,21 +129,10 @@ def _board(grid: str) -> str:
     return "\n".join(grid[start : start + 4] for start in range(0, CELLS, 4))
 
 
-def load(
-    split: str, source: str | None = None, limit: int | None = None, prompt: str = prompts.PLAIN, seed: int = 0
-) -> Dataset:
-    """See `trl_diffusion.tasks.Task`; its own data are the generated ones."""
-    if source not in (None, EMBEDDED):
-        raise ValueError(f"sudoku_sweeps is generated and reads no file, got source {source!r}; the task sudoku does.")
-    if prompt != prompts.PLAIN:
-        raise ValueError(f"sudoku_sweeps has the prompt 'plain' only, got {prompt!r}.")
-    return load_sudoku_sweeps(split, limit or TEST_SIZE, seed)
-
-
 TASK = Task(
     name="sudoku_sweeps",
     description="Share of puzzles solved, of blanks filled in right, and of completions that state a grid.",
-    load=load,
+    load=generated_loader("sudoku_sweeps", load_sudoku_sweeps, "sudoku"),
     score=score,
     # Not the share of right cells: only the end of the text is judged, and what decides it lies in the middle.
     rewards=(solved_reward, format_reward),

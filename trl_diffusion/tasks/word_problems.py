@@ -13,15 +13,14 @@ from itertools import product
 import numpy as np
 from datasets import Dataset, Value
 
-from trl_diffusion.tasks import d1_prompts as prompts
+from trl_diffusion.tasks.generated import generated_loader
 from trl_diffusion.tasks.gsm8k import correctness_reward, format_reward, score
 from trl_diffusion.tasks.rows import check_split
 from trl_diffusion.tasks.split import held_out
-from trl_diffusion.tasks.task import EMBEDDED, Task
+from trl_diffusion.tasks.task import Task
 
 __all__ = ["TASK", "correctness_reward", "format_reward", "load_word_problems", "score"]
 
-TEST_SIZE = 256
 
 NAMES = ("Tom", "Ann", "Sam", "Mia", "Leo", "Eva")
 THINGS = ("apples", "pens", "books", "coins", "cards", "eggs")
@@ -142,21 +141,10 @@ def write_solution(kind: Kind, numbers: tuple[int, ...], slip: str | None = None
     return "\n".join([*lines, f"{mark} {steps[-1][-1]}"])
 
 
-def load(
-    split: str, source: str | None = None, limit: int | None = None, prompt: str = prompts.PLAIN, seed: int = 0
-) -> Dataset:
-    """See `trl_diffusion.tasks.Task`; its own data are the generated ones."""
-    if source not in (None, EMBEDDED):
-        raise ValueError(f"word_problems are generated and read no file, got source {source!r}; the task gsm8k does.")
-    if prompt != prompts.PLAIN:
-        raise ValueError(f"word_problems has the prompt 'plain' only, got {prompt!r}.")
-    return load_word_problems(split, limit or TEST_SIZE, seed)
-
-
 TASK = Task(
     name="word_problems",
     description="Share of generated word problems whose answer, the one stated last, is the gold number.",
-    load=load,
+    load=generated_loader("word_problems", load_word_problems, "gsm8k"),
     score=score,
     rewards=(correctness_reward, format_reward),
     columns={"answer": Value("string")},

@@ -1,7 +1,7 @@
 """The arms of the core table: every claim of a paper that can be tested here, as data.
 
-An arm has no learning rate of its own: each runs at that one of `LEARNING_RATES` which samples best on `TUNING_TASK`
-with the seeds `TUNING_SEEDS`, which no other run uses.
+Arms state no learning rate. Each runs at the one of `LEARNING_RATES` that samples best on `TUNING_TASK` with the seeds
+`TUNING_SEEDS`, which no other run uses.
 """
 
 from __future__ import annotations

@@ -20,8 +20,9 @@ from trl_diffusion.evaluation.decoding import decode_completions
 from trl_diffusion.family import family_of
 from trl_diffusion.likelihood import noised_views, score_views, trajectory_views
 from trl_diffusion.likelihood.views import Views
-from trl_diffusion.sampling import CanvasState, SamplingConfig, Trajectory, row_generators, sample
+from trl_diffusion.sampling import SamplingConfig, Trajectory, row_generators, sample
 from trl_diffusion.sampling.trajectory import taken_steps
+from trl_diffusion.streams import uniforms
 from trl_diffusion.tasks import Task
 from trl_diffusion.tokenization import encode_prompt, left_pad
 
@@ -34,16 +35,16 @@ class Batch:
     """Completions of a model, B = prompts · G.
 
     Args:
-        model: which wrote them.
+        model: the model that wrote them.
         tokenizer: its tokenizer.
-        task: what says whether they are right.
+        task: the task whose first score says whether they are right.
         rows: the row of each completion, B of them.
         prompt_ids: long [B, P].
         prompt_mask: [B, P].
-        trajectory: how they came to be.
-        success: bool [B].
-        size: G.
-        sampling: how they were drawn.
+        trajectory: the record of their denoising steps.
+        success: bool [B], whether each is right.
+        size: G, completions per prompt.
+        sampling: the settings of the sampler.
     """
 
     model: PreTrainedModel
@@ -202,24 +203,15 @@ def continuation_success(batch: Batch, rows: torch.Tensor, count: int, seed: int
     problems = [batch.rows[row] for row in copies]
     found = []
     for blocks in range(sampling.num_blocks):
-        if blocks == 0:
-            state = CanvasState.empty(len(copies), sampling.canvas_length, family.mask_token_id, copies.device)
-        else:
-            points = torch.full_like(rows, blocks)
-            parts = _rows_of(batch.trajectory, rows)
-            whole = sampling.canvas_length
-            state = probe_state(parts, family, "block", sampling.block_length, points, whole)
-            state = state.rows(torch.arange(len(rows)).repeat_interleave(count))
+        points = torch.full((len(batch.rows),), blocks)
+        states = probe_state(
+            batch.trajectory, family, "block", sampling.block_length, points, masks=sampling.canvas_length
+        )
         streams = row_generators(seed, CONTINUATION, blocks, rows=range(len(copies)))
         ids, mask = batch.prompt_ids[copies], batch.prompt_mask[copies]
-        continued = sample(batch.model, ids, mask, sampling, streams, state=state)
+        continued = sample(batch.model, ids, mask, sampling, streams, state=states.rows(copies))
         found.append(_right(continued, batch.model, batch.tokenizer, batch.task, problems).float().mean().item())
     return found
-
-
-def _rows_of(trajectory: Trajectory, rows: torch.Tensor) -> Trajectory:
-    tensors = {name: value[rows] for name, value in vars(trajectory).items() if isinstance(value, torch.Tensor)}
-    return Trajectory(**{**vars(trajectory), **tensors})
 
 
 def elbo_deviation(
@@ -238,7 +230,7 @@ def elbo_deviation(
         estimates = []
         for draw in range(draws):
             streams = row_generators(seed, MASKS, draw, rows=range(len(rows)))
-            noise = torch.stack([torch.from_numpy(stream.random(ids.size(1))) for stream in streams])
+            noise = uniforms(streams, ids.size(1))
             text = torch.arange(ids.size(1)) < lengths.unsqueeze(1)
             masked_count = (share * lengths).round().clamp(min=1).unsqueeze(1)
             rank = noise.masked_fill(~text, 2.0).argsort(1).argsort(1)
@@ -282,8 +274,8 @@ def surrogate_cosines(batch: Batch, draws: int, seed: int) -> dict[str, float]:
     def of_masks():
         for draw in range(draws):
             streams = row_generators(seed, MASKS, draws + draw, rows=range(len(rows)))
-            levels = torch.tensor([[stream.random()] for stream in streams]).clamp(min=0.02)
-            noise = torch.stack([torch.from_numpy(stream.random(ids.size(1))) for stream in streams])
+            levels = uniforms(streams, 1).float().clamp(min=0.02)
+            noise = uniforms(streams, ids.size(1))
             masked = (noise < levels) & text
             logps = batch.scored(rows, noised_views(ids, masked, masked, family.mask_token_id))
             yield (weight * logps / levels).sum()

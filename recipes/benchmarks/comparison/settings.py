@@ -1,4 +1,4 @@
-"""What the runs on a task have in common: the model, the canvas, and how accuracy is measured after training."""
+"""Settings that all runs on a task share: the model, the canvas, and how accuracy is measured after training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from trl_diffusion.sampling import SamplingConfig
 
 @dataclass(frozen=True)
 class Setting:
-    """What the runs on a task have in common.
+    """Settings that all runs on a task share.
 
     Args:
         model: the bundled model that every run starts from.

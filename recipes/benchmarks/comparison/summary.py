@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -106,12 +106,16 @@ def families(rows: list[dict[str, Any]]) -> dict[tuple[str, tuple[str, ...]], li
     return {(task, baselines): [base[task], *own] for (task, baselines), own in groups.items()}
 
 
+def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Return a table as Markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Return the tables of all families as Markdown."""
     parts = []
     for (task, baselines), own in families(rows).items():
         parts.append(f"### {task}: against {' and '.join(baselines)}\n")
         for head, lines in tables(own, baselines):
-            parts += [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines)]
-            parts.append("")
+            parts += [markdown_table(head, lines), ""]
     return "\n".join(parts)
