@@ -24,7 +24,16 @@ from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
-from comparison.core import CORE, FEWER_STEPS, LEARNING_RATES, TASKS, TUNING_SEEDS, TUNING_TASK
+from comparison.core import (
+    CORE,
+    FEWER_STEPS,
+    LEARNING_RATES,
+    TASKS,
+    TUNING_SEEDS,
+    TUNING_TASK,
+    Tuned,
+    best_learning_rate,
+)
 from comparison.core_summary import Runs, compact, core_tables, fewer_steps_table, undecided
 from comparison.run import Job, Length, keep, run_all
 from comparison.summary import markdown_table
@@ -35,15 +44,18 @@ STORED = Path(__file__).parent / "results" / "learning_rates.json"
 MORE_SEEDS = 10
 
 
-def tune(arms: Sequence[str], folder: Path, length: Length, workers: int) -> dict[str, dict[str, float]]:
-    """Measure sampled accuracy in percent of every arm at every learning rate, the mean over the tuning seeds."""
-    cases = list(product(TUNING_SEEDS, arms, LEARNING_RATES))
+def tune(known: Tuned, arms: Sequence[str], folder: Path, length: Length, workers: int) -> Tuned:
+    """Measure the arms at every learning rate with the tuning seeds, as far as that is not known yet."""
+    found = {arm: {rate: dict(seeds) for rate, seeds in of_arm.items()} for arm, of_arm in known.items()}
+    for arm, rate in product(arms, LEARNING_RATES):
+        found.setdefault(arm, {}).setdefault(f"{rate:g}", {})
     jobs = [
-        Job(TUNING_TASK, arm, seed, rate, folder / "tuning" / arm / f"{rate:g}", True) for seed, arm, rate in cases
+        Job(TUNING_TASK, arm, seed, rate, folder / "tuning" / arm / f"{rate:g}", True)
+        for seed, arm, rate in product(TUNING_SEEDS, arms, LEARNING_RATES)
+        if str(seed) not in found[arm][f"{rate:g}"]
     ]
-    found = {arm: dict.fromkeys((f"{rate:g}" for rate in LEARNING_RATES), 0.0) for arm in arms}
     for run in run_all(jobs, length, workers):
-        found[run["arm"]][f"{run['learning_rate']:g}"] += 100 * run["sampled_accuracy"] / len(TUNING_SEEDS)
+        found[run["arm"]][f"{run['learning_rate']:g}"][str(run["seed"])] = 100 * run["sampled_accuracy"]
     return found
 
 
@@ -70,16 +82,14 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # read by the worker processes when they import torch
     start, length = time.perf_counter(), Length(args.budget, args.eval_size)
     arms = with_baselines(args.arms)
-    sampled = json.loads(args.learning_rates.read_text()) if args.learning_rates.exists() else {}
-    untuned = {FEWER_STEPS.get(arm, arm) for arm in arms} - sampled.keys()
-    sampled |= tune([arm for arm in CORE if arm in untuned], args.output_dir, length, args.workers)
+    known = json.loads(args.learning_rates.read_text()) if args.learning_rates.exists() else {}
+    own_rate = list(dict.fromkeys(FEWER_STEPS.get(arm, arm) for arm in arms))
+    tuned = tune(known, own_rate, args.output_dir, length, args.workers)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    (args.output_dir / "learning_rates.json").write_text(json.dumps(sampled, indent=1))
+    (args.output_dir / "learning_rates.json").write_text(json.dumps(tuned, indent=1))
 
     def job(task: str, arm: str, seed: int) -> Job:
-        rates = sampled.get(FEWER_STEPS.get(arm, arm), {})
-        rate = max(LEARNING_RATES, key=lambda rate: rates[f"{rate:g}"]) if rates else None
-        return Job(task, arm, seed, rate, args.output_dir / "runs" / task / arm)
+        return Job(task, arm, seed, best_learning_rate(tuned, arm), args.output_dir / "runs" / task / arm)
 
     if args.stored is not None:
         for run in json.loads(args.stored.read_text()):

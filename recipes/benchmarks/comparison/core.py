@@ -1,7 +1,7 @@
 """The arms of the core table: every claim of a paper that can be tested here, as data.
 
-Arms state no learning rate. Each runs at the one of `LEARNING_RATES` that samples best on `TUNING_TASK` with the seeds
-`TUNING_SEEDS`, which no other run uses.
+Arms state no learning rate. Each runs at the one of `LEARNING_RATES` that samples best on `TUNING_TASK`, on average
+over the seeds `TUNING_SEEDS`, which no other run uses.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from comparison.arms import DMPO, TRAJECTORY, Arm
 
 TASKS = ("chained_sums", "chained_sums_fixed")
 LEARNING_RATES = (1e-4, 3e-4, 6e-4)
-TUNING_TASK, TUNING_SEEDS = "chained_sums", (100,)
+TUNING_TASK, TUNING_SEEDS = "chained_sums", (100, 101, 102)
 
 MAX_PROB = {"unmasking": "max_prob"}
 NOISED = MAX_PROB | {"num_iterations": 4}
@@ -81,3 +83,13 @@ CORE: dict[str, Arm] = {
 }
 # Arms evaluated at fewer steps than their rollouts take, with the arm whose learning rate they take.
 FEWER_STEPS = {"diffu_grpo_36": "diffu_grpo", "agrpo_36": "agrpo", "roec_cm_36": "roec_cm"}
+
+
+# Sampled accuracies in percent: of an arm, at a learning rate, with a tuning seed.
+Tuned = dict[str, dict[str, dict[str, float]]]
+
+
+def best_learning_rate(tuned: Tuned, arm: str) -> float | None:
+    """Return the learning rate with the best mean over the tuning seeds; `None` for the untrained model."""
+    of_arm = tuned.get(FEWER_STEPS.get(arm, arm))
+    return of_arm and max(LEARNING_RATES, key=lambda rate: np.mean([*of_arm[f"{rate:g}"].values()]))
