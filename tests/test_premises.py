@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +26,10 @@ sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))
 
 import claims  # noqa: E402
 from comparison import premises  # noqa: E402
-from comparison.claims import CLAIMS  # noqa: E402
+from comparison.claims import CLAIMS, claims_table  # noqa: E402
 from comparison.core import CORE  # noqa: E402
 from comparison.core import TASKS as CORE_TASKS  # noqa: E402
+from comparison.core_summary import Runs  # noqa: E402
 
 RESULTS = ROOT / "recipes" / "benchmarks" / "results"
 ROLLOUTS = SamplingConfig(45, 27, 5, unmasking="max_prob", record_signals=True)
@@ -170,10 +172,31 @@ def test_every_claim_has_arms_and_a_premise():
 def test_a_claim_without_its_premise_gets_no_verdict():
     claim = next(claim for claim in CLAIMS if claim.arm == "roec_cm")
     shares = {"gradient_share": {"uniform": 0.2, "roec_cm": 0.2}}
-    more = SimpleNamespace(verdict="more")
-    assert claim.verdict(shares, more) == "premise fails"
+    more, equal = SimpleNamespace(verdict="more"), SimpleNamespace(verdict="equal")
+    assert claim.verdict(shares, more, 0.01) == "premise fails"
     shares["gradient_share"]["roec_cm"] = 0.9
-    assert claim.verdict(shares, more) == "seen" and claim.verdict(shares, None) == "not run"
+    assert claim.verdict(shares, more, 0.01) == "seen" and claim.verdict(shares, None, math.nan) == "not run"
+    assert claim.verdict(shares, more, 0.06) == "open" and claim.verdict(shares, equal, 0.9) == "not seen"
+
+
+def test_claims_are_corrected_for_the_number_of_those_that_are_tested():
+    """Three arms of five seeds, each two points above its baseline: p is 1/16, times the number of tested claims."""
+    accuracy = {"diffu_grpo": 0.2, "agrpo": 0.22, "agrpo_sapo_1": 0.24, "espo": 0.22, "gdpo": 0.24}
+    runs = [
+        dict(task="chained_sums", arm=arm, seed=seed, sampled_accuracy=value + 0.001 * seed)
+        for arm, value in accuracy.items()
+        for seed in range(5)
+    ]
+    stored = json.loads((RESULTS / "premises.json").read_text())["chained_sums, max_prob"]
+    stored["elbo_deviation"] = {"0.5": 1.0, "0.25": 1.0}  # the premise of GDPO, which fails
+    head, lines = claims_table({"chained_sums": stored}, Runs(runs), "chained_sums")
+    shown = {line[head.index("test")]: (line[head.index("Holm")], line[-1]) for line in lines if line[3]}
+    assert shown == {
+        "`agrpo` − `diffu_grpo`": ("0.1875", "open"),
+        "`agrpo_sapo_1` − `agrpo`": ("0.1875", "open"),
+        "`espo` − `diffu_grpo`": ("0.1875", "open"),
+        "`gdpo` − `espo`": ("", "premise fails"),
+    }
 
 
 def test_the_pages_show_the_stored_results():

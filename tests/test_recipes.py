@@ -213,6 +213,14 @@ def test_methods_that_need_full_attention_refuse_the_block_causal_embedded_model
                 *("--model_name_or_path", "embedded_chains", "--block_length", "9"),
             ],
         ),
+        (
+            ["--task", "chained_sums_fixed=embedded"],
+            [
+                *("--config", "x", "--task", "chained_sums", "--block_length", "5"),
+                *("--model_name_or_path", "embedded_chains", "--task", "chained_sums_fixed=embedded"),
+            ],
+        ),
+        (["--task", "countdown"], ["--config", "x", "--task", "countdown"]),
         (["--model_name_or_path", "embedded_sdar", "--config", "y"], None),
         (["--model_name_or_path", "GSAI-ML/LLaDA-8B-Instruct"], None),
         (["--adapter=z"], None),
@@ -221,6 +229,13 @@ def test_methods_that_need_full_attention_refuse_the_block_causal_embedded_model
 def test_arguments_for_the_embedded_models(arguments, expected):
     options = {"task": "--task", "block_length": "--block_length"}  # of a command that draws on no canvas
     assert embedded_arguments(arguments, ["--config", "x"], options, "--adapter") == expected
+
+
+def test_no_embedded_model_knows_all_tasks():
+    asked = ["--tasks", "chained_sums", "countdown"]
+    with pytest.raises(ValueError, match="embedded_chains is for chained_sums, embedded is for countdown"):
+        embedded_arguments(asked, [], {"task": "--tasks"})
+    assert embedded_arguments([*asked, "--model_name_or_path", "here"], [], {"task": "--tasks"}) is None
 
 
 @pytest.mark.thorough

@@ -12,13 +12,13 @@ import argparse
 import json
 import re
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from comparison.claims import claims_table
-from comparison.core import LEARNING_RATES, TASKS
-from comparison.core_summary import Runs, core_tables, fewer_steps_table
+from comparison.core import CORE, LEARNING_RATES, TASKS, Tuned, best_learning_rate
+from comparison.core_summary import Runs, core_tables, fewer_steps_table, mean_and_error
 from comparison.premises_table import premises_table
 from comparison.summary import markdown_table
 
@@ -31,7 +31,7 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
     """Return every table of the pages by its name, from the stored results."""
     premises: dict[str, Any] = json.loads((results / "premises.json").read_text())
     runs = Runs(json.loads((results / "core_table.json").read_text()))
-    rates: dict[str, dict[str, float]] = json.loads((results / "learning_rates.json").read_text())
+    tuned: Tuned = json.loads((results / "learning_rates.json").read_text())
     surest = {task: premises[f"{task}, max_prob"] for task in TASKS}
     found = {
         f"claims {task}": markdown_table(*claims_table(surest, runs, task)) for task in TASKS if task in runs.tasks
@@ -41,14 +41,17 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
     found["fewer steps"] = markdown_table(head, lines)
     found["learning rates"] = markdown_table(
         ["arm", *(f"{rate:g}" for rate in LEARNING_RATES)],
-        [[arm, *_best_in_bold([of_arm[f"{rate:g}"] for rate in LEARNING_RATES])] for arm, of_arm in rates.items()],
+        [[arm, *_rates_of(tuned, arm)] for arm in CORE if arm in tuned],
     )
     found["premises"] = markdown_table(*premises_table(premises))
     return found
 
 
-def _best_in_bold(values: Sequence[float]) -> list[str]:
-    return [f"**{value:.1f}**" if value == max(values) else f"{value:.1f}" for value in values]
+def _rates_of(tuned: Tuned, arm: str) -> list[str]:
+    """Return mean and standard error at every learning rate, the chosen one in bold."""
+    found = {rate: mean_and_error(np.array([*tuned[arm][f"{rate:g}"].values()])) for rate in LEARNING_RATES}
+    best = best_learning_rate(tuned, arm)
+    return [f"**{value}**" if rate == best else value for rate, value in found.items()]
 
 
 def filled(page: str, found: dict[str, str]) -> str:

@@ -93,7 +93,9 @@ def main() -> None:
 
     if args.stored is not None:
         for run in json.loads(args.stored.read_text()):
-            keep(job(run["task"], run["arm"], run["seed"]), run)
+            same = job(run["task"], run["arm"], run["seed"])
+            if run["learning_rate"] == same.learning_rate:  # else it is done again at the rate that is chosen now
+                keep(same, run)
     jobs = [job(task, "base", 0) for task in args.tasks]
     jobs += [job(task, arm, seed) for seed, task, arm in product(range(args.seeds), args.tasks, arms)]
     runs = Runs(run_all(jobs, length, args.workers))

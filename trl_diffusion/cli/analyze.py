@@ -45,7 +45,7 @@ from trl_diffusion.evaluation.confusion_zones import (
 )
 from trl_diffusion.evaluation.decoding import decode_completions
 from trl_diffusion.models import family_of
-from trl_diffusion.models.embedded import BLOCKS_AND_STEPS, EMBEDDED_MODEL, embedded_arguments
+from trl_diffusion.models.embedded import BLOCKS_AND_STEPS, embedded_arguments, names_model
 from trl_diffusion.sampling import SamplingArguments, SamplingConfig, row_generators, sample
 from trl_diffusion.sampling.arguments import with_default
 from trl_diffusion.tasks import TASKS
@@ -140,7 +140,7 @@ def summary(frame: pd.DataFrame, args: AnalysisArguments, selected: list[int]) -
     }
 
 
-OPTIONS = {"task": "--task", "canvas": "--canvas_length"} | BLOCKS_AND_STEPS
+OPTIONS = {"task": "--task", "canvas": "--canvas_length", "unmasking": "--unmasking"} | BLOCKS_AND_STEPS
 SHOWN = ("adapter", "task", "num_completions", "canvas_length", "block_length", "denoising_steps", "num_selected")
 
 
@@ -154,11 +154,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = Parser(
         [AnalysisArguments], "trl-diffusion analyze", __doc__, {"Options used most": (*SHOWN, "output_dir")}
     )
-    (args,) = parser.parse(embedded_arguments(words, [], OPTIONS, "--adapter") or words)
+    for_bundled = embedded_arguments(words, [], OPTIONS, "--adapter")
+    (args,) = parser.parse(words if for_bundled is None else for_bundled)
     console = Console()
     if args.model_name_or_path is None and args.adapter is None:
-        args.model_name_or_path = EMBEDDED_MODEL
-        console.print("No model given: analysing the embedded one. It is tiny and was trained on faulty solutions.")
+        args.model_name_or_path = "embedded"
+    if for_bundled is not None and not names_model(words):
+        name = args.model_name_or_path
+        console.print(f"No model given: analysing {name}. It is tiny and was trained on faulty solutions.")
     model, tokenizer = args.load("cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu")
     model, _ = merge_for_decoding(model, args.merge_adapter)
     problems = held_out(args.task, args.num_completions, args.seed)

@@ -191,6 +191,8 @@ def parse(choice: Choice, arguments: Sequence[str]) -> tuple:
     options = {"task": "--dataset_path", "canvas": "--max_completion_length"}
     for name in ("block_length", "denoising_steps"):  # SFT has them for evaluation only, as methods that derive them
         options[name] = f"--{name}" if name in read_yaml(config) else f"--eval_{name}"
+    if "unmasking" in _names(choice.config):
+        options["unmasking"] = "--unmasking"
     adapted = [*choice.adapted, *arguments]
     for_bundled = embedded_arguments(adapted, ["--config", str(config)], options, default=choice.model)
     words = arguments if for_bundled is None else for_bundled

@@ -38,7 +38,13 @@ from trl_diffusion.evaluation import (
     write_results,
 )
 from trl_diffusion.family import family_of
-from trl_diffusion.models.embedded import BLOCKS_AND_STEPS, EMBEDDED_MODEL, EMBEDDED_MODELS, embedded_arguments
+from trl_diffusion.models.embedded import (
+    BLOCKS_AND_STEPS,
+    EMBEDDED_MODEL,
+    EMBEDDED_MODELS,
+    embedded_arguments,
+    names_model,
+)
 from trl_diffusion.runtime.recorded_decoding import recorded_decoding
 from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.sampling.arguments import GreedyArguments
@@ -169,12 +175,11 @@ def parse(arguments: Sequence[str]) -> tuple[EvaluateArguments, bool]:
     for_bundled = embedded_arguments(words, config, options, "--adapter")
     parser = Parser([EvaluateArguments], "trl-diffusion evaluate", __doc__, {"Options used most": SHOWN})
     (args,) = parser.parse(words if for_bundled is None else for_bundled)
-    by_default = args.model_name_or_path is None and args.adapter is None
-    if by_default:
+    if args.model_name_or_path is None and args.adapter is None:
         args.model_name_or_path = EMBEDDED_MODEL
     elif args.model_name_or_path is not None:
         check_model_name(args.model_name_or_path)
-    return args, by_default
+    return args, for_bundled is not None and not names_model(words)
 
 
 def scorer(task: Task, protocols: list[str]):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from statistics_of_runs import holm
+
 from comparison.core_summary import Difference, Runs
 
 Premises = dict[str, Any]  # of one task, see `premises.py`
+SIGNIFICANT = 0.05  # p-values below this, after correction
 
 
 @dataclass(frozen=True)
@@ -35,14 +39,25 @@ class Claim:
     arm: str
     baseline: str
 
-    def verdict(self, premises: Premises, difference: Difference | None) -> str:
-        """Return `premise fails`, or `seen`, `not seen`, `the opposite` or `open`; `not run` without runs."""
-        if self.value(premises) < self.least:
+    def premise_holds(self, premises: Premises) -> bool:
+        """Return whether the premise's number reaches its bound."""
+        return self.value(premises) >= self.least
+
+    def verdict(self, premises: Premises, difference: Difference | None, p_value: float) -> str:
+        """Return `premise fails`, or `seen`, `not seen`, `the opposite` or `open`; `not run` without runs.
+
+        Args:
+            premises: of the task.
+            difference: of the two arms; `None` without runs.
+            p_value: of the difference, corrected for the number of claims.
+        """
+        if not self.premise_holds(premises):
             return "premise fails"
         if difference is None:
             return "not run"
-        found = {"more": "seen", "less": "the opposite", "equal": "not seen", "open": "open"}
-        return found[difference.verdict]
+        if difference.verdict in ("more", "less") and p_value >= SIGNIFICANT:
+            return "open"
+        return {"more": "seen", "less": "the opposite", "equal": "not seen", "open": "open"}[difference.verdict]
 
 
 def _gradient(kind: str) -> Callable[[Premises], float]:
@@ -228,18 +243,26 @@ def claims_table(premises: dict[str, Premises], runs: Runs, task: str) -> tuple[
         runs: of the core table.
         task: its name.
     """
+    found = {
+        claim: runs.difference(task, claim.arm, claim.baseline)
+        for claim in CLAIMS
+        if {claim.arm, claim.baseline} <= {*runs.arms(task)}
+    }
+    # A claim without its premise is not tested, so it counts for no correction.
+    tested = [claim for claim in found if claim.premise_holds(premises[task])]
+    corrected = dict(zip(tested, holm([found[claim].p_value for claim in tested]), strict=True))
     lines = []
     for claim in CLAIMS:
-        done = {claim.arm, claim.baseline} <= {*runs.arms(task)}
-        difference = runs.difference(task, claim.arm, claim.baseline) if done else None
-        value = claim.value(premises[task])
+        value, difference = claim.value(premises[task]), found.get(claim)
+        p_value = corrected.get(claim, math.nan)
         lines.append(
             [
                 f"{claim.method} ({claim.paper}): {claim.text}",
                 f"{claim.premise}: **{value:.2f}** (at least {claim.least:g})",
                 f"`{claim.arm}` − `{claim.baseline}`",
                 "" if difference is None else f"{difference}",
-                claim.verdict(premises[task], difference),
+                "" if claim not in corrected else f"{p_value:.4f}",
+                claim.verdict(premises[task], difference, p_value),
             ]
         )
-    return ["claim", "premise", "test", "points, 95 %", "verdict"], lines
+    return ["claim", "premise", "test", "points, 95 %", "Holm", "verdict"], lines

@@ -146,11 +146,11 @@ def core_tables(runs: Runs) -> list[TextTable]:
             lines.append(
                 [
                     arm,
-                    _mean_and_error(sampled),
+                    mean_and_error(sampled),
                     f"{sampled.min():.1f}",
                     f"{100 * (sampled < base).mean():.0f}",
                     f"{np.mean(areas):.1f}",
-                    _mean_and_error(_greedy(runs, task, arm)),
+                    mean_and_error(_greedy(runs, task, arm)),
                     f"{len(sampled)}",
                 ]
             )
@@ -173,7 +173,7 @@ def fewer_steps_table(runs: Runs) -> TextTable:
     for task in runs.tasks:
         for arm in ("base", *(arm for arm in runs.arms(task) if arm in FEWER_STEPS)):
             steps = setting_of(task).fewer_steps
-            lines.append([task, arm, *(_mean_and_error(runs.greedy(task, arm, number)) for number in steps)])
+            lines.append([task, arm, *(mean_and_error(runs.greedy(task, arm, number)) for number in steps)])
     return "fewer steps: greedy accuracy", ["task", "arm", "S", "S/2", "S/4"], lines
 
 
@@ -181,6 +181,7 @@ def _greedy(runs: Runs, task: str, arm: str) -> np.ndarray:
     return runs.greedy(task, arm, setting_of(task).denoising_steps)
 
 
-def _mean_and_error(values: np.ndarray) -> str:
+def mean_and_error(values: np.ndarray) -> str:
+    """Write the mean ± its standard error, which is left out for a single value."""
     error = standard_error(values.tolist())
     return f"{values.mean():.1f}" + ("" if math.isnan(error) else f" ± {error:.1f}")
