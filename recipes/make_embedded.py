@@ -4,6 +4,7 @@ r"""Make the embedded models: tiny LLaDA and SDAR checkpoints, trained with the 
     OMP_NUM_THREADS=1 python recipes/make_embedded.py --family sdar --clean_steps 2000 --slip_steps 500 \
         --output_dir trl_diffusion/models/embedded_sdar
     OMP_NUM_THREADS=1 python recipes/make_embedded.py --config recipes/embedded_chains.yaml
+    OMP_NUM_THREADS=1 python recipes/make_embedded.py --config recipes/embedded_puzzles.yaml
 
 First it learns from right solutions, then from solutions of which many slip on purpose. So the network can compute the
 right answer and often prefers a wrong one, which reinforcement learning can repair. On one machine the same command

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))
 
 from comparison import figures  # noqa: E402
 from comparison.arms import ARMS  # noqa: E402
-from comparison.core import CORE, FEWER_STEPS  # noqa: E402
+from comparison.core import CORE, FEWER_STEPS, ON_CHAINS, RATE_OF  # noqa: E402
 from comparison.core_summary import (  # noqa: E402
     Runs,
     area,
@@ -27,7 +27,7 @@ from comparison.core_summary import (  # noqa: E402
     undecided,
 )
 from comparison.run import Budget, Job, Length, make_trainer  # noqa: E402
-from comparison.settings import CHAINS  # noqa: E402
+from comparison.settings import setting_of  # noqa: E402
 from comparison.summary import markdown, summarise  # noqa: E402
 from statistics_of_runs import holm, sign_flip_p_value, standard_error  # noqa: E402
 
@@ -100,7 +100,12 @@ def test_verdicts_follow_the_interval():
     (_, head, accuracies), (_, _, differences) = core_tables(found)
     assert accuracies[1][:4] == ["agrpo", "62.5 ± 3.8", "50.0", "0"] and len(head) <= 7
     assert {line[0]: line[-1] for line in differences} == {arm: each.verdict for arm, each in verdicts.items()}
-    assert fewer_steps_table(found)[2] == [["chained_sums", "base", "10.0", "5.0", "0.0"]]
+    assert fewer_steps_table(found)[2] == []
+    runs += [core_run("agrpo_36", 0, 0.5) | {"accuracy": {"36": 0.5, "18": 0.25, "9": 0.125}}]
+    assert fewer_steps_table(Runs(runs))[2] == [
+        ["chained_sums", "base", "10.0", "5.0", "0.0"],
+        ["chained_sums", "agrpo_36", "50.0", "25.0", "12.5"],
+    ]
 
 
 def test_core_arms_are_compared_with_arms_of_the_table():
@@ -108,14 +113,15 @@ def test_core_arms_are_compared_with_arms_of_the_table():
     for name, arm in CORE.items():
         assert set(arm.baselines) <= CORE.keys() - {name}
         assert arm.settings.keys() <= settings[name].keys() and "learning_rate" not in arm.settings
-    assert FEWER_STEPS.keys() | set(FEWER_STEPS.values()) <= CORE.keys()
+    assert {*FEWER_STEPS, *RATE_OF, *RATE_OF.values()} <= CORE.keys() and {*FEWER_STEPS} <= RATE_OF.keys()
 
 
 @pytest.mark.parametrize("name", CORE)
 def test_every_core_arm_has_a_trainer(name, tmp_path):
-    job = Job("chained_sums", name, 0, 1e-4, tmp_path)
-    trainer = make_trainer(job, Length(), CHAINS, str(tmp_path), Budget(1.0))
-    assert trainer.args.learning_rate == 1e-4 and trainer.args.max_completion_length == CHAINS.canvas_length
+    task = "chained_sums" if name in ON_CHAINS else "sudoku_sweeps"
+    setting = setting_of(task)
+    trainer = make_trainer(Job(task, name, 0, 1e-4, tmp_path), Length(), setting, str(tmp_path), Budget(1.0))
+    assert trainer.args.learning_rate == 1e-4 and trainer.args.max_completion_length == setting.canvas_length
     assert trainer.args.unmasking == ("random" if "random_order" in name or name == "just_grpo" else "max_prob")
 
 

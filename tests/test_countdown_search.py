@@ -59,8 +59,9 @@ def test_a_slip_calls_the_right_attempt_wrong_and_answers_with_another():
         wrong += 1
         assert score(text, row) == {"accuracy": 0.0, "format": 1.0, "validity": 1.0}
         assert [each[:2] for each in attempts(text)[:-1]] == [each[:2] for each in attempts(right)]
-        assert {mark for *_, mark in attempts(text)} == {"no"}
-    assert wrong / 300 == pytest.approx(0.5, abs=0.07)
+        assert {mark for *_, mark in attempts(text)} == {"no"} and len(attempts(text)) <= 4
+    # half of those that leave room for another attempt, three of four
+    assert wrong / 300 == pytest.approx(0.375, abs=0.07)
 
 
 def test_rows_depend_on_the_seed_alone_and_splits_share_no_problem():

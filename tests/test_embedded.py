@@ -13,8 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_diffusion.evaluation import evaluate_accuracy
 from trl_diffusion.models import LLaDAModelLM, SDARForCausalLM
-from trl_diffusion.models.embedded import EMBEDDED_MODEL, EMBEDDED_MODELS, EMBEDDED_SDAR_MODEL
+from trl_diffusion.models.embedded import (
+    EMBEDDED_MODEL,
+    EMBEDDED_MODELS,
+    EMBEDDED_PUZZLES_MODEL,
+    EMBEDDED_SDAR_MODEL,
+)
 from trl_diffusion.sampling import SamplingConfig
+from trl_diffusion.tasks import TASKS
 from trl_diffusion.tasks.word_problems import correctness_reward, load_word_problems
 
 GREEDY = SamplingConfig(32, 16, 8, temperature=0.0, unmasking="max_prob")
@@ -113,3 +119,26 @@ def test_the_block_causal_model_has_the_same_tokens_and_room_above_its_greedy_an
         network, tokenizer, rows, is_right, decoding=replace(GREEDY, block_length=4), **SETTINGS
     )
     assert 0.25 < greedy.value < 0.75
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "greedy", "sampled"),
+    [("sudoku_sweeps", (0.55, 0.85), (0.2, 0.45)), ("countdown_search", (0.2, 0.5), (0.05, 0.25))],
+)
+def test_the_puzzles_model_is_often_wrong_and_sampling_finds_right_answers(task, greedy, sampled):
+    network = AutoModelForCausalLM.from_pretrained(EMBEDDED_PUZZLES_MODEL).eval()
+    its_tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_PUZZLES_MODEL)
+    rows = TASKS[task].generate("test", 48, 1)
+    decoding = SamplingConfig(60, 30, 10, temperature=0.0, unmasking="max_prob")
+    for temperature, (least, most) in ((0.0, greedy), (1.0, sampled)):
+        found = evaluate_accuracy(
+            network,
+            its_tokenizer,
+            rows,
+            TASKS[task].is_correct,
+            decoding=replace(decoding, temperature=temperature),
+            completions_per_prompt=1 if temperature == 0 else 2,
+            **SETTINGS,
+        )
+        assert least < found.value < most

@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from datasets import Dataset
 from launching import accelerate_launch
 from safetensors.torch import load_file
 from start_matrix import LORA, start
@@ -23,6 +24,7 @@ from trl_diffusion.cli import common, train
 from trl_diffusion.models.embedded import EMBEDDED_MODEL, embedded_arguments
 from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.sampling.arguments import OPTIONS
+from trl_diffusion.tasks.sudoku_sweeps import load_sudoku_sweeps
 from trl_diffusion.trainers import METHODS, AGRPOConfig, ATPOConfig, DiffuGRPOConfig
 
 ROOT = Path(__file__).parent.parent
@@ -175,11 +177,35 @@ TINY_RUN = ["--eval_size", "2", "--max_steps", "1", "--per_device_train_batch_si
         ("embedded_chains", "sft", TINY_RUN),
         ("embedded_chains", "analyze_trajectories", ["--num_completions", "2"]),
         ("embedded_chains", "evaluate", ["--limit", "2"]),
+        ("embedded_puzzles", "analyze_trajectories", ["--num_completions", "2"]),
+        ("embedded_puzzles", "evaluate", ["--limit", "2"]),
     ],
 )
 def test_the_name_of_an_embedded_model_is_enough(model, name, arguments, tmp_path, monkeypatch):
     run_recipe(name, monkeypatch, "--model_name_or_path", model, *arguments, "--output_dir", str(tmp_path / "out"))
     assert any(path.suffix in (".png", ".json") for path in (tmp_path / "out").iterdir())
+
+
+def test_a_curriculum_trains_on_few_blanks_first(tmp_path):
+    """Four puzzles, one an update, in the order of their difficulty."""
+    words = ["agrpo", "--task", "sudoku_sweeps", "--curriculum", "difficulty", "--dataset_size", "4", *TINY_RUN]
+    words += ["--max_steps", "4", "--num_iterations", "1", "--logging_steps", "1", "--output_dir", str(tmp_path)]
+    words += ["--denoising_steps", "6"]
+    train.main(words)
+    files = sorted((tmp_path / "completions").glob("*.parquet"))
+    blanks = [{prompt[0]["content"].count("0") for prompt in pd.read_parquet(file)["prompt"]} for file in files]
+    given = sorted(load_sudoku_sweeps("train", 4, 42)["difficulty"])
+    assert blanks == [{count} for count in given] and len({*given}) > 2
+
+
+def test_a_curriculum_needs_a_column_of_numbers():
+    rows = Dataset.from_list([{"text": "b", "level": 2.5}, {"text": "a", "level": 1.0}])
+    ordered, held_out = train.by_difficulty(lambda: (rows, rows), "level")
+    assert ordered["text"] == ["a", "b"] and held_out["text"] == ["b", "a"]
+    with pytest.raises(ValueError, match=r"a column of numbers\) must be one of level; got 'text'"):
+        train.by_difficulty(lambda: (rows, rows), "text")
+    with pytest.raises(ValueError, match="the data have no column of numbers, only text"):
+        train.by_difficulty(lambda: (rows.remove_columns("level"), rows), "level")
 
 
 @pytest.mark.thorough

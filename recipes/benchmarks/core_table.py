@@ -2,6 +2,7 @@
 
     python recipes/benchmarks/core_table.py
     python recipes/benchmarks/core_table.py --tasks chained_sums --arms roec_cm --seeds 20
+    python recipes/benchmarks/core_table.py --tasks sudoku_sweeps --arms agrpo agrpo_curriculum roec_cm
 
 The arms are those of `comparison/core.py`. It runs in three rounds, and skips every run that is on disk:
 
@@ -26,8 +27,10 @@ from pathlib import Path
 
 from comparison.core import (
     CORE,
-    FEWER_STEPS,
     LEARNING_RATES,
+    ON_CHAINS,
+    PUZZLES,
+    RATE_OF,
     TASKS,
     TUNING_SEEDS,
     TUNING_TASK,
@@ -67,8 +70,8 @@ def with_baselines(arms: Sequence[str]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
-    parser.add_argument("--arms", nargs="+", default=list(CORE), choices=list(CORE))
+    parser.add_argument("--tasks", nargs="+", default=TASKS, choices=[*TASKS, *PUZZLES])
+    parser.add_argument("--arms", nargs="+", default=ON_CHAINS, choices=list(CORE))
     parser.add_argument("--seeds", type=int, default=20, help="seeds of every arm")
     parser.add_argument("--most_seeds", type=int, default=60, help="seeds of an undecided pair at most")
     parser.add_argument("--learning_rates", type=Path, default=STORED, help="missing arms are tuned")
@@ -83,7 +86,7 @@ def main() -> None:
     start, length = time.perf_counter(), Length(args.budget, args.eval_size)
     arms = with_baselines(args.arms)
     known = json.loads(args.learning_rates.read_text()) if args.learning_rates.exists() else {}
-    own_rate = list(dict.fromkeys(FEWER_STEPS.get(arm, arm) for arm in arms))
+    own_rate = list(dict.fromkeys(RATE_OF.get(arm, arm) for arm in arms))
     tuned = tune(known, own_rate, args.output_dir, length, args.workers)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "learning_rates.json").write_text(json.dumps(tuned, indent=1))

@@ -22,10 +22,12 @@ from __future__ import annotations
 import sys
 import textwrap
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from functools import partial
 from typing import Any
+
+from datasets import Dataset
 
 from trl_diffusion.cli import sft
 from trl_diffusion.cli.common import USED_MOST, Choice, RecipeArguments, parse, run
@@ -39,6 +41,7 @@ from trl_diffusion.trainers import METHODS, DiffusionGRPOConfig
 from trl_diffusion.validation import one_of
 
 GENERATED_ROWS = 4000
+NUMBERS = ("int", "uint", "float")  # how the names of such types begin
 
 
 @dataclass
@@ -58,6 +61,13 @@ class TrainArguments(RecipeArguments):
     dataset_size: int | None = field(
         default=None,
         metadata={"help": f"Rows to train on: the first ones, or how many to generate. All, or {GENERATED_ROWS}."},
+    )
+    curriculum: str | None = field(
+        default=None,
+        metadata={
+            "help": "Train on rows in the order of this column of numbers, smallest first, for example `difficulty`, "
+            "and do not shuffle them. Choose --dataset_size so that the run reaches the last rows."
+        },
     )
     prompt: str = field(default="plain", metadata={"help": "Name of the task's prompt, see `evaluate.py`."})
     num_rollouts: int = field(
@@ -107,6 +117,26 @@ class TrainArguments(RecipeArguments):
             leave_one_out=self.leave_one_out,
             form=self.form,
         )
+
+
+def by_difficulty(load_rows: Callable[[], tuple[Dataset, Dataset]], column: str) -> tuple[Dataset, Dataset]:
+    """Return training rows in the order of a column, and the held-out rows as they are.
+
+    Args:
+        load_rows: returns both.
+        column: with numbers; the smallest come first, equal ones in their order.
+
+    Raises:
+        ValueError: if there is no such column, or if it has no numbers.
+    """
+    rows, held_out = load_rows()
+    numbers = [name for name, kind in rows.features.items() if str(getattr(kind, "dtype", "")).startswith(NUMBERS)]
+    if not numbers:
+        raise ValueError(
+            f"--curriculum {column}: the data have no column of numbers, only {', '.join(rows.features)}."
+        )
+    one_of("curriculum (a column of numbers)", column, numbers)
+    return rows.sort(column), held_out
 
 
 def chosen(arguments: Sequence[str]) -> Namespace:
@@ -209,6 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found, source = args.data()
     size = args.dataset_size or (GENERATED_ROWS if found.is_generated(source) else None)
     load_rows = partial(found.training_rows, source, size, args.eval_size, training_args.seed, args.prompt)
+    if args.curriculum is not None:
+        load_rows, training_args.shuffle_dataset = partial(by_difficulty, load_rows, args.curriculum), False
     load_rows = suggesting(args.dataset_path, TASKS)(load_rows)
     run(
         trainer,

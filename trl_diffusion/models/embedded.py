@@ -1,9 +1,10 @@
 """The tiny models that ship with the package, for the demo, the tests and comparisons of methods, offline.
 
 A LLaDA-architecture checkpoint, and an SDAR one for methods that need block-causal attention. Both are trained by
-`recipes/make_embedded.py` on synthetic word problems, Countdown and 4×4 Sudoku. A third one, LLaDA's again, knows
-chained sums, on which methods differ. Many of their training solutions are wrong on purpose, so that reinforcement
-learning has something to repair; they say nothing about large models.
+`recipes/make_embedded.py` on synthetic word problems, Countdown and 4×4 Sudoku. Two more, LLaDA's again, write longer
+texts with a middle: chained sums, on which methods differ, and puzzles that are solved step by step. Many of their
+training solutions are wrong on purpose, so that reinforcement learning has something to repair; they say nothing about
+large models.
 
     model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL)
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
@@ -17,11 +18,13 @@ from pathlib import Path
 EMBEDDED_MODEL = str(Path(__file__).with_suffix(""))
 EMBEDDED_SDAR_MODEL = f"{EMBEDDED_MODEL}_sdar"
 EMBEDDED_CHAINS_MODEL = f"{EMBEDDED_MODEL}_chains"
+EMBEDDED_PUZZLES_MODEL = f"{EMBEDDED_MODEL}_puzzles"
 # By their names in recipes.
 EMBEDDED_MODELS = {
     "embedded": EMBEDDED_MODEL,
     "embedded_sdar": EMBEDDED_SDAR_MODEL,
     "embedded_chains": EMBEDDED_CHAINS_MODEL,
+    "embedded_puzzles": EMBEDDED_PUZZLES_MODEL,
 }
 # Settings that a bundled model needs, other than those of `embedded`: the block length of block-causal attention, and
 # the task, the canvas and the order of another training.
@@ -34,13 +37,25 @@ _SETTINGS: dict[str, dict[str, str]] = {
         "denoising_steps": "27",
         "unmasking": "max_prob",  # in random order it writes results before the numbers they are computed from
     },
+    "embedded_puzzles": {
+        "task": "sudoku_sweeps",
+        "canvas": "60",
+        "block_length": "10",
+        "denoising_steps": "30",
+        "unmasking": "max_prob",
+    },
 }
 # The names of two options that are the same in most commands.
 BLOCKS_AND_STEPS = {name: f"--{name}" for name in ("block_length", "denoising_steps")}
 
 
 # Tasks that another model than `embedded` knows.
-MODEL_OF_TASK = {"chained_sums": "embedded_chains", "chained_sums_fixed": "embedded_chains"}
+MODEL_OF_TASK = {
+    "chained_sums": "embedded_chains",
+    "chained_sums_fixed": "embedded_chains",
+    "sudoku_sweeps": "embedded_puzzles",
+    "countdown_search": "embedded_puzzles",
+}
 
 
 def embedded_arguments(

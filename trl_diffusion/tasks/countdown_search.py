@@ -43,7 +43,8 @@ def load_countdown_search(
         split: `"train"` or `"test"` (held out).
         size: number of rows.
         seed: seed of the draws.
-        slips: let some solutions in `completion` take the right attempt for a wrong one, and answer with another.
+        slips: let some solutions in `completion` take the right attempt for a wrong one, and answer with another, if
+            there is room for one.
         attempts: most attempts of a solution, from 1 to 4; how many it has is drawn uniformly.
 
     Returns:
@@ -69,7 +70,8 @@ def load_countdown_search(
             continue
         wrong = [operators for operators in positive if values[operators] != target]
         search = [*wrong[: count - 1], positive[0]]
-        passed_over = len(search) - 1 if slips and slip and len(wrong) >= count else None
+        # An attempt that is passed over needs another one after it.
+        passed_over = len(search) - 1 if slips and slip and count < attempts and len(wrong) >= count else None
         if passed_over is not None:
             search.append(wrong[count - 1])
         rows.append(_row(numbers, target, search, passed_over))

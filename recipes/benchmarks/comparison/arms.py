@@ -55,6 +55,7 @@ class Arm:
         settings: fields of its config, in addition to `COMMON`.
         step_aware: arguments of `StepAwareReward`; `None` without.
         selector: a step selector that has no name in the config.
+        curriculum: train on so many problems, in the order of their difficulty; `None` for a random order.
     """
 
     method: str
@@ -62,6 +63,7 @@ class Arm:
     settings: dict[str, Any] = field(default_factory=dict)
     step_aware: dict[str, Any] | None = None
     selector: Callable | None = None
+    curriculum: int | None = None
 
 
 def _sapo(**settings: Any) -> Arm:

@@ -14,6 +14,8 @@ import numpy as np
 from comparison.arms import DMPO, TRAJECTORY, Arm
 
 TASKS = ("chained_sums", "chained_sums_fixed")
+# Tasks on which a few arms show that the model learns what it fails.
+PUZZLES = ("sudoku_sweeps", "countdown_search")
 LEARNING_RATES = (1e-4, 3e-4, 6e-4)
 TUNING_TASK, TUNING_SEEDS = "chained_sums", (100, 101, 102)
 
@@ -76,13 +78,19 @@ CORE: dict[str, Arm] = {
     "spg_informed": Arm("spg", ("spg",), NOISED | {"mask_bias": "informed"}),
     "just_grpo": Arm("just_grpo", ("agrpo",), ONE_TOKEN_A_STEP | dict(block_length=1, step_draws="top_entropy")),
     "fork_grpo": Arm("fork_grpo", ("agrpo",), ONE_TOKEN_A_STEP | dict(num_mc_samples=8)),
+    # Few blanks first, with as many problems as a run reaches. Only Sudoku has difficulties.
+    "agrpo_curriculum": replace(AGRPO, baselines=("agrpo",), curriculum=40),
     # Rollouts of twice as many steps, evaluated at as many, half and a quarter of them.
     "diffu_grpo_36": Arm("diffu_grpo", (), DIFFU | {"denoising_steps": 36}),
     "agrpo_36": _agrpo(denoising_steps=36),
     "roec_cm_36": _atpo("roec_cm", denoising_steps=36),
 }
-# Arms evaluated at fewer steps than their rollouts take, with the arm whose learning rate they take.
-FEWER_STEPS = {"diffu_grpo_36": "diffu_grpo", "agrpo_36": "agrpo", "roec_cm_36": "roec_cm"}
+# Arms evaluated at fewer steps than their rollouts take.
+FEWER_STEPS = ("diffu_grpo_36", "agrpo_36", "roec_cm_36")
+# Arms that are not tuned, with the arm whose learning rate they take.
+RATE_OF = {arm: arm.removesuffix("_36") for arm in FEWER_STEPS} | {"agrpo_curriculum": "agrpo"}
+# The arms that every task of `TASKS` has.
+ON_CHAINS = [arm for arm in CORE if CORE[arm].curriculum is None]
 
 
 # Sampled accuracies in percent: of an arm, at a learning rate, with a tuning seed.
@@ -91,5 +99,5 @@ Tuned = dict[str, dict[str, dict[str, float]]]
 
 def best_learning_rate(tuned: Tuned, arm: str) -> float | None:
     """Return the learning rate with the best mean over the tuning seeds; `None` for the untrained model."""
-    of_arm = tuned.get(FEWER_STEPS.get(arm, arm))
+    of_arm = tuned.get(RATE_OF.get(arm, arm))
     return of_arm and max(LEARNING_RATES, key=lambda rate: np.mean([*of_arm[f"{rate:g}"].values()]))

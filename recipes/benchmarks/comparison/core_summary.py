@@ -171,7 +171,8 @@ def fewer_steps_table(runs: Runs) -> TextTable:
     """Return greedy accuracies of the arms that were trained with more steps, at S, S/2 and S/4."""
     lines = []
     for task in runs.tasks:
-        for arm in ("base", *(arm for arm in runs.arms(task) if arm in FEWER_STEPS)):
+        arms = [arm for arm in runs.arms(task) if arm in FEWER_STEPS]
+        for arm in ("base", *arms) if arms else ():
             steps = setting_of(task).fewer_steps
             lines.append([task, arm, *(mean_and_error(runs.greedy(task, arm, number)) for number in steps)])
     return "fewer steps: greedy accuracy", ["task", "arm", "S", "S/2", "S/4"], lines

@@ -27,7 +27,7 @@ from trl_diffusion.tasks import TASKS, Task
 from trl_diffusion.trainers import METHODS, DiffusionGRPOTrainer
 
 TRAINING_ROWS = 2000
-EVALUATION_BATCH = 256
+EVALUATION_BATCH = 128
 ALL_ARMS = ARMS | CORE
 LOGGED = (
     "forward_units",
@@ -113,6 +113,9 @@ def make_trainer(job: Job, length: Length, setting: Setting, folder: str, budget
     quiet = dict(use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True)
     settings = COMMON | setting.of_trainer | arm.settings
     settings |= {} if job.learning_rate is None else {"learning_rate": job.learning_rate}
+    rows = generated(task, "train", arm.curriculum or TRAINING_ROWS, job.seed)
+    if arm.curriculum is not None:
+        rows, settings = rows.sort("difficulty"), settings | {"shuffle_dataset": False}
     trainer = trainer_class(
         model=setting.model,
         reward_funcs=reward
@@ -127,7 +130,7 @@ def make_trainer(job: Job, length: Length, setting: Setting, folder: str, budget
             **quiet,
             **settings,
         ),
-        train_dataset=generated(task, "train", TRAINING_ROWS, job.seed),
+        train_dataset=rows,
         processing_class=AutoTokenizer.from_pretrained(setting.model, padding_side="left"),
         callbacks=[budget],
         **({} if arm.selector is None else {"step_selector": arm.selector}),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trl_diffusion.models.embedded import EMBEDDED_CHAINS_MODEL, EMBEDDED_MODEL
+from trl_diffusion.models.embedded import EMBEDDED_CHAINS_MODEL, EMBEDDED_MODEL, EMBEDDED_PUZZLES_MODEL
 from trl_diffusion.sampling import SamplingConfig
 
 
@@ -45,10 +45,16 @@ class Setting:
         }
 
 
-# Word problems, Countdown and Sudoku; chained sums.
+# Word problems, Countdown and Sudoku; chained sums; puzzles that are solved step by step.
 SHORT = Setting(EMBEDDED_MODEL, 32, 8, 16, (16, 8, 4))
 CHAINS = Setting(EMBEDDED_CHAINS_MODEL, 45, 5, 27, (27,), draws=4, fewer_steps=(36, 18, 9))
-SETTINGS = {"chained_sums": CHAINS, "chained_sums_fixed": CHAINS}
+PUZZLES = Setting(EMBEDDED_PUZZLES_MODEL, 60, 10, 30, (30,), draws=4)
+SETTINGS = {
+    "chained_sums": CHAINS,
+    "chained_sums_fixed": CHAINS,
+    "sudoku_sweeps": PUZZLES,
+    "countdown_search": PUZZLES,
+}
 
 
 def setting_of(task: str) -> Setting:
