@@ -44,6 +44,8 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
         [[arm, *_rates_of(tuned, arm)] for arm in CORE if arm in tuned],
     )
     found["premises"] = markdown_table(*premises_table(premises))
+    of_puzzles = json.loads((results / "premises_puzzles.json").read_text())
+    found["premises of puzzles"] = markdown_table(*premises_table(of_puzzles))
     return found
 
 

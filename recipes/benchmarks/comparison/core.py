@@ -61,7 +61,7 @@ CORE: dict[str, Arm] = {
     # AGRPO: which steps of a completion, and what they stand for.
     "agrpo_paper": _agrpo("agrpo", step_scope="paper"),
     "agrpo_sum": _agrpo("agrpo", step_reduction="sum", loss_type="dr_grpo"),
-    "agrpo_entropy": _agrpo("agrpo", step_draws="entropy"),
+    "agrpo_entropy": _agrpo("agrpo", "roec_cm_group", step_draws="entropy"),
     # Rollouts that unmask at random.
     "agrpo_random_order": _agrpo("agrpo", unmasking="random"),
     "uniform_random_order": _atpo("uniform", "uniform", unmasking="random"),
