@@ -426,7 +426,7 @@ def test_the_recipe_runs_without_a_model(tmp_path):
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-4000:]
-    for words in ("analysing the embedded one", "AUC for failure", "roec_cm selects with K = 4", ".parquet"):
+    for words in ("analysing embedded", "AUC for failure", "roec_cm selects with K = 4", ".parquet"):
         assert words in result.stdout
     assert "Sampling: 100%" in result.stderr
     assert (tmp_path / "confusion_zones.png").stat().st_size > 10_000
