@@ -133,7 +133,7 @@ def run_of(arm: str, seed: int, greedy: float, sampled: float) -> dict:
         "accuracy": {"16": greedy, "8": greedy - 0.1, "4": greedy - 0.2},
         "sampled_accuracy": sampled,
         "forward_units": 1000.0 + seed,
-        "updates": 4,
+        "rollouts": 4,
         "curve": [],
     }
 

@@ -22,6 +22,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from copy import deepcopy
 from itertools import product
 from pathlib import Path
 
@@ -49,7 +50,7 @@ MORE_SEEDS = 10
 
 def tune(known: Tuned, arms: Sequence[str], folder: Path, length: Length, workers: int) -> Tuned:
     """Measure the arms at every learning rate with the tuning seeds, as far as that is not known yet."""
-    found = {arm: {rate: dict(seeds) for rate, seeds in of_arm.items()} for arm, of_arm in known.items()}
+    found = deepcopy(known)
     for arm, rate in product(arms, LEARNING_RATES):
         found.setdefault(arm, {}).setdefault(f"{rate:g}", {})
     jobs = [
@@ -110,8 +111,8 @@ def main() -> None:
                 wanted[pair.task, arm] = max(most, wanted.get((pair.task, arm), 0))
         more = [job(*arm, seed) for arm, most in wanted.items() for seed in range(runs.seeds(*arm), most)]
         runs = Runs([*runs.all, *run_all(more, length, args.workers)])
-    known = [json.loads(path.read_text()) for path in sorted((args.output_dir / "runs").glob("*/*/*.json"))]
-    each_run = ",\n".join(json.dumps(compact(run)) for run in known)
+    on_disk = [json.loads(path.read_text()) for path in sorted((args.output_dir / "runs").glob("*/*/*.json"))]
+    each_run = ",\n".join(json.dumps(compact(run)) for run in on_disk)
     (args.output_dir / "core_table.json").write_text(f"[\n{each_run}\n]\n")
     text = []
     for title, head, lines in [*core_tables(runs), fewer_steps_table(runs)]:

@@ -41,7 +41,7 @@ from trl_diffusion.evaluation.decoding import decode_completions
 from trl_diffusion.evaluation.loading import merge_for_decoding
 from trl_diffusion.evaluation.results import describe_decoding
 from trl_diffusion.family import family_of
-from trl_diffusion.models.embedded import BLOCKS_AND_STEPS, EMBEDDED_MODELS, embedded_arguments
+from trl_diffusion.models.embedded import BLOCKS_AND_STEPS, EMBEDDED_MODELS, embedded_arguments, names_model
 from trl_diffusion.runtime.recorded_decoding import recorded_decoding
 from trl_diffusion.runtime.text import plural
 from trl_diffusion.sampling import CanvasState, SamplingConfig, row_generators, sample
@@ -296,7 +296,7 @@ def parse(arguments: Sequence[str]) -> SampleArguments:
         ValueError: for more words, and as `Parser.parse`.
     """
     options, words = split_words(arguments)
-    named = any(option.startswith("--model_name_or_path") for option in options)
+    named = names_model(options)
     if len(words) > 2 - named:
         raise ValueError(f"Expected a model and a prompt at most, got the words {words}. Put the prompt in quotes.")
     if len(words) == 2 or (words and not named and _names_model(words[0])):

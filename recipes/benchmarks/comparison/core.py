@@ -92,7 +92,6 @@ RATE_OF = {arm: arm.removesuffix("_36") for arm in FEWER_STEPS} | {"agrpo_curric
 # The arms that every task of `TASKS` has.
 ON_CHAINS = [arm for arm in CORE if CORE[arm].curriculum is None]
 
-
 # Sampled accuracies in percent: of an arm, at a learning rate, with a tuning seed.
 Tuned = dict[str, dict[str, dict[str, float]]]
 

@@ -49,7 +49,7 @@ class Budget(TrainerCallback):
 
     Attributes:
         trainer: the trainer it is added to.
-        curve: the `LOGGED` metrics of every update.
+        curve: the `LOGGED` metrics of every rollout; its later updates log no reward.
     """
 
     trainer: DiffusionGRPOTrainer
@@ -193,7 +193,7 @@ def train_and_evaluate(job: Job, length: Length) -> dict[str, Any]:
         "seed": job.seed,
         "learning_rate": job.learning_rate,
         "forward_units": units,
-        "updates": len(spent.curve),
+        "rollouts": len(spent.curve),
         "seconds": seconds,
         **measure(model, TASKS[job.task], setting, length.eval_size, steps, draws),
         "curve": spent.curve,

@@ -23,7 +23,7 @@ def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"task": task, "arm": arm, "seeds": len(of_seed)}
         for measure in MEASURES:
             row[measure] = _mean_and_spread([MEASURES[measure](run) for run in of_seed.values()])
-        for name in ("forward_units", "updates"):
+        for name in ("forward_units", "rollouts"):
             row[name] = float(np.mean([run[name] for run in of_seed.values()]))
         row["differences"] = [
             _difference(measure, baseline, of_seed, by_arm.get((task, baseline), {}))
@@ -93,7 +93,7 @@ def _differences(row: dict[str, Any], baselines: tuple[str, ...]) -> list[str]:
     compared = {(d["baseline"], d["measure"]): d for d in row["differences"] if not math.isnan(d["mean"])}
     texts = {key: f"{d['mean']:+.1f} ± {d['standard_error']:.1f} ({d['p_value']:.3f})" for key, d in compared.items()}
     cells = [texts.get((baseline, measure), "") for baseline in baselines for measure in ("greedy", "sampled")]
-    return [row["arm"], *cells, f"{row['updates']:.0f}"]
+    return [row["arm"], *cells, f"{row['rollouts']:.0f}"]
 
 
 def families(rows: list[dict[str, Any]]) -> dict[tuple[str, tuple[str, ...]], list[dict[str, Any]]]:
