@@ -81,6 +81,7 @@ def test_verdicts_follow_the_interval():
             core_run("agrpo", seed, 0.5 + 0.05 * seed),
             core_run("diffu_grpo", seed, 0.3 + 0.05 * seed + noise),  # less
             core_run("agrpo_sum", seed, 0.501 + 0.05 * seed + noise),  # within ± 1.5 points
+            core_run("agrpo_paper", seed, 0.505 + 0.05 * seed),  # more, and within ± 1.5 points
             core_run("agrpo_sapo_1", seed, 0.501 + 0.05 * seed + 5 * noise),  # open
         ]
     found = Runs(runs)
@@ -88,6 +89,7 @@ def test_verdicts_follow_the_interval():
     assert {arm: each.verdict for arm, each in verdicts.items()} == {
         "diffu_grpo": "less",
         "agrpo_sum": "equal",
+        "agrpo_paper": "equal",
         "agrpo_sapo_1": "open",
     }
     less = verdicts["diffu_grpo"]

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from itertools import product
 from pathlib import Path
@@ -49,7 +48,6 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/compare_methods"))
     args = parser.parse_args()
 
-    os.environ["OMP_NUM_THREADS"] = "1"  # read by the worker processes when they import torch
     start = time.perf_counter()
     chosen = [(task, "base", 0) for task in args.tasks]
     chosen += [(task, arm, seed) for seed, task, arm in product(args.seeds, args.tasks, args.arms)]

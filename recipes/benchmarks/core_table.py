@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from collections.abc import Sequence
 from copy import deepcopy
@@ -83,7 +82,6 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/core_table"))
     args = parser.parse_args()
 
-    os.environ["OMP_NUM_THREADS"] = "1"  # read by the worker processes when they import torch
     start, length = time.perf_counter(), Length(args.budget, args.eval_size)
     arms = with_baselines(args.arms)
     known = json.loads(args.learning_rates.read_text()) if args.learning_rates.exists() else {}

@@ -2,7 +2,7 @@ r"""Measures the premises of the methods' claims on the tasks of the core table,
 
     OMP_NUM_THREADS=2 python recipes/benchmarks/premises.py
     OMP_NUM_THREADS=2 python recipes/benchmarks/premises.py --tasks sudoku_sweeps countdown_search \
-        --problems 64 --completions 16 --continuations 16 --output recipes/benchmarks/results/premises_puzzles.json
+        --problems 64 --completions 32 --continuations 32 --output recipes/benchmarks/results/premises_puzzles.json
     OMP_NUM_THREADS=2 python recipes/benchmarks/premises.py --tasks word_problems --output outputs/premises.json
 
 A premise is what must hold for a claim to have a chance: for example that failed completions are more uncertain than

@@ -14,7 +14,7 @@ from statistics_of_runs import holm, sign_flip_p_value, standard_error
 from comparison.core import CORE, FEWER_STEPS
 from comparison.settings import setting_of
 
-# A difference whose interval lies within so many points counts as none.
+# A difference whose interval lies within so many points counts as none, also where it is different from 0.
 EQUAL_WITHIN = 1.5
 
 
@@ -42,10 +42,12 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """`more` or `less` if the interval excludes 0, `equal` if it lies within ± 1.5 points, else `open`."""
+        """`equal` if the interval lies within ± 1.5 points, `more` or `less` if it lies beside 0, else `open`."""
+        if abs(self.mean) + self.half_width < EQUAL_WITHIN:
+            return "equal"
         if abs(self.mean) > self.half_width:
             return "more" if self.mean > 0 else "less"
-        return "equal" if abs(self.mean) + self.half_width < EQUAL_WITHIN else "open"
+        return "open"
 
     def __str__(self) -> str:
         return f"{self.mean:+.1f} ± {self.half_width:.1f}"

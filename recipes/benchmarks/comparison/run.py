@@ -29,6 +29,13 @@ from trl_diffusion.trainers import METHODS, DiffusionGRPOTrainer
 TRAINING_ROWS = 2000
 EVALUATION_BATCH = 128
 ALL_ARMS = ARMS | CORE
+# Read by a worker process when it starts: one thread each, and glibc keeps freed memory for the next tensor. By
+# default it returns the memory of large ones to the system, and the next one begins with new pages.
+WORKER_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+}
 LOGGED = (
     "forward_units",
     "reward",
@@ -203,6 +210,7 @@ def train_and_evaluate(job: Job, length: Length) -> dict[str, Any]:
 def run_all(jobs: Sequence[Job], length: Length, workers: int) -> list[dict[str, Any]]:
     """Do every run that is not on disk yet, and return all of them in the order of the jobs."""
     missing = [job for job in jobs if not _finished(job, length)]
+    os.environ |= WORKER_ENVIRONMENT
     with (
         ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
         tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc="runs") as progress,
