@@ -14,7 +14,7 @@ from statistics_of_runs import holm, sign_flip_p_value, standard_error
 from comparison.core import CORE, FEWER_STEPS
 from comparison.settings import setting_of
 
-# A difference whose interval lies within so many points counts as none, also where it is different from 0.
+# A difference whose interval lies within so many points counts as none, even if the interval excludes 0.
 EQUAL_WITHIN = 1.5
 
 
@@ -42,7 +42,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        """`equal` if the interval lies within ± 1.5 points, `more` or `less` if it lies beside 0, else `open`."""
+        """`equal` if the interval lies within ± 1.5 points, else `more` or `less` if it excludes 0, else `open`."""
         if abs(self.mean) + self.half_width < EQUAL_WITHIN:
             return "equal"
         if abs(self.mean) > self.half_width:
