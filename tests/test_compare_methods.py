@@ -17,7 +17,14 @@ sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))
 
 from comparison import figures  # noqa: E402
 from comparison.arms import ARMS  # noqa: E402
-from comparison.core import CORE, FEWER_STEPS, ON_CHAINS, RATE_OF  # noqa: E402
+from comparison.core import (  # noqa: E402
+    CORE,
+    FEWER_STEPS,
+    ON_CHAINS,
+    RATE_OF,
+    best_learning_rate,
+    next_learning_rate,
+)
 from comparison.core_summary import (  # noqa: E402
     Runs,
     area,
@@ -26,7 +33,7 @@ from comparison.core_summary import (  # noqa: E402
     fewer_steps_table,
     undecided,
 )
-from comparison.run import Budget, Job, Length, make_trainer  # noqa: E402
+from comparison.run import Budget, Job, Length, make_trainer, train_and_evaluate  # noqa: E402
 from comparison.settings import setting_of  # noqa: E402
 from comparison.summary import markdown, summarise  # noqa: E402
 from statistics_of_runs import holm, sign_flip_p_value, standard_error  # noqa: E402
@@ -103,10 +110,14 @@ def test_verdicts_follow_the_interval():
     assert accuracies[1][:4] == ["agrpo", "62.5 ± 3.8", "50.0", "0"] and len(head) <= 7
     assert {line[0]: line[-1] for line in differences} == {arm: each.verdict for arm, each in verdicts.items()}
     assert fewer_steps_table(found)[2] == []
-    runs += [core_run("agrpo_36", 0, 0.5) | {"accuracy": {"36": 0.5, "18": 0.25, "9": 0.125}}]
+    runs[0]["parallel"] = {"accuracy": 0.125, "steps": 17.0}
+    for seed, (reached, taken) in enumerate([(0.5, 16.0), (0.75, 18.0)]):
+        at_steps = {"36": 0.5, "18": 0.25, "9": 0.125}
+        parallel = {"accuracy": reached, "steps": taken}
+        runs += [core_run("agrpo_fewer_steps", seed, 0.5) | {"accuracy": at_steps, "parallel": parallel}]
     assert fewer_steps_table(Runs(runs))[2] == [
-        ["chained_sums", "base", "10.0", "5.0", "0.0"],
-        ["chained_sums", "agrpo_36", "50.0", "25.0", "12.5"],
+        ["chained_sums", "base", "10.0", "5.0", "0.0", "12.5", "17.0"],
+        ["chained_sums", "agrpo_fewer_steps", "50.0 ± 0.0", "25.0 ± 0.0", "12.5 ± 0.0", "62.5 ± 12.5", "17.0 ± 1.0"],
     ]
 
 
@@ -118,6 +129,26 @@ def test_core_arms_are_compared_with_arms_of_the_table():
     assert {*FEWER_STEPS, *RATE_OF, *RATE_OF.values()} <= CORE.keys() and {*FEWER_STEPS} <= RATE_OF.keys()
 
 
+def test_an_arm_is_tuned_until_its_best_rate_has_neighbours():
+    def tuned(**means: float) -> dict:
+        of_arm = {rate: {"100": mean - 1, "101": mean + 1} for rate, mean in means.items()}
+        return {"chained_sums": {"agrpo": of_arm}}
+
+    task = "chained_sums_fixed"  # takes the rates of `chained_sums`
+    middle, low, high = ({"0.0001": a, "0.0003": b, "0.0006": c} for a, b, c in ((1, 9, 2), (9, 2, 1), (1, 2, 9)))
+    for means, best, beyond in (
+        (middle, 3e-4, None),
+        (low, 1e-4, 3e-5),
+        (high, 6e-4, 1e-3),
+        (low | {"3e-05": 1}, 1e-4, None),
+        (low | {"3e-05": 10}, 3e-5, None),  # the grid ends
+    ):
+        assert best_learning_rate(tuned(**means), task, "agrpo") == best
+        assert next_learning_rate(tuned(**means), task, "agrpo") == beyond
+    assert best_learning_rate(tuned(**high), task, "agrpo_fewer_steps") == 6e-4
+    assert best_learning_rate(tuned(**high), task, "base") is None
+
+
 @pytest.mark.parametrize("name", CORE)
 def test_every_core_arm_has_a_trainer(name, tmp_path):
     task = "chained_sums" if name in ON_CHAINS else "sudoku_sweeps"
@@ -125,6 +156,16 @@ def test_every_core_arm_has_a_trainer(name, tmp_path):
     trainer = make_trainer(Job(task, name, 0, 1e-4, tmp_path), Length(), setting, str(tmp_path), Budget(1.0))
     assert trainer.args.learning_rate == 1e-4 and trainer.args.max_completion_length == setting.canvas_length
     assert trainer.args.unmasking == ("random" if "random_order" in name or name == "just_grpo" else "max_prob")
+    if name in FEWER_STEPS:
+        assert trainer.args.denoising_steps == setting.fewer_steps[0]
+
+
+@pytest.mark.slow
+def test_parallel_decoding_takes_the_steps_it_needs(tmp_path):
+    """Every block of 5 takes at least one step and at most 5; chance is one in ten."""
+    found = train_and_evaluate(Job("chained_sums", "base", 0, None, tmp_path), Length(eval_size=32))
+    assert found["accuracy"].keys() == {"36", "27", "18", "9"}
+    assert 9 <= found["parallel"]["steps"] < 27 and found["parallel"]["accuracy"] > 0.2 > found["accuracy"]["18"]
 
 
 def run_of(arm: str, seed: int, greedy: float, sampled: float) -> dict:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from comparison.claims import claims_table
-from comparison.core import CORE, LEARNING_RATES, TASKS, Tuned, best_learning_rate
+from comparison.core import CORE, LEARNING_RATES, Tuned, best_learning_rate
 from comparison.core_summary import Runs, core_tables, fewer_steps_table, mean_and_error
 from comparison.premises_table import premises_table
 from comparison.summary import markdown_table
@@ -30,29 +30,27 @@ WRITTEN = ("claims.md", "lab/core_table.md")
 def tables(results: Path = RESULTS) -> dict[str, str]:
     """Return every table of the pages by its name, from the stored results."""
     premises: dict[str, Any] = json.loads((results / "premises.json").read_text())
+    of_puzzles: dict[str, Any] = json.loads((results / "premises_puzzles.json").read_text())
     runs = Runs(json.loads((results / "core_table.json").read_text()))
     tuned: Tuned = json.loads((results / "learning_rates.json").read_text())
-    surest = {task: premises[f"{task}, max_prob"] for task in TASKS}
-    found = {
-        f"claims {task}": markdown_table(*claims_table(surest, runs, task)) for task in TASKS if task in runs.tasks
-    }
+    surest = {task: (premises | of_puzzles)[f"{task}, max_prob"] for task in runs.tasks}
+    found = {f"claims {task}": markdown_table(*claims_table(surest, runs, task)) for task in runs.tasks}
     found |= {title: markdown_table(head, lines) for title, head, lines in core_tables(runs)}
     _, head, lines = fewer_steps_table(runs)
     found["fewer steps"] = markdown_table(head, lines)
-    found["learning rates"] = markdown_table(
-        ["arm", *(f"{rate:g}" for rate in LEARNING_RATES)],
-        [[arm, *_rates_of(tuned, arm)] for arm in CORE if arm in tuned],
-    )
+    for task, measured in tuned.items():
+        lines = [[arm, *_rates_of(tuned, task, arm)] for arm in CORE if arm in measured]
+        found[f"learning rates {task}"] = markdown_table(["arm", *(f"{rate:g}" for rate in LEARNING_RATES)], lines)
     found["premises"] = markdown_table(*premises_table(premises))
-    of_puzzles = json.loads((results / "premises_puzzles.json").read_text())
     found["premises of puzzles"] = markdown_table(*premises_table(of_puzzles))
     return found
 
 
-def _rates_of(tuned: Tuned, arm: str) -> list[str]:
-    """Return mean and standard error at every learning rate, the chosen one in bold."""
-    found = {rate: mean_and_error(np.array([*tuned[arm][f"{rate:g}"].values()])) for rate in LEARNING_RATES}
-    best = best_learning_rate(tuned, arm)
+def _rates_of(tuned: Tuned, task: str, arm: str) -> list[str]:
+    """Return mean and standard error at every learning rate that was tried, the chosen one in bold."""
+    measured = {rate: [*tuned[task][arm].get(f"{rate:g}", {}).values()] for rate in LEARNING_RATES}
+    found = {rate: mean_and_error(np.array(values)) if values else "" for rate, values in measured.items()}
+    best = best_learning_rate(tuned, task, arm)
     return [f"**{value}**" if rate == best else value for rate, value in found.items()]
 
 

@@ -6,8 +6,8 @@
 
 The arms are those of `comparison/core.py`. It runs in three rounds, and skips every run that is on disk:
 
-1. Learning rates: every arm at every rate of the grid, on seeds that are not used again. `--learning_rates FILE` takes
-   those of a file instead, by default the ones stored with the results.
+1. Learning rates: every arm at three rates, on seeds that are not used again, and at one more where the best is the
+   lowest or the highest. `--learning_rates FILE` takes those of a file, by default the ones stored with the results.
 2. Every arm and its baselines with the first `--seeds` seeds. Arms of one seed see the same prompts in the same order.
 3. More seeds, in steps of ten up to `--most_seeds`, for the pairs that are undecided: those whose 95 % interval holds
    0 and reaches beyond ± 1.5 points.
@@ -27,7 +27,7 @@ from pathlib import Path
 
 from comparison.core import (
     CORE,
-    LEARNING_RATES,
+    FIRST_RATES,
     ON_CHAINS,
     PUZZLES,
     RATE_OF,
@@ -36,6 +36,7 @@ from comparison.core import (
     TUNING_TASK,
     Tuned,
     best_learning_rate,
+    next_learning_rate,
 )
 from comparison.core_summary import Runs, compact, core_tables, fewer_steps_table, undecided
 from comparison.run import Job, Length, keep, run_all
@@ -47,18 +48,23 @@ STORED = Path(__file__).parent / "results" / "learning_rates.json"
 MORE_SEEDS = 10
 
 
-def tune(known: Tuned, arms: Sequence[str], folder: Path, length: Length, workers: int) -> Tuned:
-    """Measure the arms at every learning rate with the tuning seeds, as far as that is not known yet."""
+def tune(known: Tuned, tasks: Sequence[str], arms: Sequence[str], folder: Path, length: Length, workers: int) -> Tuned:
+    """Measure the arms at the learning rates of the grid with the tuning seeds, as far as that is not known yet."""
     found = deepcopy(known)
-    for arm, rate in product(arms, LEARNING_RATES):
-        found.setdefault(arm, {}).setdefault(f"{rate:g}", {})
-    jobs = [
-        Job(TUNING_TASK, arm, seed, rate, folder / "tuning" / arm / f"{rate:g}", True)
-        for seed, arm, rate in product(TUNING_SEEDS, arms, LEARNING_RATES)
-        if str(seed) not in found[arm][f"{rate:g}"]
-    ]
-    for run in run_all(jobs, length, workers):
-        found[run["arm"]][f"{run['learning_rate']:g}"][str(run["seed"])] = 100 * run["sampled_accuracy"]
+    to_try = [*product(tasks, arms, FIRST_RATES)]
+    while to_try:
+        for task, arm, rate in to_try:
+            found.setdefault(task, {}).setdefault(arm, {}).setdefault(f"{rate:g}", {})
+        jobs = [
+            Job(task, arm, seed, rate, folder / "tuning" / task / arm / f"{rate:g}", True)
+            for seed, (task, arm, rate) in product(TUNING_SEEDS, to_try)
+            if str(seed) not in found[task][arm][f"{rate:g}"]
+        ]
+        for run in run_all(jobs, length, workers):
+            measured = found[run["task"]][run["arm"]][f"{run['learning_rate']:g}"]
+            measured[str(run["seed"])] = 100 * run["sampled_accuracy"]
+        beyond = {case: next_learning_rate(found, *case) for case in product(tasks, arms)}
+        to_try = [(*case, rate) for case, rate in beyond.items() if rate is not None]
     return found
 
 
@@ -86,12 +92,13 @@ def main() -> None:
     arms = with_baselines(args.arms)
     known = json.loads(args.learning_rates.read_text()) if args.learning_rates.exists() else {}
     own_rate = list(dict.fromkeys(RATE_OF.get(arm, arm) for arm in arms))
-    tuned = tune(known, own_rate, args.output_dir, length, args.workers)
+    tuning_tasks = list(dict.fromkeys(TUNING_TASK[task] for task in args.tasks))
+    tuned = tune(known, tuning_tasks, own_rate, args.output_dir, length, args.workers)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "learning_rates.json").write_text(json.dumps(tuned, indent=1))
 
     def job(task: str, arm: str, seed: int) -> Job:
-        return Job(task, arm, seed, best_learning_rate(tuned, arm), args.output_dir / "runs" / task / arm)
+        return Job(task, arm, seed, best_learning_rate(tuned, task, arm), args.output_dir / "runs" / task / arm)
 
     if args.stored is not None:
         for run in json.loads(args.stored.read_text()):

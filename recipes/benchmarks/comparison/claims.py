@@ -43,18 +43,16 @@ class Claim:
         """Return whether the premise's number reaches its bound."""
         return self.value(premises) >= self.least
 
-    def verdict(self, premises: Premises, difference: Difference | None, p_value: float) -> str:
-        """Return `premise fails`, or `seen`, `not seen`, `the opposite` or `open`; `not run` without runs.
+    def verdict(self, premises: Premises, difference: Difference, p_value: float) -> str:
+        """Return `premise fails`, or `seen`, `not seen`, `the opposite` or `open`.
 
         Args:
             premises: of the task.
-            difference: of the two arms; `None` without runs.
+            difference: of the two arms.
             p_value: of the difference, corrected for the number of claims.
         """
         if not self.premise_holds(premises):
             return "premise fails"
-        if difference is None:
-            return "not run"
         if difference.verdict in ("more", "less") and p_value >= SIGNIFICANT:
             return "open"
         return {"more": "seen", "less": "the opposite", "equal": "not seen", "open": "open"}[difference.verdict]
@@ -236,7 +234,7 @@ CLAIMS = (
 
 
 def claims_table(premises: dict[str, Premises], runs: Runs, task: str) -> tuple[list[str], list[list[str]]]:
-    """Return the head and the lines of a task's table of claims.
+    """Return the head and the lines of a task's table of claims: of those whose arms were run.
 
     Args:
         premises: of rollouts that unmask the surest positions first, by task.
@@ -252,15 +250,14 @@ def claims_table(premises: dict[str, Premises], runs: Runs, task: str) -> tuple[
     tested = [claim for claim in found if claim.premise_holds(premises[task])]
     corrected = dict(zip(tested, holm([found[claim].p_value for claim in tested]), strict=True))
     lines = []
-    for claim in CLAIMS:
-        value, difference = claim.value(premises[task]), found.get(claim)
-        p_value = corrected.get(claim, math.nan)
+    for claim, difference in found.items():
+        value, p_value = claim.value(premises[task]), corrected.get(claim, math.nan)
         lines.append(
             [
                 f"{claim.method} ({claim.paper}): {claim.text}",
                 f"{claim.premise}: **{value:.2f}** (at least {claim.least:g})",
                 f"`{claim.arm}` − `{claim.baseline}`",
-                "" if difference is None else f"{difference}",
+                f"{difference}",
                 "" if claim not in corrected else f"{p_value:.4f}",
                 claim.verdict(premises[task], difference, p_value),
             ]

@@ -1,7 +1,8 @@
 """The arms of the core table: every claim of a paper that can be tested here, as data.
 
-Arms state no learning rate. Each runs at the one of `LEARNING_RATES` that samples best on `TUNING_TASK`, on average
-over the seeds `TUNING_SEEDS`, which no other run uses.
+Arms state no learning rate. Each runs at the one that samples best on a `TUNING_TASK`, on average over the seeds
+`TUNING_SEEDS`, which no other run uses. Every arm is tried at `FIRST_RATES`, and where the best of those tried is the
+lowest or the highest, at the next of `LEARNING_RATES` too.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from comparison.arms import DMPO, TRAJECTORY, Arm
 TASKS = ("chained_sums", "chained_sums_fixed")
 # Tasks on which a few arms show that the model learns what it fails.
 PUZZLES = ("sudoku_sweeps", "countdown_search")
-LEARNING_RATES = (1e-4, 3e-4, 6e-4)
-TUNING_TASK, TUNING_SEEDS = "chained_sums", (100, 101, 102)
+LEARNING_RATES = (3e-5, 1e-4, 3e-4, 6e-4, 1e-3)
+FIRST_RATES = (1e-4, 3e-4, 6e-4)
+TUNING_SEEDS = (100, 101, 102)
+# The task by which learning rates are chosen: both layouts of chained sums share theirs.
+TUNING_TASK = dict.fromkeys(TASKS, "chained_sums") | {puzzle: puzzle for puzzle in PUZZLES}
 
 MAX_PROB = {"unmasking": "max_prob"}
 NOISED = MAX_PROB | {"num_iterations": 4}
@@ -57,7 +61,9 @@ CORE: dict[str, Arm] = {
     "confidence_margin": _atpo("confidence_margin", "uniform", "roec_cm"),
     "roec": _atpo("roec", "uniform", "roec_cm"),
     "roec_cm_group": _atpo("roec_cm", "roec_cm", "agrpo", signal_average="group"),
+    "entropy_group": _atpo("entropy", "entropy", "agrpo", signal_average="group"),
     "confidence_margin_group": _atpo("confidence_margin", "confidence_margin", "agrpo", signal_average="group"),
+    "roec_group": _atpo("roec", "roec", "agrpo", signal_average="group"),
     # AGRPO: which steps of a completion, and what they stand for.
     "agrpo_paper": _agrpo("agrpo", step_scope="paper"),
     "agrpo_sum": _agrpo("agrpo", step_reduction="sum", loss_type="dr_grpo"),
@@ -80,23 +86,34 @@ CORE: dict[str, Arm] = {
     "fork_grpo": Arm("fork_grpo", ("agrpo",), ONE_TOKEN_A_STEP | dict(num_mc_samples=8)),
     # Few blanks first, with as many problems as a run reaches. Only Sudoku has difficulties.
     "agrpo_curriculum": replace(AGRPO, baselines=("agrpo",), curriculum=40),
-    # Rollouts of twice as many steps, evaluated at as many, half and a quarter of them.
-    "diffu_grpo_36": Arm("diffu_grpo", (), DIFFU | {"denoising_steps": 36}),
-    "agrpo_36": _agrpo(denoising_steps=36),
-    "roec_cm_36": _atpo("roec_cm", denoising_steps=36),
+    # Evaluated at fewer steps than their rollouts take, which is the most of the setting's `fewer_steps`.
+    "diffu_grpo_fewer_steps": replace(DIFFU_GRPO, baselines=()),
+    "agrpo_fewer_steps": AGRPO,
+    "roec_cm_fewer_steps": _atpo("roec_cm"),
 }
-# Arms evaluated at fewer steps than their rollouts take.
-FEWER_STEPS = ("diffu_grpo_36", "agrpo_36", "roec_cm_36")
+FEWER_STEPS = ("diffu_grpo_fewer_steps", "agrpo_fewer_steps", "roec_cm_fewer_steps")
 # Arms that are not tuned, with the arm whose learning rate they take.
-RATE_OF = {arm: arm.removesuffix("_36") for arm in FEWER_STEPS} | {"agrpo_curriculum": "agrpo"}
+RATE_OF = {arm: arm.removesuffix("_fewer_steps") for arm in FEWER_STEPS} | {"agrpo_curriculum": "agrpo"}
 # The arms that every task of `TASKS` has.
 ON_CHAINS = [arm for arm in CORE if CORE[arm].curriculum is None]
 
-# Sampled accuracies in percent: of an arm, at a learning rate, with a tuning seed.
-Tuned = dict[str, dict[str, dict[str, float]]]
+# Sampled accuracies in percent: on a tuning task, of an arm, at a learning rate, with a tuning seed.
+Tuned = dict[str, dict[str, dict[str, dict[str, float]]]]
 
 
-def best_learning_rate(tuned: Tuned, arm: str) -> float | None:
+def best_learning_rate(tuned: Tuned, task: str, arm: str) -> float | None:
     """Return the learning rate with the best mean over the tuning seeds; `None` for the untrained model."""
-    of_arm = tuned.get(RATE_OF.get(arm, arm))
-    return of_arm and max(LEARNING_RATES, key=lambda rate: np.mean([*of_arm[f"{rate:g}"].values()]))
+    of_arm = tuned.get(TUNING_TASK[task], {}).get(RATE_OF.get(arm, arm))
+    return of_arm and max(_tried(of_arm), key=lambda rate: np.mean([*of_arm[f"{rate:g}"].values()]))
+
+
+def next_learning_rate(tuned: Tuned, task: str, arm: str) -> float | None:
+    """Return the rate to try after those that were tried; `None` where the best has neighbours, or the grid ends."""
+    tried = _tried(tuned[TUNING_TASK[task]][arm])
+    place = LEARNING_RATES.index(best_learning_rate(tuned, task, arm))
+    around = LEARNING_RATES[max(place - 1, 0) : place + 2]
+    return next((rate for rate in around if rate not in tried), None)
+
+
+def _tried(of_arm: dict[str, dict[str, float]]) -> list[float]:
+    return [rate for rate in LEARNING_RATES if f"{rate:g}" in of_arm]

@@ -6,13 +6,14 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from datasets.utils.logging import disable_progress_bar
 from tqdm import tqdm
@@ -23,11 +24,14 @@ from comparison.core import CORE, FEWER_STEPS
 from comparison.settings import Setting, setting_of
 from trl_diffusion.credit import StepAwareReward
 from trl_diffusion.evaluation import evaluate_accuracy
+from trl_diffusion.evaluation.samples import Sample
+from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.tasks import TASKS, Task
 from trl_diffusion.trainers import METHODS, DiffusionGRPOTrainer
 
 TRAINING_ROWS = 2000
 EVALUATION_BATCH = 128
+CONFIDENCE_THRESHOLD = 0.9  # of parallel decoding, as in its paper (2505.22618)
 ALL_ARMS = ARMS | CORE
 # Read by a worker process when it starts: one thread each, and glibc keeps freed memory for the next tensor. By
 # default it returns the memory of large ones to the system, and the next one begins with new pages.
@@ -120,6 +124,7 @@ def make_trainer(job: Job, length: Length, setting: Setting, folder: str, budget
     quiet = dict(use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True)
     settings = COMMON | setting.of_trainer | arm.settings
     settings |= {} if job.learning_rate is None else {"learning_rate": job.learning_rate}
+    settings |= {"denoising_steps": setting.fewer_steps[0]} if job.arm in FEWER_STEPS else {}
     rows = generated(task, "train", arm.curriculum or TRAINING_ROWS, job.seed)
     if arm.curriculum is not None:
         rows, settings = rows.sort("difficulty"), settings | {"shuffle_dataset": False}
@@ -153,28 +158,43 @@ def generated(task: Task, split: str, size: int, seed: int):
     return task.generate(split, size, seed)
 
 
-def measure(model, task: Task, setting: Setting, eval_size: int, steps: Sequence[int], draws: int) -> dict[str, Any]:
-    """Measure held-out accuracy, greedy at several numbers of denoising steps, and of samples at temperature 1."""
-    tokenizer = AutoTokenizer.from_pretrained(setting.model, padding_side="left")
-    held_out = generated(task, "test", eval_size, 0)
+def measure(model, job: Job, setting: Setting, eval_size: int) -> dict[str, Any]:
+    """Measure held-out accuracy: greedy at several numbers of denoising steps, and of samples at temperature 1.
 
-    def accuracy(steps: int, temperature: float = 0.0, draws: int = 1) -> float:
+    The untrained model and the arms of `FEWER_STEPS` are also decoded in parallel: every position commits whose
+    largest probability reaches `CONFIDENCE_THRESHOLD`, and the mean number of steps of a completion is counted.
+    """
+    task, tokenizer = TASKS[job.task], AutoTokenizer.from_pretrained(setting.model, padding_side="left")
+    held_out = generated(task, "test", eval_size, 0)
+    with_fewer_steps = job.arm in ("base", *FEWER_STEPS) and bool(setting.fewer_steps)
+    steps, draws = [*setting.greedy_steps, *(setting.fewer_steps if with_fewer_steps else ())], setting.draws
+    if job.tuning:
+        steps, draws = [], 1
+
+    def accuracy(decoding: SamplingConfig, draws: int = 1, on_sample: Callable[[Sample], None] | None = None) -> float:
         measured = evaluate_accuracy(
             model,
             tokenizer,
             held_out,
             task.is_correct,
-            decoding=setting.decoding(steps, temperature),
+            decoding=decoding,
             batch_size=EVALUATION_BATCH,
             completions_per_prompt=draws,
             progress=False,
+            on_sample=on_sample,
         )
         return measured.value
 
-    return {
-        "accuracy": {str(number): accuracy(number) for number in steps},
-        "sampled_accuracy": accuracy(setting.denoising_steps, 1.0, draws),
+    found = {
+        "accuracy": {str(number): accuracy(setting.decoding(number)) for number in steps},
+        "sampled_accuracy": accuracy(setting.decoding(setting.denoising_steps, 1.0), draws),
     }
+    if with_fewer_steps:
+        taken: list[int] = []
+        one_token_a_step = setting.decoding(setting.canvas_length, confidence_threshold=CONFIDENCE_THRESHOLD)
+        reached = accuracy(one_token_a_step, on_sample=lambda sample: taken.append(sample["forwards"]))
+        found["parallel"] = {"accuracy": reached, "steps": float(np.mean(taken))}
+    return found
 
 
 def train_and_evaluate(job: Job, length: Length) -> dict[str, Any]:
@@ -185,14 +205,11 @@ def train_and_evaluate(job: Job, length: Length) -> dict[str, Any]:
     start = time.perf_counter()
     if job.arm == "base":
         model, units = AutoModelForCausalLM.from_pretrained(setting.model), 0.0
-        steps = tuple(sorted({*setting.greedy_steps, *setting.fewer_steps}, reverse=True))
     else:
         with tempfile.TemporaryDirectory() as folder:
             trainer = make_trainer(job, length, setting, folder, spent)
             trainer.train()
         model, units = trainer.model, trainer.forward_units
-        steps = setting.fewer_steps if job.arm in FEWER_STEPS else setting.greedy_steps
-    steps, draws = ((), 1) if job.tuning else (steps, setting.draws)
     seconds = time.perf_counter() - start
     return {
         "task": job.task,
@@ -202,7 +219,7 @@ def train_and_evaluate(job: Job, length: Length) -> dict[str, Any]:
         "forward_units": units,
         "rollouts": len(spent.curve),
         "seconds": seconds,
-        **measure(model, TASKS[job.task], setting, length.eval_size, steps, draws),
+        **measure(model, job, setting, length.eval_size),
         "curve": spent.curve,
     }
 

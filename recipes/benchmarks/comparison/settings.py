@@ -20,7 +20,8 @@ class Setting:
         denoising_steps: S, of rollouts and of sampled evaluation.
         greedy_steps: denoising steps at which greedy accuracy is measured: S first, then fewer.
         draws: sampled completions of each held-out problem.
-        fewer_steps: as `greedy_steps`, for arms whose rollouts take more steps; empty without such arms.
+        fewer_steps: S, S/2 and S/4 of the arms that are evaluated at fewer steps than their rollouts take; empty
+            without such arms.
     """
 
     model: str
@@ -31,9 +32,18 @@ class Setting:
     draws: int = 1
     fewer_steps: Sequence[int] = ()
 
-    def decoding(self, steps: int, temperature: float) -> SamplingConfig:
+    def decoding(
+        self, steps: int, temperature: float = 0.0, confidence_threshold: float | None = None
+    ) -> SamplingConfig:
         """Return how held-out problems are decoded."""
-        return SamplingConfig(self.canvas_length, steps, self.block_length, temperature, unmasking="max_prob")
+        return SamplingConfig(
+            self.canvas_length,
+            steps,
+            self.block_length,
+            temperature,
+            unmasking="max_prob",
+            confidence_threshold=confidence_threshold,
+        )
 
     @property
     def of_trainer(self) -> dict[str, int]:
@@ -48,7 +58,7 @@ class Setting:
 # Word problems, Countdown and Sudoku; chained sums; puzzles that are solved step by step.
 SHORT = Setting(EMBEDDED_MODEL, 32, 8, 16, (16, 8, 4))
 CHAINS = Setting(EMBEDDED_CHAINS_MODEL, 45, 5, 27, (27,), draws=4, fewer_steps=(36, 18, 9))
-PUZZLES = Setting(EMBEDDED_PUZZLES_MODEL, 60, 10, 30, (30,), draws=4)
+PUZZLES = Setting(EMBEDDED_PUZZLES_MODEL, 60, 10, 30, (30,), draws=4, fewer_steps=(24, 12, 6))
 SETTINGS = {
     "chained_sums": CHAINS,
     "chained_sums_fixed": CHAINS,
