@@ -207,7 +207,7 @@ def test_claims_are_corrected_for_the_number_of_those_that_are_tested():
     ]
     stored = json.loads((RESULTS / "premises.json").read_text())["chained_sums, max_prob"]
     stored["elbo_deviation"] = {"0.5": 1.0, "0.25": 1.0}  # the premise of GDPO, which fails
-    head, lines = claims_table({"chained_sums": stored}, Runs(runs), "chained_sums")
+    head, lines = claims_table(stored, Runs(runs), "chained_sums")
     shown = {line[head.index("test")]: (line[head.index("Holm")], line[-1]) for line in lines}
     assert shown == {
         "`agrpo` − `diffu_grpo`": ("0.1875", "open"),

@@ -33,8 +33,10 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
     of_puzzles: dict[str, Any] = json.loads((results / "premises_puzzles.json").read_text())
     runs = Runs(json.loads((results / "core_table.json").read_text()))
     tuned: Tuned = json.loads((results / "learning_rates.json").read_text())
-    surest = {task: (premises | of_puzzles)[f"{task}, max_prob"] for task in runs.tasks}
-    found = {f"claims {task}": markdown_table(*claims_table(surest, runs, task)) for task in runs.tasks}
+    found = {}
+    for task in runs.tasks:
+        surest_first = (premises | of_puzzles)[f"{task}, max_prob"]
+        found[f"claims {task}"] = markdown_table(*claims_table(surest_first, runs, task))
     found |= {title: markdown_table(head, lines) for title, head, lines in core_tables(runs)}
     _, head, lines = fewer_steps_table(runs)
     found["fewer steps"] = markdown_table(head, lines)

@@ -233,11 +233,11 @@ CLAIMS = (
 )
 
 
-def claims_table(premises: dict[str, Premises], runs: Runs, task: str) -> tuple[list[str], list[list[str]]]:
+def claims_table(premises: Premises, runs: Runs, task: str) -> tuple[list[str], list[list[str]]]:
     """Return the head and the lines of a task's table of claims: of those whose arms were run.
 
     Args:
-        premises: of rollouts that unmask the surest positions first, by task.
+        premises: of the task, from rollouts that unmask the surest positions first.
         runs: of the core table.
         task: its name.
     """
@@ -247,11 +247,11 @@ def claims_table(premises: dict[str, Premises], runs: Runs, task: str) -> tuple[
         if {claim.arm, claim.baseline} <= {*runs.arms(task)}
     }
     # A claim without its premise is not tested, so it counts for no correction.
-    tested = [claim for claim in found if claim.premise_holds(premises[task])]
+    tested = [claim for claim in found if claim.premise_holds(premises)]
     corrected = dict(zip(tested, holm([found[claim].p_value for claim in tested]), strict=True))
     lines = []
     for claim, difference in found.items():
-        value, p_value = claim.value(premises[task]), corrected.get(claim, math.nan)
+        value, p_value = claim.value(premises), corrected.get(claim, math.nan)
         lines.append(
             [
                 f"{claim.method} ({claim.paper}): {claim.text}",
@@ -259,7 +259,7 @@ def claims_table(premises: dict[str, Premises], runs: Runs, task: str) -> tuple[
                 f"`{claim.arm}` − `{claim.baseline}`",
                 f"{difference}",
                 "" if claim not in corrected else f"{p_value:.4f}",
-                claim.verdict(premises[task], difference, p_value),
+                claim.verdict(premises, difference, p_value),
             ]
         )
     return ["claim", "premise", "test", "points, 95 %", "Holm", "verdict"], lines

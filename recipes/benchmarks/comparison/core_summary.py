@@ -183,7 +183,7 @@ def fewer_steps_table(runs: Runs) -> TextTable:
             reached = np.array([100 * each["accuracy"] for each in parallel])
             taken = np.array([each["steps"] for each in parallel])
             lines.append([task, arm, *(mean_and_error(values) for values in (*at_steps, reached, taken))])
-    return "fewer steps: greedy accuracy", ["task", "arm", "S", "S/2", "S/4", "parallel", "its steps"], lines
+    return "fewer steps: greedy accuracy", ["task", "arm", "S", "S/2", "S/4", "parallel", "steps taken"], lines
 
 
 def _greedy(runs: Runs, task: str, arm: str) -> np.ndarray:
