@@ -6,6 +6,7 @@ accelerate launch --config_file … tests/guard_worker.py skip|raise <folder>
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -72,3 +73,5 @@ def main(policy: str, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]))
+    sys.stdout.flush()
+    os._exit(0)  # everything is written; gloo's threads can abort an interpreter that ends in its own time

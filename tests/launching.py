@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
@@ -22,8 +25,28 @@ def run(command: list[str], folder: Path, timeout: float) -> tuple[int | None, s
     """Exit status and output of a program on the CPU, one thread a process.
 
     One that takes longer than `timeout` seconds is stopped with all its processes; what it printed is left in
-    `folder/output.txt`.
+    `folder/output.txt`. One that the runtime aborts is started once more, without what it left in the folder, and a
+    warning repeats its last words: on some machines gloo's threads abort a process in a run of many. Processes that
+    call different collectives are aborted by gloo, too; that is their fault, and it says so.
     """
+    there = {*folder.iterdir()}
+    code, output = run_once(command, folder, timeout)
+    if "Signal 6 (SIGABRT)" in output and "collective mismatch" not in output:
+        warnings.warn(f"Aborted and started once more: {command}.\n{last_words(output)}", stacklevel=2)
+        for path in {*folder.iterdir()} - there:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        code, output = run_once(command, folder, timeout)
+    return code, output
+
+
+def last_words(output: str) -> str:
+    """What a process that is aborted says before other output buries it."""
+    signs = re.compile(r"terminate called|what\(\):|Fatal Python error|FATAL:|free\(\)|corrupt|enforce fail")
+    return "\n".join(line for line in output.splitlines() if signs.search(line)) or output[-4000:]
+
+
+def run_once(command: list[str], folder: Path, timeout: float) -> tuple[int | None, str]:
+    """Exit status and output of a program, see `run`."""
     programs = Path(sys.executable).parent  # DeepSpeed looks for ninja on the PATH
     environment = os.environ | {
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
