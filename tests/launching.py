@@ -21,7 +21,9 @@ def accelerate_launch(config: str, *arguments: str) -> list[str]:
     return [*launcher, "--config_file", f"trl_diffusion/accelerate_configs/{config}.yaml", *arguments]
 
 
-def run(command: list[str], folder: Path, timeout: float) -> tuple[int | None, str]:
+def run(
+    command: list[str], folder: Path, timeout: float, cwd: Path = REPOSITORY, **environment: str
+) -> tuple[int | None, str]:
     """Exit status and output of a program on the CPU, one thread a process.
 
     One that takes longer than `timeout` seconds is stopped with all its processes; what it printed is left in
@@ -30,12 +32,12 @@ def run(command: list[str], folder: Path, timeout: float) -> tuple[int | None, s
     call different collectives are aborted by gloo, too; that is their fault, and it says so.
     """
     there = {*folder.iterdir()}
-    code, output = run_once(command, folder, timeout)
+    code, output = run_once(command, folder, timeout, cwd, environment)
     if "Signal 6 (SIGABRT)" in output and "collective mismatch" not in output:
         warnings.warn(f"Aborted and started once more: {command}.\n{last_words(output)}", stacklevel=2)
         for path in {*folder.iterdir()} - there:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        code, output = run_once(command, folder, timeout)
+        code, output = run_once(command, folder, timeout, cwd, environment)
     return code, output
 
 
@@ -45,20 +47,24 @@ def last_words(output: str) -> str:
     return "\n".join(line for line in output.splitlines() if signs.search(line)) or output[-4000:]
 
 
-def run_once(command: list[str], folder: Path, timeout: float) -> tuple[int | None, str]:
+def run_once(
+    command: list[str], folder: Path, timeout: float, cwd: Path, more: dict[str, str]
+) -> tuple[int | None, str]:
     """Exit status and output of a program, see `run`."""
     programs = Path(sys.executable).parent  # DeepSpeed looks for ninja on the PATH
-    environment = os.environ | {
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE")}
+    environment = inherited | {
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
         "CUDA_VISIBLE_DEVICES": "",
         "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",
         "HF_HUB_OFFLINE": "1",
+        **more,
     }
     with (folder / "output.txt").open("w") as output:
         process = subprocess.Popen(
-            command, cwd=REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            command, cwd=cwd, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
             process.wait(timeout)

@@ -12,14 +12,12 @@ launch: once to train for an update, once as a dry run.
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from launching import REPOSITORY, accelerate_launch
+from launching import accelerate_launch, run
 
 LORA = ["--use_peft", "true", "--lora_r", "4", "--lora_target_modules", "all-linear"]
 FOUR_BIT = ["--load_in_4bit", "true", "--bnb_4bit_quant_type", "nf4", "--use_bnb_nested_quant", "true"]
@@ -55,21 +53,12 @@ def start(
     settings = [text for name, value in TINY.items() for text in (f"--{name}", value)]
     command = [*accelerate_launch(backend), f"recipes/{recipe}.py", *settings, *RECIPES[recipe], *WEIGHTS[weights]]
     command += ["--output_dir", str(folder), *["--dry_run"] * dry_run, *extra]
-    programs = Path(sys.executable).parent  # DeepSpeed looks for ninja on the PATH
-    environment = os.environ | {
-        "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "COLUMNS": "200",
-    }
-    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=900)
-    output = result.stdout + result.stderr
-    if result.returncode != 0:
+    code, output = run(command, folder.parent, 900, COLUMNS="200")
+    if code != 0:
         return output
     written = [path.name for path in folder.iterdir()] if folder.exists() else []
     wanted = [] if dry_run else ["model.safetensors" if weights == "full" else "adapter_model.safetensors"]
-    if result.stdout.count("forward units") != 1 or (written if dry_run else not set(wanted) <= set(written)):
+    if output.count("forward units") != 1 or (written if dry_run else not set(wanted) <= set(written)):
         return f"{output}\nwritten: {written}"
     return None
 

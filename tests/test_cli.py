@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import re
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from launching import free_port
+from launching import free_port, run
 
 from trl_diffusion.cli import app, evaluate, launching, train
 from trl_diffusion.cli.errors import short_message, without_debug
@@ -231,18 +230,9 @@ def test_two_processes_train_from_an_empty_folder(tmp_path):
     command = [sys.executable, "-m", "trl_diffusion", "train", "agrpo", "--accelerate_config", "cpu_ddp"]
     command += ["--main_process_port", str(free_port()), "--dataset_size", "64", "--eval_size", "4"]
     command += ["--max_steps", "1", "--per_device_train_batch_size", "16"]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE")}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(CONFIGS.parents[1])}
-    result = subprocess.run(
-        command,
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "AGRPO, 1 update, " in result.stdout and (tmp_path / "outputs" / "gsm8k_agrpo" / "README.md").is_file()
+    code, output = run(command, tmp_path, 300, cwd=tmp_path, PYTHONPATH=str(CONFIGS.parents[1]))
+    assert code == 0, output[-3000:]
+    assert "AGRPO, 1 update, " in output and (tmp_path / "outputs" / "gsm8k_agrpo" / "README.md").is_file()
 
 
 # ---------------------------------------------------------------- evaluation on the canvas of training

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import runpy
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from launching import accelerate_launch
+from launching import accelerate_launch, run
 from peft import LoraConfig
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
@@ -430,19 +429,12 @@ def test_a_dry_run_of_a_recipe_neither_samples_nor_trains(name, tmp_path, monkey
 @pytest.mark.thorough
 @pytest.mark.release
 def test_a_dry_run_on_two_processes_reports_once_and_exits_with_0(tmp_path):
-    command = [*accelerate_launch("cpu_ddp"), "recipes/gsm8k_agrpo.py", "--dry_run", "--output_dir", str(tmp_path)]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    result = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    assert result.stdout.count("forward units") == 1 and "× 2 processes = 128 completions" in result.stdout
-    assert "2 processes, DDP, pretended by one" in result.stdout and "gain" not in result.stdout
+    command = [*accelerate_launch("cpu_ddp"), "recipes/gsm8k_agrpo.py", "--dry_run"]
+    command += ["--output_dir", str(tmp_path / "out")]
+    code, output = run(command, tmp_path, 600, COLUMNS="200")
+    assert code == 0, output[-4000:]
+    assert output.count("forward units") == 1 and "× 2 processes = 128 completions" in output
+    assert "2 processes, DDP, pretended by one" in output and "gain" not in output
 
 
 def test_a_dry_run_checks_the_columns(tmp_path, monkeypatch):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
+from itertools import combinations, product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from scipy import stats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trl_diffusion.evaluation.confusion_zones import failure_auc, failure_auc_within
@@ -26,10 +29,11 @@ sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))
 import claims  # noqa: E402
 from comparison import premises  # noqa: E402
 from comparison.claims import CLAIMS, claims_table  # noqa: E402
-from comparison.core import CORE, PUZZLES  # noqa: E402
+from comparison.core import CORE, FEWER_STEPS, PUZZLES  # noqa: E402
 from comparison.core import TASKS as CORE_TASKS  # noqa: E402
-from comparison.core_summary import Runs  # noqa: E402
+from comparison.core_summary import Runs, mean_and_error  # noqa: E402
 from comparison.settings import setting_of  # noqa: E402
+from statistics_of_runs import standard_error  # noqa: E402
 
 RESULTS = ROOT / "recipes" / "benchmarks" / "results"
 ROLLOUTS = SamplingConfig(45, 27, 5, unmasking="max_prob", record_signals=True)
@@ -77,6 +81,15 @@ def test_auc_within_prompts_by_hand():
     assert failure_auc(frame).loc["entropy", "auc"] == pytest.approx(3 / 6)
 
 
+def test_right_and_failed_completions_are_of_the_same_prompts():
+    success = torch.tensor([[0, 0, 0], [0, 1, 1], [1, 1, 1], [1, 0, 0], [1, 1, 0]], dtype=torch.bool)
+    batch = SimpleNamespace(success=success.flatten(), size=3)
+    right, failed = premises.right_and_failed(batch, 2)
+    assert (right.tolist(), failed.tolist()) == ([4, 9], [3, 10])  # the first two prompts with both
+    right, failed = premises.right_and_failed(batch, 9)
+    assert (right.tolist(), failed.tolist()) == ([4, 9, 12], [3, 10, 14])
+
+
 def test_postponed_tokens_by_hand():
     steps = torch.tensor([[1, 0, 2], [0, 1, 2], [0, -1, -1]])
     entropies = torch.tensor([[0.5, 0.5, 0.5], [0.5, 0.1, 0.5], [0.5, 0.0, 0.0]])
@@ -122,10 +135,11 @@ def test_premises_hold_on_chained_sums(batches):
         shares[name] = premises.gradient_shares(batch, premises.gradient_norms(batch, some), some, STEPS)
         assert shares[name]["own"] > 0.85 and shares[name]["uniform"] < 0.17
         assert premises.uncertain_postponed(batch) > 0.9
-        right, failed = (part.nonzero().flatten()[:8] for part in (batch.success, ~batch.success))
-        ends = [premises.continuation_success(batch, rows, 3, 0) for rows in (right, failed)]
-        # from the last line on, nothing is open; before the first, a right completion is as good as any of its prompt
-        assert ends[0][-1] > 0.9 and ends[1][-1] < 0.1 and ends[0][-3] > ends[1][-3] + 0.2
+        ends = [premises.continuation_success(batch, rows, 3, 0) for rows in premises.right_and_failed(batch, 8)]
+        # before the first line, a right completion is as good as any of its prompt; from the last on, nothing is open
+        assert ends[0][0] == ends[1][0]  # the same canvas of the same prompts, and the same random streams
+        assert ends[0][-1] > 0.9 and ends[1][-1] < 0.1
+        assert np.mean(ends[0][1:-1]) > np.mean(ends[1][1:-1]) + 0.15
     # four drawn steps are nearer to the policy gradient than all tokens under the full mask
     cosine = premises.surrogate_cosines(batches["chained_sums_fixed"], 1, 0)
     assert cosine["drawn_steps_4"] > cosine["one_step"] + 0.1
@@ -148,8 +162,8 @@ def test_premises_hold_on_sudoku_in_any_order(unmasking):
     found = premises.outcomes(batch)
     assert 0.2 < found["accuracy"] < 0.5 and found["mixed_groups"] >= 0.5
     assert premises.signal_auc(batch)["entropy"]["within_prompts"] > 0.55
-    right, failed = (part.nonzero().flatten()[::3][:8] for part in (batch.success, ~batch.success))
-    ends = [premises.continuation_success(batch, some, 3, 0)[3] for some in (right, failed)]
+    pairs = premises.right_and_failed(batch, 8)
+    ends = [premises.continuation_success(batch, some, 3, 0)[3] for some in pairs]
     assert ends[0] > ends[1] + 0.25
 
 
@@ -210,10 +224,10 @@ def test_claims_are_corrected_for_the_number_of_those_that_are_tested():
     head, lines = claims_table(stored, Runs(runs), "chained_sums")
     shown = {line[head.index("test")]: (line[head.index("Holm")], line[-1]) for line in lines}
     assert shown == {
-        "`agrpo` − `diffu_grpo`": ("0.1875", "open"),
+        "`agrpo` − `diffu_grpo`, methods": ("0.1875", "open"),
         "`agrpo_sapo_1` − `agrpo`": ("0.1875", "open"),
-        "`espo` − `diffu_grpo`": ("0.1875", "open"),
-        "`gdpo` − `espo`": ("", "premise fails"),
+        "`espo` − `diffu_grpo`, methods": ("0.1875", "open"),
+        "`gdpo` − `espo`, methods": ("", "premise fails"),
     }
 
 
@@ -226,3 +240,41 @@ def test_the_pages_show_the_stored_results():
     runs = json.loads((RESULTS / "core_table.json").read_text())
     assert all("curve" not in run and run["task"] in (*CORE_TASKS, *PUZZLES) for run in runs)
     assert len({(run["task"], run["arm"], run["seed"]) for run in runs}) == len(runs)
+
+
+# Figures of earlier tables that a page tells of: at other learning rates, with fewer seeds.
+EARLIER = {"22.4 ± 0.3", "56.0 ± 2.2", "0.9 ± 0.5"}
+
+
+def figures(runs: Runs) -> set[str]:
+    """Every mean ± error of an arm, and every difference ± interval of two arms of a task: of the first ten, twenty or
+    thirty seeds, or of all. Signs are left out."""
+    found = set()
+
+    def add_difference(one: dict[int, float], other: dict[int, float]) -> None:
+        less = [one[seed] - other[seed] for seed in one.keys() & other.keys()]
+        width = stats.t.ppf(0.975, len(less) - 1) * standard_error(less)
+        found.add(f"{abs(np.mean(less)):.1f} ± {width:.1f}")
+
+    for most, task in product((10, 20, 30, 60), runs.tasks):
+        sampled = {}
+        for arm in runs.arms(task):
+            some = [run for run in runs.of(task, arm) if run["seed"] < most]
+            sampled[arm] = {run["seed"]: 100 * run["sampled_accuracy"] for run in some}
+            measures = [{run["seed"]: 100 * run["accuracy"][steps] for run in some} for steps in some[0]["accuracy"]]
+            if arm in FEWER_STEPS:
+                measures.append({run["seed"]: 100 * run["parallel"]["accuracy"] for run in some})
+                at_most = str(setting_of(task).fewer_steps[0])
+                add_difference(measures[-1], {run["seed"]: 100 * run["accuracy"][at_most] for run in some})
+            found |= {mean_and_error(np.array([*each.values()])) for each in (sampled[arm], *measures)}
+        for one, other in combinations(sampled, 2):
+            add_difference(sampled[one], sampled[other])
+    return found
+
+
+@pytest.mark.parametrize("name", claims.WRITTEN)
+def test_the_text_of_the_pages_names_figures_of_the_stored_results(name):
+    page = re.sub(r"<!-- table: .*?<!-- end of table -->", "", (claims.PAGES / name).read_text(), flags=re.DOTALL)
+    named = re.findall(r"\d+\.\d ± \d+\.\d", " ".join(page.split()))
+    known = figures(Runs(json.loads((RESULTS / "core_table.json").read_text()))) | EARLIER
+    assert len(named) > 5 and [each for each in named if each not in known] == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import runpy
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
-from launching import accelerate_launch
+from launching import accelerate_launch, run
 from safetensors.torch import load_file
 from start_matrix import LORA, start
 from transformers import AutoModelForCausalLM
@@ -37,12 +36,9 @@ BY_HAND = [pytest.mark.thorough, pytest.mark.release]
 pytestmark = pytest.mark.slow
 
 
-def launch(script: str, *arguments: str, processes: str = "single_gpu") -> str:
-    command = [*accelerate_launch(processes), script, *arguments]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=420)
-    output = result.stdout + result.stderr
-    assert result.returncode == 0, output[-4000:]
+def launch(folder: Path, script: str, *arguments: str, processes: str = "single_gpu") -> str:
+    code, output = run([*accelerate_launch(processes), script, *arguments], folder, 420)
+    assert code == 0, output[-4000:]
     return output
 
 
@@ -59,19 +55,19 @@ def run_recipe(name: str, monkeypatch, *arguments: str) -> None:
 
 
 def test_without_arguments_the_embedded_model_trains_and_says_so(tmp_path):
-    output = launch("recipes/gsm8k_agrpo.py", *QUICK, "--output_dir", str(tmp_path)).replace(
-        "\n", ""
-    )  # long paths wrap
+    out = tmp_path / "out"
+    output = launch(tmp_path, "recipes/gsm8k_agrpo.py", *QUICK, "--output_dir", str(out))
+    output = output.replace("\n", "")  # long paths wrap
     assert "training the bundled model" in output
     for word in ("before", "after", "gain", "curves.png", "Held-out problems", "Step 2"):
         assert word in output
     assert output.count("✓ ") + output.count("✗ ") == 6  # three problems, before and after
-    completions = pd.read_parquet(tmp_path / "completions" / "completions_00002.parquet")
+    completions = pd.read_parquet(out / "completions" / "completions_00002.parquet")
     assert len(completions) == 64 and {"prompt", "completion", "correctness_reward"} <= {*completions.columns}
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
-    assert "2510.04019" in (tmp_path / "README.md").read_text()
-    assert type(AutoModelForCausalLM.from_pretrained(tmp_path)).__name__ == "LLaDAModelLM"
-    assert any("rollout/seconds" in entry for entry in history(tmp_path))
+    assert (out / "curves.png").stat().st_size > 10_000
+    assert "2510.04019" in (out / "README.md").read_text()
+    assert type(AutoModelForCausalLM.from_pretrained(out)).__name__ == "LLaDAModelLM"
+    assert any("rollout/seconds" in entry for entry in history(out))
 
 
 @pytest.mark.thorough
@@ -114,7 +110,7 @@ def test_two_processes_train_like_one(recipe, processes, arguments, tmp_path, mo
     size = "--per_device_train_batch_size"
     run_recipe(recipe, monkeypatch, *small, size, "16", "--output_dir", str(tmp_path / "one"))
     two = [size, "8", "--output_dir", str(tmp_path / "two"), *arguments]
-    launch(f"recipes/{recipe}.py", *small, *two, processes=processes)
+    launch(tmp_path, f"recipes/{recipe}.py", *small, *two, processes=processes)
     names = ("reward", "eval_accuracy", "step_aware/continuations", "step_aware/process_reward_mean")
     one, two = (
         [{name: entry[name] for name in names if name in entry} for entry in history(tmp_path / folder)]

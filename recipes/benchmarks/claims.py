@@ -3,7 +3,8 @@
     python recipes/benchmarks/claims.py
     python recipes/benchmarks/claims.py --take outputs/core_table
 
-`--take` first copies the runs and learning rates of a core table to the stored results.
+`--take` first adds the runs and learning rates of a core table to the stored results. Runs that are stored already are
+replaced, and those of an arm whose learning rate is another now are dropped.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from comparison.arms_table import arms_table
 from comparison.claims import claims_table
 from comparison.core import CORE, LEARNING_RATES, Tuned, best_learning_rate
-from comparison.core_summary import Runs, core_tables, fewer_steps_table, mean_and_error
+from comparison.core_summary import Runs, a_run_a_line, core_tables, fewer_steps_table, mean_and_error
 from comparison.premises_table import premises_table
 from comparison.summary import markdown_table
 
@@ -43,6 +45,7 @@ def tables(results: Path = RESULTS) -> dict[str, str]:
     for task, measured in tuned.items():
         lines = [[arm, *_rates_of(tuned, task, arm)] for arm in CORE if arm in measured]
         found[f"learning rates {task}"] = markdown_table(["arm", *(f"{rate:g}" for rate in LEARNING_RATES)], lines)
+    found["arms"] = markdown_table(*arms_table())
     found["premises"] = markdown_table(*premises_table(premises))
     found["premises of puzzles"] = markdown_table(*premises_table(of_puzzles))
     return found
@@ -65,16 +68,57 @@ def filled(page: str, found: dict[str, str]) -> str:
     return re.sub(r"<!-- table: (.*?) -->.*?<!-- end of table -->", replaced, page, flags=re.DOTALL)
 
 
+Stored = list[dict[str, Any]]  # compact runs
+
+
+def with_taken(stored: Stored, taken: Stored) -> Stored:
+    """Return the stored runs with those that are taken, in the order of task, arm and seed.
+
+    Raises:
+        SystemExit: if a run that is taken was made with another budget or number of held-out problems.
+    """
+    lengths = {tuple(run[name] for name in ("budget", "eval_size", "max_updates")) for run in [*stored, *taken]}
+    if len(lengths) > 1:
+        raise SystemExit(f"Runs of different budget, eval_size and max_updates: {sorted(lengths, key=str)}.")
+    rates = {(run["task"], run["arm"]): run["learning_rate"] for run in taken}
+    kept = [
+        run for run in stored if rates.get((run["task"], run["arm"]), run["learning_rate"]) == run["learning_rate"]
+    ]
+    merged = {(run["task"], run["arm"], run["seed"]): run for run in [*kept, *taken]}
+    # seeds by their names, as files are ordered
+    return [merged[key] for key in sorted(merged, key=lambda key: (*key[:2], str(key[2])))]
+
+
+def with_taken_rates(stored: Tuned, taken: Tuned) -> Tuned:
+    """Return what was measured at every learning rate, the newer of two where both are known."""
+    found = deepcopy(stored)
+    for task, arms in taken.items():
+        for arm, rates in arms.items():
+            for rate, seeds in rates.items():
+                found.setdefault(task, {}).setdefault(arm, {}).setdefault(rate, {}).update(seeds)
+    return found
+
+
+def take(folder: Path, results: Path = RESULTS) -> None:
+    """Add a core table to the stored results."""
+    paths = [results / name for name in ("core_table.json", "learning_rates.json")]
+    (runs, rates), (new_runs, new_rates) = (
+        [json.loads((where / path.name).read_text()) for path in paths] for where in (results, folder)
+    )
+    paths[0].write_text(a_run_a_line(with_taken(runs, new_runs)))
+    paths[1].write_text(json.dumps(with_taken_rates(rates, new_rates), indent=1))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--take", type=Path, help="the folder of a core table to store")
+    parser.add_argument("--take", type=Path, help="the folder of a core table to add")
     args = parser.parse_args()
     if args.take is not None:
-        for name in ("core_table.json", "learning_rates.json"):
-            shutil.copy(args.take / name, RESULTS / name)
-    for name in WRITTEN:
-        path = PAGES / name
-        path.write_text(filled(path.read_text(), tables()))
+        take(args.take)
+    found = tables()
+    pages = {PAGES / name: filled((PAGES / name).read_text(), found) for name in WRITTEN}
+    for path, text in pages.items():
+        path.write_text(text)
         print(path)
 
 

@@ -7,12 +7,14 @@
 The arms are those of `comparison/core.py`. It runs in three rounds, and skips every run that is on disk:
 
 1. Learning rates: every arm at three rates, on seeds that are not used again, and at one more where the best is the
-   lowest or the highest. `--learning_rates FILE` takes those of a file, by default the ones stored with the results.
+   lowest or the highest. `--learning_rates FILE` takes those of a file, by default the ones stored with the results,
+   which were found with the default budget.
 2. Every arm and its baselines with the first `--seeds` seeds. Arms of one seed see the same prompts in the same order.
 3. More seeds, in steps of ten up to `--most_seeds`, for the pairs that are undecided: those whose 95 % interval holds
    0 and reaches beyond ± 1.5 points.
 
-It ends with the tables, and with `core_table.json`, which holds every run in the folder without its learning curve.
+It ends with the tables, and with `core_table.json`, which holds every run in the folder of this length and of these
+learning rates, without its learning curve. `claims.py --take` adds them to the stored results.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from collections.abc import Sequence
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from comparison.core import (
     CORE,
@@ -38,11 +41,13 @@ from comparison.core import (
     best_learning_rate,
     next_learning_rate,
 )
-from comparison.core_summary import Runs, compact, core_tables, fewer_steps_table, undecided
-from comparison.run import Job, Length, keep, run_all
+from comparison.core_summary import Runs, a_run_a_line, core_tables, fewer_steps_table, undecided
+from comparison.run import Job, Length, generated, is_of, keep, run_all
 from comparison.summary import markdown_table
 from rich.console import Console
 from rich.table import Table
+
+from trl_diffusion.tasks import TASKS as ALL_TASKS
 
 STORED = Path(__file__).parent / "results" / "learning_rates.json"
 MORE_SEEDS = 10
@@ -74,7 +79,17 @@ def with_baselines(arms: Sequence[str]) -> list[str]:
     return [arm for arm in CORE if arm in wanted]
 
 
-def main() -> None:
+def impossible(tasks: Sequence[str], arms: Sequence[str]) -> str | None:
+    """Return what is wrong with arms that train in the order of difficulty on tasks whose problems have none."""
+    ordered = [arm for arm in arms if CORE[arm].curriculum is not None]
+    without = [task for task in tasks if "difficulty" not in generated(ALL_TASKS[task], "train", 1, 0).column_names]
+    if not (ordered and without):
+        return None
+    return f"{', '.join(ordered)}: trained in the order of difficulty; problems of {', '.join(without)} have none."
+
+
+def parsed() -> argparse.Namespace:
+    """Return the arguments, checked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=[*TASKS, *PUZZLES])
     parser.add_argument("--arms", nargs="+", default=ON_CHAINS, choices=list(CORE))
@@ -87,11 +102,41 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="runs at the same time, one thread each")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/core_table"))
     args = parser.parse_args()
+    args.arms = with_baselines(args.arms)
+    if message := impossible(args.tasks, args.arms):
+        parser.error(message)
+    for path in (args.learning_rates, args.stored):
+        if path not in (None, STORED) and not path.is_file():
+            parser.error(f"{path} is no file; without the option, the learning rates are those of {STORED}.")
+    return args
 
-    start, length = time.perf_counter(), Length(args.budget, args.eval_size)
-    arms = with_baselines(args.arms)
+
+def more_seeds(runs: Runs, most: int) -> dict[tuple[str, str], int]:
+    """Return the seeds that arms of a task need next: those of undecided pairs, ten more than both have."""
+    wanted: dict[tuple[str, str], int] = {}
+    for pair in undecided(runs, most):
+        for arm in (pair.arm, pair.baseline):
+            wanted[pair.task, arm] = max(min(pair.seeds + MORE_SEEDS, most), wanted.get((pair.task, arm), 0))
+    return wanted
+
+
+def show_and_write(runs: Runs, folder: Path) -> None:
+    """Print the tables, and write them to `results.md`."""
+    text = []
+    for title, head, lines in [*core_tables(runs), fewer_steps_table(runs)]:
+        table = Table(*head, title=title)
+        for line in lines:
+            table.add_row(*line)
+        Console(width=180).print(table)
+        text += [f"### {title}\n", markdown_table(head, lines), ""]
+    (folder / "results.md").write_text("\n".join(text))
+
+
+def main() -> None:
+    args, start = parsed(), time.perf_counter()
+    length = Length(args.budget, args.eval_size)
     known = json.loads(args.learning_rates.read_text()) if args.learning_rates.exists() else {}
-    own_rate = list(dict.fromkeys(RATE_OF.get(arm, arm) for arm in arms))
+    own_rate = list(dict.fromkeys(RATE_OF.get(arm, arm) for arm in args.arms))
     tuning_tasks = list(dict.fromkeys(TUNING_TASK[task] for task in args.tasks))
     tuned = tune(known, tuning_tasks, own_rate, args.output_dir, length, args.workers)
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -100,33 +145,21 @@ def main() -> None:
     def job(task: str, arm: str, seed: int) -> Job:
         return Job(task, arm, seed, best_learning_rate(tuned, task, arm), args.output_dir / "runs" / task / arm)
 
-    if args.stored is not None:
-        for run in json.loads(args.stored.read_text()):
-            same = job(run["task"], run["arm"], run["seed"])
-            if run["learning_rate"] == same.learning_rate:  # else it is done again at the rate that is chosen now
-                keep(same, run)
+    def is_current(run: dict[str, Any]) -> bool:
+        """Whether a run has this length and the learning rate that is chosen now."""
+        return is_of(run, job(run["task"], run["arm"], run["seed"]), length)
+
+    for run in filter(is_current, json.loads(args.stored.read_text()) if args.stored is not None else []):
+        keep(job(run["task"], run["arm"], run["seed"]), run)
     jobs = [job(task, "base", 0) for task in args.tasks]
-    jobs += [job(task, arm, seed) for seed, task, arm in product(range(args.seeds), args.tasks, arms)]
+    jobs += [job(task, arm, seed) for seed, task, arm in product(range(args.seeds), args.tasks, args.arms)]
     runs = Runs(run_all(jobs, length, args.workers))
-    while pairs := undecided(runs, args.most_seeds):
-        wanted: dict[tuple[str, str], int] = {}
-        for pair in pairs:
-            for arm in (pair.arm, pair.baseline):
-                most = min(pair.seeds + MORE_SEEDS, args.most_seeds)
-                wanted[pair.task, arm] = max(most, wanted.get((pair.task, arm), 0))
+    while wanted := more_seeds(runs, args.most_seeds):
         more = [job(*arm, seed) for arm, most in wanted.items() for seed in range(runs.seeds(*arm), most)]
         runs = Runs([*runs.all, *run_all(more, length, args.workers)])
     on_disk = [json.loads(path.read_text()) for path in sorted((args.output_dir / "runs").glob("*/*/*.json"))]
-    each_run = ",\n".join(json.dumps(compact(run)) for run in on_disk)
-    (args.output_dir / "core_table.json").write_text(f"[\n{each_run}\n]\n")
-    text = []
-    for title, head, lines in [*core_tables(runs), fewer_steps_table(runs)]:
-        table = Table(*head, title=title)
-        for line in lines:
-            table.add_row(*line)
-        Console(width=180).print(table)
-        text += [f"### {title}\n", markdown_table(head, lines), ""]
-    (args.output_dir / "results.md").write_text("\n".join(text))
+    (args.output_dir / "core_table.json").write_text(a_run_a_line(filter(is_current, on_disk)))
+    show_and_write(runs, args.output_dir)
     print(f"{time.perf_counter() - start:.0f} s; tables and runs: {args.output_dir}")
 
 

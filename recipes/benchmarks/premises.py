@@ -1,9 +1,13 @@
 r"""Measures the premises of the methods' claims on the tasks of the core table, and stores them.
 
     OMP_NUM_THREADS=2 python recipes/benchmarks/premises.py
-    OMP_NUM_THREADS=2 python recipes/benchmarks/premises.py --tasks sudoku_sweeps countdown_search \
-        --problems 64 --completions 32 --continuations 32 --output recipes/benchmarks/results/premises_puzzles.json
-    OMP_NUM_THREADS=2 python recipes/benchmarks/premises.py --tasks word_problems --output outputs/premises.json
+    OMP_NUM_THREADS=2 python recipes/benchmarks/premises.py --tasks word_problems
+
+The results that the documentation shows are made by
+
+    python recipes/benchmarks/premises.py --output recipes/benchmarks/results/premises.json
+    python recipes/benchmarks/premises.py --tasks sudoku_sweeps countdown_search \
+        --output recipes/benchmarks/results/premises_puzzles.json
 
 A premise is what must hold for a claim to have a chance: for example that failed completions are more uncertain than
 successful ones, or that a few steps hold most of the gradient. Completions are drawn as in training, 8 of each
@@ -32,7 +36,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl_diffusion.sampling import SamplingConfig
 from trl_diffusion.tasks import TASKS
 
-STORED = Path(__file__).parent / "results" / "premises.json"
 UNMASKING = ("max_prob", "random")
 COMPLETIONS_PER_PROMPT, CHOSEN_STEPS = 8, 4
 MASK_SHARES, MASK_DRAWS = (0.125, 0.25, 0.5, 0.75, 1.0), 16
@@ -47,8 +50,8 @@ def measure(
         task_name: the task, whose setting says which model.
         unmasking: how positions are chosen in rollouts.
         problems: held-out problems, 8 completions each.
-        completions: how many of them have gradients and masks measured; half as many right ones are continued, and as
-            many failed ones.
+        completions: how many of them have gradients and masks measured, and of how many prompts at most a right and a
+            failed one are continued.
         continuations: N, of each of these at each block.
         seed: of all random streams.
     """
@@ -65,7 +68,7 @@ def measure(
     rows = generated(task, "test", problems, seed)
     batch = premises.roll_out(model, tokenizer, task, rows, COMPLETIONS_PER_PROMPT, rollouts, seed)
     some = torch.arange(len(batch.rows))[:: max(1, len(batch.rows) // completions)][:completions]
-    right, failed = (part.nonzero().flatten()[: completions // 2] for part in (batch.success, ~batch.success))
+    right, failed = premises.right_and_failed(batch, completions)
     return {
         **premises.outcomes(batch),
         "uncertain_postponed": premises.uncertain_postponed(batch),
@@ -84,11 +87,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     generating = [name for name, task in TASKS.items() if task.generate is not None]
     parser.add_argument("--tasks", nargs="+", default=CORE_TASKS, choices=generating)
-    parser.add_argument("--problems", type=int, default=128, help="held-out problems, 8 completions each")
-    parser.add_argument("--completions", type=int, default=64, help="completions with gradients, masks, continuations")
+    parser.add_argument("--problems", type=int, default=64, help="held-out problems, 8 completions each")
+    parser.add_argument("--completions", type=int, default=32, help="with gradients and masks; prompts that continue")
     parser.add_argument("--continuations", type=int, default=32, help="of each completion at each block")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=STORED)
+    parser.add_argument("--output", type=Path, default=Path("outputs/premises.json"))
     args = parser.parse_args()
     start, sizes = time.perf_counter(), (args.problems, args.completions, args.continuations, args.seed)
     cases = [(task, unmasking) for task in args.tasks for unmasking in UNMASKING]

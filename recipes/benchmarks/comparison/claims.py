@@ -9,7 +9,8 @@ from typing import Any
 
 from statistics_of_runs import holm
 
-from comparison.core_summary import Difference, Runs
+from comparison.core import CORE
+from comparison.core_summary import Difference, Runs, p_text
 
 Premises = dict[str, Any]  # of one task, see `premises.py`
 SIGNIFICANT = 0.05  # p-values below this, after correction
@@ -27,7 +28,7 @@ class Claim:
         value: returns the premise's number from the premises of a task.
         least: the premise holds if the number is at least this.
         arm: the arm that has what the claim praises.
-        baseline: the arm that has not, and is otherwise equal.
+        baseline: the arm that has not.
     """
 
     method: str
@@ -38,6 +39,11 @@ class Claim:
     least: float
     arm: str
     baseline: str
+
+    @property
+    def compares_methods(self) -> bool:
+        """Whether the arms are of two methods, each with the settings of its paper, and not of one."""
+        return CORE[self.arm].method != CORE[self.baseline].method
 
     def premise_holds(self, premises: Premises) -> bool:
         """Return whether the premise's number reaches its bound."""
@@ -256,9 +262,9 @@ def claims_table(premises: Premises, runs: Runs, task: str) -> tuple[list[str], 
             [
                 f"{claim.method} ({claim.paper}): {claim.text}",
                 f"{claim.premise}: **{value:.2f}** (at least {claim.least:g})",
-                f"`{claim.arm}` − `{claim.baseline}`",
+                f"`{claim.arm}` − `{claim.baseline}`" + (", methods" if claim.compares_methods else ""),
                 f"{difference}",
-                "" if claim not in corrected else f"{p_value:.4f}",
+                "" if claim not in corrected else p_text(p_value),
                 claim.verdict(premises, difference, p_value),
             ]
         )

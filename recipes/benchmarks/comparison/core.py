@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from comparison.arms import DMPO, TRAJECTORY, Arm
+from comparison.arms import DIFFU, DMPO, NOISED, TRAJECTORY, Arm
 
 TASKS = ("chained_sums", "chained_sums_fixed")
 # Tasks on which a few arms show that the model learns what it fails.
@@ -23,10 +23,8 @@ TUNING_SEEDS = (100, 101, 102)
 # The task by which learning rates are chosen: both layouts of chained sums share theirs.
 TUNING_TASK = dict.fromkeys(TASKS, "chained_sums") | {puzzle: puzzle for puzzle in PUZZLES}
 
+# Rollouts unmask the surest positions first. The settings shared with `comparison.arms` leave that to the method.
 MAX_PROB = {"unmasking": "max_prob"}
-NOISED = MAX_PROB | {"num_iterations": 4}
-DIFFU = NOISED | {"epsilon": 0.5, "beta": 0.04}
-STEPS = MAX_PROB | TRAJECTORY
 ONE_TOKEN_A_STEP = {"num_iterations": 2, "denoising_steps": 0}
 
 
@@ -35,14 +33,14 @@ def _with_step_aware_rewards(arm: Arm, baseline: str, **settings: Any) -> Arm:
 
 
 def _agrpo(*baselines: str, **settings: Any) -> Arm:
-    return Arm("agrpo", baselines, STEPS | {"step_draws": "uniform"} | settings)
+    return Arm("agrpo", baselines, MAX_PROB | TRAJECTORY | {"step_draws": "uniform"} | settings)
 
 
 def _atpo(selector: str, *baselines: str, **settings: Any) -> Arm:
-    return Arm("atpo", baselines, STEPS | {"step_selector": selector} | settings)
+    return Arm("atpo", baselines, MAX_PROB | TRAJECTORY | {"step_selector": selector} | settings)
 
 
-DIFFU_GRPO, AGRPO = Arm("diffu_grpo", ("agrpo",), DIFFU), _agrpo()
+DIFFU_GRPO, AGRPO = Arm("diffu_grpo", ("agrpo",), MAX_PROB | DIFFU), _agrpo()
 CORE: dict[str, Arm] = {
     "agrpo": AGRPO,
     "diffu_grpo": DIFFU_GRPO,
@@ -73,15 +71,15 @@ CORE: dict[str, Arm] = {
     "uniform_random_order": _atpo("uniform", "uniform", unmasking="random"),
     "roec_cm_random_order": _atpo("roec_cm", "uniform_random_order", "roec_cm", unmasking="random"),
     # Other likelihoods and losses.
-    "espo": Arm("espo", ("diffu_grpo", "agrpo"), NOISED | dict(num_mc_samples=2, epsilon=0.2, beta=1e-3)),
-    "spg": Arm("spg", ("diffu_grpo", "agrpo"), NOISED),
+    "espo": Arm("espo", ("diffu_grpo", "agrpo"), MAX_PROB | NOISED | dict(num_mc_samples=2, epsilon=0.2, beta=1e-3)),
+    "spg": Arm("spg", ("diffu_grpo", "agrpo"), MAX_PROB | NOISED),
     "tracerl": Arm(
         "tracerl", ("diffu_grpo", "agrpo"), MAX_PROB | dict(num_iterations=2, shrink=4, epsilon=0.2, beta=0.01)
     ),
     "dmpo": Arm("dmpo", ("diffu_grpo", "agrpo"), MAX_PROB | DMPO),
     "dmpo_individual": Arm("dmpo", ("dmpo",), MAX_PROB | DMPO | {"weight_baseline": "individual"}),
-    "gdpo": Arm("gdpo", ("espo",), NOISED | dict(num_mc_samples=3, epsilon=0.5, beta=0.0)),
-    "spg_informed": Arm("spg", ("spg",), NOISED | {"mask_bias": "informed"}),
+    "gdpo": Arm("gdpo", ("espo",), MAX_PROB | NOISED | dict(num_mc_samples=3, epsilon=0.5, beta=0.0)),
+    "spg_informed": Arm("spg", ("spg",), MAX_PROB | NOISED | {"mask_bias": "informed"}),
     "just_grpo": Arm("just_grpo", ("agrpo",), ONE_TOKEN_A_STEP | dict(block_length=1, step_draws="top_entropy")),
     "fork_grpo": Arm("fork_grpo", ("agrpo",), ONE_TOKEN_A_STEP | dict(num_mc_samples=8)),
     # Few blanks first, with as many problems as a run reaches. Only Sudoku has difficulties.

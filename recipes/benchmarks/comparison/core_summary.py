@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,6 +114,12 @@ def compact(run: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in run.items() if name != "curve"} | measured
 
 
+def a_run_a_line(runs: Iterable[dict[str, Any]]) -> str:
+    """Return compact runs as JSON with a line for each, so that a change of one is a change of one line."""
+    lines = ",\n".join(json.dumps(compact(run)) for run in runs)
+    return f"[\n{lines}\n]\n"
+
+
 def area(run: dict[str, Any]) -> float:
     """Return the mean reward of a run's rollouts in percent, each weighted by the forward units it was trained for.
 
@@ -128,15 +135,16 @@ def area(run: dict[str, Any]) -> float:
 
 
 def undecided(runs: Runs, most: int) -> list[Difference]:
-    """Return the differences that are open and that may have more seeds."""
+    """Return the differences whose intervals decide nothing, and that may have more seeds."""
     found = [difference for task in runs.tasks for difference in runs.differences(task)]
     return [each for each in found if each.verdict == "open" and each.seeds < most]
 
 
-TextTable = tuple[str, list[str], list[list[str]]]
+# Title, head and lines of a table.
+TitledTable = tuple[str, list[str], list[list[str]]]
 
 
-def core_tables(runs: Runs) -> list[TextTable]:
+def core_tables(runs: Runs) -> list[TitledTable]:
     """Return, for every task, a table of accuracies and one of differences."""
     tables = []
     for task in runs.tasks:
@@ -156,12 +164,12 @@ def core_tables(runs: Runs) -> list[TextTable]:
                     f"{len(sampled)}",
                 ]
             )
-        head = ["arm", "sampled", "worst", "collapsed %", "area", "greedy", "seeds"]
+        head = ["arm", "sampled", "worst", "below base %", "area", "greedy", "seeds"]
         tables.append((f"{task}: accuracies", head, lines))
         differences = [each for each in runs.differences(task) if each.arm not in FEWER_STEPS]
         adjusted = holm([each.p_value for each in differences])
         compared = [
-            [each.arm, each.baseline, str(each), f"{each.p_value:.4f}", f"{p:.4f}", str(each.seeds), each.verdict]
+            [each.arm, each.baseline, str(each), p_text(each.p_value), p_text(p), str(each.seeds), each.verdict]
             for each, p in zip(differences, adjusted, strict=True)
         ]
         head = ["arm", "against", "sampled, 95 %", "p", "Holm", "seeds", "verdict"]
@@ -169,7 +177,7 @@ def core_tables(runs: Runs) -> list[TextTable]:
     return tables
 
 
-def fewer_steps_table(runs: Runs) -> TextTable:
+def fewer_steps_table(runs: Runs) -> TitledTable:
     """Return greedy accuracies of the arms that are evaluated at fewer steps: at S, S/2 and S/4, and in parallel.
 
     Decoded in parallel a completion takes as many steps as it needs; the last column is their mean.
@@ -184,6 +192,11 @@ def fewer_steps_table(runs: Runs) -> TextTable:
             taken = np.array([each["steps"] for each in parallel])
             lines.append([task, arm, *(mean_and_error(values) for values in (*at_steps, reached, taken))])
     return "fewer steps: greedy accuracy", ["task", "arm", "S", "S/2", "S/4", "parallel", "steps taken"], lines
+
+
+def p_text(p_value: float) -> str:
+    """Write a p-value with four digits."""
+    return "< 0.0001" if p_value < 0.0001 else f"{p_value:.4f}"
 
 
 def _greedy(runs: Runs, task: str, arm: str) -> np.ndarray:

@@ -196,6 +196,23 @@ def gradient_shares(batch: Batch, norms: torch.Tensor, rows: torch.Tensor, count
     return result
 
 
+def right_and_failed(batch: Batch, pairs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose a right and a failed completion of each prompt that has both, in the order of prompts.
+
+    Prompts differ in difficulty, so right completions of some compared with failed ones of others would differ before
+    anything is written.
+
+    Returns:
+        Two rows of numbers, long [≤ `pairs`] each: of the first right completion of a prompt, and of the first failed.
+    """
+    groups = batch.success.view(-1, batch.size)
+    mixed = (groups.any(1) & ~groups.all(1)).nonzero().flatten()[:pairs]
+    # argmax does not say which of several equal values it finds; with these weights the first is the largest.
+    earlier = torch.arange(batch.size, 0, -1)
+    right, failed = ((outcome[mixed] * earlier).argmax(1) for outcome in (groups, ~groups))
+    return mixed * batch.size + right, mixed * batch.size + failed
+
+
 def continuation_success(batch: Batch, rows: torch.Tensor, count: int, seed: int) -> list[float]:
     """Return the share of right continuations, N of each completion, after each number of finished blocks, 0 first."""
     family, sampling = family_of(batch.model), batch.sampling

@@ -225,28 +225,47 @@ def train_and_evaluate(job: Job, length: Length) -> dict[str, Any]:
 
 
 def run_all(jobs: Sequence[Job], length: Length, workers: int) -> list[dict[str, Any]]:
-    """Do every run that is not on disk yet, and return all of them in the order of the jobs."""
+    """Do every run that is not on disk yet, and return all of them in the order of the jobs.
+
+    The first run that fails ends it; those that are running then are finished and kept.
+    """
     missing = [job for job in jobs if not _finished(job, length)]
     os.environ |= WORKER_ENVIRONMENT
     with (
         ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
         tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc="runs") as progress,
     ):
-        started = {pool.submit(train_and_evaluate, job, length): job for job in missing}
-        for future in as_completed(started):
-            result = future.result()
-            _write(started[future].path, {**result, **asdict(length)})
-            progress.set_postfix_str(f"{result['task']} {result['arm']} {result['sampled_accuracy']:.3f}")
-            progress.update()
+        try:
+            for future in as_completed([pool.submit(run_and_write, job, length) for job in missing]):
+                result = future.result()
+                progress.set_postfix_str(f"{result['task']} {result['arm']} {result['sampled_accuracy']:.3f}")
+                progress.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     return [json.loads(job.path.read_text()) for job in jobs]
+
+
+def run_and_write(job: Job, length: Length) -> dict[str, Any]:
+    """Do a run and write its result, which is returned."""
+    result = {**train_and_evaluate(job, length), **asdict(length)}
+    _write(job.path, result)
+    return result
+
+
+def is_of(result: dict[str, Any], job: Job, length: Length) -> bool:
+    """Return whether a result is that of a run, at this length and learning rate."""
+    setting = {"task": job.task, "arm": job.arm, "seed": job.seed, "learning_rate": job.learning_rate}
+    return all(result.get(name) == value for name, value in (setting | asdict(length)).items())
 
 
 def _finished(job: Job, length: Length) -> bool:
     if not job.path.exists():
         return False
-    setting = asdict(length) | {"learning_rate": job.learning_rate}
     found = json.loads(job.path.read_text())
-    if (found := {name: found.get(name) for name in setting}) != setting:
+    if not is_of(found, job, length):
+        setting = asdict(length) | {"learning_rate": job.learning_rate}
+        found = {name: found.get(name) for name in setting}
         raise SystemExit(f"{job.path} was made with {found}, not {setting}. Choose another --output_dir or delete it.")
     return True
 
