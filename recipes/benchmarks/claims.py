@@ -27,6 +27,9 @@ from comparison.summary import markdown_table
 RESULTS = Path(__file__).parent / "results"
 PAGES = Path(__file__).parents[2] / "docs" / "pages"
 WRITTEN = ("claims.md", "lab/core_table.md")
+TAKEN = ("core_table.json", "learning_rates.json")
+
+Stored = list[dict[str, Any]]  # compact runs
 
 
 def tables(results: Path = RESULTS) -> dict[str, str]:
@@ -68,9 +71,6 @@ def filled(page: str, found: dict[str, str]) -> str:
     return re.sub(r"<!-- table: (.*?) -->.*?<!-- end of table -->", replaced, page, flags=re.DOTALL)
 
 
-Stored = list[dict[str, Any]]  # compact runs
-
-
 def with_taken(stored: Stored, taken: Stored) -> Stored:
     """Return the stored runs with those that are taken, in the order of task, arm and seed.
 
@@ -101,12 +101,12 @@ def with_taken_rates(stored: Tuned, taken: Tuned) -> Tuned:
 
 def take(folder: Path, results: Path = RESULTS) -> None:
     """Add a core table to the stored results."""
-    paths = [results / name for name in ("core_table.json", "learning_rates.json")]
     (runs, rates), (new_runs, new_rates) = (
-        [json.loads((where / path.name).read_text()) for path in paths] for where in (results, folder)
+        [json.loads((where / name).read_text()) for name in TAKEN] for where in (results, folder)
     )
-    paths[0].write_text(a_run_a_line(with_taken(runs, new_runs)))
-    paths[1].write_text(json.dumps(with_taken_rates(rates, new_rates), indent=1))
+    runs, rates = with_taken(runs, new_runs), with_taken_rates(rates, new_rates)
+    (results / TAKEN[0]).write_text(a_run_a_line(runs))
+    (results / TAKEN[1]).write_text(json.dumps(rates, indent=1))
 
 
 def main() -> None:
@@ -114,6 +114,8 @@ def main() -> None:
     parser.add_argument("--take", type=Path, help="the folder of a core table to add")
     args = parser.parse_args()
     if args.take is not None:
+        if missing := [name for name in TAKEN if not (args.take / name).is_file()]:
+            parser.error(f"{args.take} has no {' and no '.join(missing)}; core_table.py writes them when it ends.")
         take(args.take)
     found = tables()
     pages = {PAGES / name: filled((PAGES / name).read_text(), found) for name in WRITTEN}
