@@ -69,10 +69,11 @@ def drawn(model, rows: int = ROWS, **settings):
     ]
 
 
-def assert_same(plain, compiled, tolerance: float = 1e-6):
+def assert_same(plain, compiled):
+    # Logits are as large as 11, where float32 numbers are 1e-6 apart, and kernels add up in their own order.
     assert torch.equal(plain.completion_ids, compiled.completion_ids)
     assert torch.equal(plain.unmask_step, compiled.unmask_step)
-    torch.testing.assert_close(compiled.logps, plain.logps, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(compiled.logps, plain.logps, atol=1e-5, rtol=1e-5)
     assert plain.forwards == compiled.forwards
     torch.testing.assert_close(compiled.row_units, plain.row_units)
 
@@ -135,7 +136,7 @@ def test_mixtures_of_experts(family, counter):
     model = tiny_mixture(family)
     block = model.family.attention_block or 4
     # their logits are larger
-    assert_same(*drawn(model, canvas_length=2 * block, denoising_steps=4, block_length=block), tolerance=1e-5)
+    assert_same(*drawn(model, canvas_length=2 * block, denoising_steps=4, block_length=block))
     assert counter.calls
 
 
