@@ -24,12 +24,13 @@ def accelerate_launch(config: str, *arguments: str) -> list[str]:
 def run(
     command: list[str], folder: Path, timeout: float, cwd: Path = REPOSITORY, **environment: str
 ) -> tuple[int | None, str]:
-    """Exit status and output of a program on the CPU, one thread a process.
+    """Run a program on the CPU, one thread a process, and return its exit status and output.
 
     One that takes longer than `timeout` seconds is stopped with all its processes; what it printed is left in
-    `folder/output.txt`. One that the runtime aborts is started once more, without what it left in the folder, and a
-    warning repeats its last words: on some machines gloo's threads abort a process in a run of many. Processes that
-    call different collectives are aborted by gloo, too; that is their fault, and it says so.
+    `folder/output.txt`. A program that is aborted (signal 6) is started once more, after everything it wrote to the
+    folder is deleted, and a warning names the reason it printed: this happened in two of many runs of CI, whose logs
+    did not keep the reason. It is not started again if gloo reports a mismatch of collectives, which is a fault of the
+    program.
     """
     there = {*folder.iterdir()}
     code, output = run_once(command, folder, timeout, cwd, environment)
@@ -42,7 +43,7 @@ def run(
 
 
 def last_words(output: str) -> str:
-    """What a process that is aborted says before other output buries it."""
+    """Return the lines that say why a process was aborted, or the end of the output if there are none."""
     signs = re.compile(r"terminate called|what\(\):|Fatal Python error|FATAL:|free\(\)|corrupt|enforce fail")
     return "\n".join(line for line in output.splitlines() if signs.search(line)) or output[-4000:]
 
@@ -50,7 +51,7 @@ def last_words(output: str) -> str:
 def run_once(
     command: list[str], folder: Path, timeout: float, cwd: Path, more: dict[str, str]
 ) -> tuple[int | None, str]:
-    """Exit status and output of a program, see `run`."""
+    """Start a program once and return its exit status and output, see `run`."""
     programs = Path(sys.executable).parent  # DeepSpeed looks for ninja on the PATH
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE")}
     environment = inherited | {

@@ -32,7 +32,7 @@ TUNED = {"chained_sums": {"agrpo": RATES, "diffu_grpo": RATES}}
 
 
 def result(job: Job, length: Length, sampled: float) -> dict:
-    """What a run leaves, without training."""
+    """Make the result of a run without training."""
     greedy = dict.fromkeys(("27", "36", "18", "9"), sampled)
     found = {"task": job.task, "arm": job.arm, "seed": job.seed, "learning_rate": job.learning_rate}
     found |= {"accuracy": greedy, "sampled_accuracy": sampled, "curve": [{"forward_units": 10.0, "reward": sampled}]}

@@ -135,11 +135,10 @@ def test_premises_hold_on_chained_sums(batches):
         shares[name] = premises.gradient_shares(batch, premises.gradient_norms(batch, some), some, STEPS)
         assert shares[name]["own"] > 0.85 and shares[name]["uniform"] < 0.17
         assert premises.uncertain_postponed(batch) > 0.9
-        ends = [premises.continuation_success(batch, rows, 3, 0) for rows in premises.right_and_failed(batch, 8)]
+        ends = [premises.continuation_success(batch, rows, 8, 0) for rows in premises.right_and_failed(batch, 8)]
         # before the first line, a right completion is as good as any of its prompt; from the last on, nothing is open
         assert ends[0][0] == ends[1][0]  # the same canvas of the same prompts, and the same random streams
-        assert ends[0][-1] > 0.9 and ends[1][-1] < 0.1
-        assert np.mean(ends[0][1:-1]) > np.mean(ends[1][1:-1]) + 0.15
+        assert ends[0][-1] > 0.9 and ends[1][-1] < 0.1 and ends[0][-3] > ends[1][-3] + 0.2
     # four drawn steps are nearer to the policy gradient than all tokens under the full mask
     cosine = premises.surrogate_cosines(batches["chained_sums_fixed"], 1, 0)
     assert cosine["drawn_steps_4"] > cosine["one_step"] + 0.1
@@ -242,13 +241,15 @@ def test_the_pages_show_the_stored_results():
     assert len({(run["task"], run["arm"], run["seed"]) for run in runs}) == len(runs)
 
 
-# Figures of earlier tables that a page tells of: at other learning rates, with fewer seeds.
+# Figures that a page quotes from earlier tables, which had other learning rates or fewer seeds.
 EARLIER = {"22.4 ± 0.3", "56.0 ± 2.2", "0.9 ± 0.5"}
 
 
 def figures(runs: Runs) -> set[str]:
-    """Every mean ± error of an arm, and every difference ± interval of two arms of a task: of the first ten, twenty or
-    thirty seeds, or of all. Signs are left out."""
+    """Collect every mean ± error of an arm and every difference ± interval of two arms of a task, without signs.
+
+    Each is computed from the first ten, twenty and thirty seeds, and from all.
+    """
     found = set()
 
     def add_difference(one: dict[int, float], other: dict[int, float]) -> None:

@@ -69,11 +69,10 @@ def drawn(model, rows: int = ROWS, **settings):
     ]
 
 
-def assert_same(plain, compiled):
-    # Logits are as large as 11, where float32 numbers are 1e-6 apart, and kernels add up in their own order.
+def assert_same(plain, compiled, tolerance: float = 1e-6):
     assert torch.equal(plain.completion_ids, compiled.completion_ids)
     assert torch.equal(plain.unmask_step, compiled.unmask_step)
-    torch.testing.assert_close(compiled.logps, plain.logps, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(compiled.logps, plain.logps, atol=tolerance, rtol=tolerance)
     assert plain.forwards == compiled.forwards
     torch.testing.assert_close(compiled.row_units, plain.row_units)
 
@@ -136,7 +135,7 @@ def test_mixtures_of_experts(family, counter):
     model = tiny_mixture(family)
     block = model.family.attention_block or 4
     # their logits are larger
-    assert_same(*drawn(model, canvas_length=2 * block, denoising_steps=4, block_length=block))
+    assert_same(*drawn(model, canvas_length=2 * block, denoising_steps=4, block_length=block), tolerance=1e-5)
     assert counter.calls
 
 
@@ -198,7 +197,8 @@ LORA = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
 
 
 def test_adapters_merged_and_not(counter):
-    model = get_peft_model(tiny_model(5, 10.0), copy.deepcopy(LORA))
+    # In float32 an adapter's products differ by more than 1e-6 on some processors.
+    model = get_peft_model(tiny_model(5, 10.0), copy.deepcopy(LORA)).double()
     apart = drawn(model)
     with merged_adapter(model):
         merged = drawn(model)

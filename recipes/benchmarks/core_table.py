@@ -80,7 +80,7 @@ def with_baselines(arms: Sequence[str]) -> list[str]:
 
 
 def impossible(tasks: Sequence[str], arms: Sequence[str]) -> str | None:
-    """Return what is wrong with arms that train in the order of difficulty on tasks whose problems have none."""
+    """Return an error message if arms train in the order of difficulty and a task's problems have none."""
     ordered = [arm for arm in arms if CORE[arm].curriculum is not None]
     without = [task for task in tasks if "difficulty" not in generated(ALL_TASKS[task], "train", 1, 0).column_names]
     if not (ordered and without):
@@ -146,7 +146,7 @@ def main() -> None:
         return Job(task, arm, seed, best_learning_rate(tuned, task, arm), args.output_dir / "runs" / task / arm)
 
     def is_current(run: dict[str, Any]) -> bool:
-        """Whether a run has this length and the learning rate that is chosen now."""
+        """Return whether a run has this length and the learning rate that is chosen now."""
         return is_of(run, job(run["task"], run["arm"], run["seed"]), length)
 
     for run in filter(is_current, json.loads(args.stored.read_text()) if args.stored is not None else []):

@@ -42,7 +42,7 @@ class Claim:
 
     @property
     def compares_methods(self) -> bool:
-        """Whether the arms are of two methods, each with the settings of its paper, and not of one."""
+        """Return whether the arms use two methods, each with the settings of its paper."""
         return CORE[self.arm].method != CORE[self.baseline].method
 
     def premise_holds(self, premises: Premises) -> bool:
