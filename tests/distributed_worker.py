@@ -28,6 +28,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, set_seed
 from accelerate.utils.deepspeed import DeepSpeedEngineWrapper
 from datasets import Dataset
+from launching import SILENCE
 from methods import PROMPTS, Method, method_named, text_reward, with_property
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -250,13 +251,12 @@ def main() -> None:
     parser.add_argument("--backend", choices=BACKENDS, required=True)
     parser.add_argument("--models", type=Path, required=True, help="folder with a checkpoint of every network")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--timeout", type=float, default=600.0, help="seconds after which a stuck process says where")
     arguments = parser.parse_args()
-    faulthandler.dump_traceback_later(arguments.timeout, exit=True)
     torch.set_num_threads(1)
     gc.freeze()  # the imported modules are half a million objects, and every trainer collects garbage
     for name, case in cases().items():
         if arguments.backend in case.backends:
+            faulthandler.dump_traceback_later(SILENCE - 20, exit=True)  # a stuck process says where
             start = time.perf_counter()
             model = arguments.models / case.method.network.__name__
             run(name, case, arguments.backend, str(model), arguments.out)
@@ -321,7 +321,7 @@ def make_trainer(case: Case, backend: str, model: str, folder: Path):
         model=changed(model) if case.unsaved else model,
         reward=never_ties if "max_steps" in case.settings else text_reward,
         peft_config=lora,
-        **device | batch | {"ddp_timeout": 120} | case.settings,
+        **device | batch | {"ddp_timeout": SILENCE - 40} | case.settings,
     )
 
 

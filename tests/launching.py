@@ -9,10 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
+# Limits for what hangs, far above what a slow machine takes: no test may depend on how fast one is.
+HANG = 1800  # seconds in all
+SILENCE = 600  # seconds; what programs of tests do between two lines of output takes up to a minute on two free cores
 
 
 def accelerate_launch(config: str, *arguments: str) -> list[str]:
@@ -22,23 +26,24 @@ def accelerate_launch(config: str, *arguments: str) -> list[str]:
 
 
 def run(
-    command: list[str], folder: Path, timeout: float, cwd: Path = REPOSITORY, **environment: str
+    command: list[str], folder: Path, silence: float = SILENCE, cwd: Path = REPOSITORY, **environment: str
 ) -> tuple[int | None, str]:
     """Run a program on the CPU, one thread a process, and return its exit status and output.
 
-    One that takes longer than `timeout` seconds is stopped with all its processes; what it printed is left in
-    `folder/output.txt`. A program that is aborted (signal 6) is started once more, after everything it wrote to the
-    folder is deleted, and a warning names the reason it printed: this happened in two of many runs of CI, whose logs
-    did not keep the reason. It is not started again if gloo reports a mismatch of collectives, which is a fault of the
-    program.
+    One that prints nothing for `silence` seconds is stopped with all its processes; what it printed is left in
+    `folder/output.txt`. How long it takes in all is not limited, because that depends on the machine.
+
+    A program that is aborted (signal 6) is started once more, after everything it wrote to the folder is deleted, and
+    a warning names the reason it printed: this happened in two of many runs of CI, whose logs did not keep the reason.
+    It is not started again if gloo reports a mismatch of collectives, which is a fault of the program.
     """
     there = {*folder.iterdir()}
-    code, output = run_once(command, folder, timeout, cwd, environment)
+    code, output = run_once(command, folder, silence, cwd, environment)
     if "Signal 6 (SIGABRT)" in output and "collective mismatch" not in output:
         warnings.warn(f"Aborted and started once more: {command}.\n{last_words(output)}", stacklevel=2)
         for path in {*folder.iterdir()} - there:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        code, output = run_once(command, folder, timeout, cwd, environment)
+        code, output = run_once(command, folder, silence, cwd, environment)
     return code, output
 
 
@@ -49,7 +54,7 @@ def last_words(output: str) -> str:
 
 
 def run_once(
-    command: list[str], folder: Path, timeout: float, cwd: Path, more: dict[str, str]
+    command: list[str], folder: Path, silence: float, cwd: Path, more: dict[str, str]
 ) -> tuple[int | None, str]:
     """Start a program once and return its exit status and output, see `run`."""
     programs = Path(sys.executable).parent  # DeepSpeed looks for ninja on the PATH
@@ -68,14 +73,24 @@ def run_once(
             command, cwd=cwd, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            pass  # what the tests miss shows it
+            wait(process, folder / "output.txt", silence)
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGTERM)  # the launcher stops its processes
-                process.wait(60)
+                process.wait(SILENCE)
     return process.returncode, (folder / "output.txt").read_text()
+
+
+def wait(process: subprocess.Popen, output: Path, silence: float) -> None:
+    """Return when a process ends, or when its output has not grown for `silence` seconds."""
+    size, heard = 0, time.monotonic()
+    while time.monotonic() < heard + silence:
+        try:
+            process.wait(1.0)
+            return
+        except subprocess.TimeoutExpired:
+            if output.stat().st_size > size:
+                size, heard = output.stat().st_size, time.monotonic()
 
 
 def free_port() -> int:

@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from launching import free_port
+from launching import SILENCE, free_port
 from methods import PROMPTS, method_named
 from peft import LoraConfig
 from tiny import tiny_model
@@ -178,7 +178,7 @@ def make_trainer(case: Case, folder: Path, zero: int | None):
         model.save_pretrained(checkpoint)
         model = str(checkpoint)
     # `use_cpu` would turn DeepSpeed off, and without gloo accelerate would count one process
-    device = {"use_cpu": False, "ddp_backend": "gloo", "ddp_timeout": 60} if zero else {"use_cpu": True}
+    device = {"use_cpu": False, "ddp_backend": "gloo", "ddp_timeout": SILENCE - 40} if zero else {"use_cpu": True}
     return method_named(case.method).make(
         folder,
         model=model,
@@ -370,7 +370,7 @@ def attempt(number: int, run: Callable[[Path], None], kill: Kill | None, out: Pa
     killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
     if not killed and status != 0:
         # the death of another rank ends this one too, and maybe before that one's parent has said so
-        patience = time.monotonic() + 30 * (int(os.environ.get("WORLD_SIZE", "1")) > 1)
+        patience = time.monotonic() + SILENCE * (int(os.environ.get("WORLD_SIZE", "1")) > 1)
         while not over.exists() and time.monotonic() < patience:
             time.sleep(0.02)
         if not over.exists():

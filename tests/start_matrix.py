@@ -53,7 +53,7 @@ def start(
     settings = [text for name, value in TINY.items() for text in (f"--{name}", value)]
     command = [*accelerate_launch(backend), f"recipes/{recipe}.py", *settings, *RECIPES[recipe], *WEIGHTS[weights]]
     command += ["--output_dir", str(folder), *["--dry_run"] * dry_run, *extra]
-    code, output = run(command, folder.parent, 900, COLUMNS="200")
+    code, output = run(command, folder.parent, COLUMNS="200")
     if code != 0:
         return output
     written = [path.name for path in folder.iterdir()] if folder.exists() else []

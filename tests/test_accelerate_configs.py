@@ -15,7 +15,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from launching import free_port
+from launching import HANG, free_port
 from methods import method_named
 from tiny import tiny_model
 
@@ -138,7 +138,7 @@ def run_slurm_script(folder: Path, srun: str, **environment: str) -> subprocess.
         env=os.environ | slurm | environment | {"PATH": f"{folder}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANG,
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from launching import free_port, run
+from launching import HANG, free_port, run
 
 from trl_diffusion.cli import app, evaluate, launching, train
 from trl_diffusion.cli.errors import short_message, without_debug
@@ -121,7 +121,7 @@ def test_a_full_disk_is_said_as_such(writes):
 
 def test_a_reader_that_stops_reading_is_no_error():
     command = f"{sys.executable} -m trl_diffusion methods | head -1"
-    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=HANG)
     assert result.stdout.startswith("agrpo") and "Error" not in result.stderr
 
 
@@ -230,7 +230,7 @@ def test_two_processes_train_from_an_empty_folder(tmp_path):
     command = [sys.executable, "-m", "trl_diffusion", "train", "agrpo", "--accelerate_config", "cpu_ddp"]
     command += ["--main_process_port", str(free_port()), "--dataset_size", "64", "--eval_size", "4"]
     command += ["--max_steps", "1", "--per_device_train_batch_size", "16"]
-    code, output = run(command, tmp_path, 300, cwd=tmp_path, PYTHONPATH=str(CONFIGS.parents[1]))
+    code, output = run(command, tmp_path, cwd=tmp_path, PYTHONPATH=str(CONFIGS.parents[1]))
     assert code == 0, output[-3000:]
     assert "AGRPO, 1 update, " in output and (tmp_path / "outputs" / "gsm8k_agrpo" / "README.md").is_file()
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from launching import HANG
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "recipes" / "benchmarks"))
@@ -250,7 +251,7 @@ def test_a_second_start_does_only_what_is_missing(tmp_path):
     def compare(*arguments: str, fails: bool = False) -> str:
         command = [sys.executable, "recipes/benchmarks/compare_methods.py", "--output_dir", str(tmp_path)]
         command += ["--tasks", "countdown", "--eval_size", "8", "--workers", "1", *arguments]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG)
         assert (result.returncode != 0) == fails, (result.stdout + result.stderr)[-3000:]
         return result.stdout + result.stderr
 

@@ -13,6 +13,7 @@ from types import ModuleType, SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+from launching import HANG
 from matplotlib.colors import to_hex
 from methods import METHODS, text_reward
 from tiny import forwards_of, tiny_model
@@ -387,7 +388,7 @@ def test_two_processes_draw_the_completions_of_both(tmp_path):
     command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--main_process_port", "0"]
     command += ["--config_file", str(ROOT / "trl_diffusion" / "accelerate_configs" / "cpu_ddp.yaml"), __file__]
     command += [str(checkpoint), str(tmp_path / "two")]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG)
     assert result.returncode == 0, result.stderr[-4000:]
     names = sorted(path.name for path in (tmp_path / "two" / "confusion_zones").iterdir())
     assert names == ["update_000001.parquet", "update_000001.png"]
@@ -424,7 +425,7 @@ def test_the_recipe_runs_without_a_model(tmp_path):
     command = [sys.executable, "recipes/analyze_trajectories.py", "--num_completions", "24", "--batch_size", "10"]
     command += ["--output_dir", str(tmp_path)]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG)
     assert result.returncode == 0, result.stderr[-4000:]
     for words in ("analysing embedded", "AUC for failure", "roec_cm selects with K = 4", ".parquet"):
         assert words in result.stdout

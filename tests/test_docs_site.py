@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from documentation import PAGES, ROOT, blocks_of
+from launching import HANG
 
 from trl_diffusion.cli.names import CONFIGS, config_file, packaged
 from trl_diffusion.credit import step_aware
@@ -51,7 +52,7 @@ def site(tmp_path_factory) -> Path:
         pytest.skip("the extra `docs` is not installed")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--config-file", "docs/mkdocs.yml"]
-    built = subprocess.run([*command, "-d", str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    built = subprocess.run([*command, "-d", str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=HANG)
     assert built.returncode == 0, built.stdout + built.stderr
     return folder
 

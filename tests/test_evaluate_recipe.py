@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from launching import accelerate_launch
+from launching import HANG, accelerate_launch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -45,7 +45,7 @@ def start(output_dir: Path, *arguments: str, processes: int = 1) -> subprocess.P
 
 
 def finish(process: subprocess.Popen, fails: bool = False) -> str:
-    output, _ = process.communicate(timeout=420)
+    output, _ = process.communicate(timeout=HANG)
     assert (process.returncode != 0) == fails, output[-4000:]
     return output
 
@@ -83,7 +83,7 @@ def test_without_a_model_the_embedded_one_is_evaluated(alone):
 def test_two_processes_killed_and_started_again_give_the_same_files(alone, tmp_path):
     process = start(tmp_path, processes=2)
     parts = [tmp_path / CELL / f"part-{rank}.jsonl" for rank in (0, 1)]
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + HANG
     while not all(part.exists() and part.stat().st_size for part in parts):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0][-4000:]
         time.sleep(0.01)
@@ -247,7 +247,7 @@ def test_lm_eval_counts_as_this_recipe_does(alone, tmp_path):
     command += ["--tasks", "local_word_problems", "--include_path", str(tmp_path / "tasks"), "--apply_chat_template"]
     command += ["--batch_size", str(BATCH), "--output_path", str(tmp_path / "out"), "--log_samples", "--device", "cpu"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=420)
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG)
     assert run.returncode == 0, run.stderr[-4000:]
     (path,) = (tmp_path / "out").rglob("results_*.json")
     result = json.loads(path.read_text())

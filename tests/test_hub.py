@@ -15,6 +15,7 @@ from hub_worker import logits_of
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import get_session
+from launching import HANG
 from methods import method_named
 from peft import PeftModel
 from safetensors.torch import load
@@ -58,7 +59,7 @@ def pushed(tmp_path_factory):
             "CUDA_VISIBLE_DEVICES": "",
         }
         command = [sys.executable, str(TESTS / "hub_worker.py"), BASE, ADAPTER, str(folder / "run")]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=420)
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG)
         assert result.returncode == 0, (result.stdout + result.stderr)[-4000:]
         yield hub, folder / "run"
 

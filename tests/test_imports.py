@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from launching import HANG
 from transformers import CONFIG_MAPPING
 
 import trl_diffusion
@@ -106,12 +107,12 @@ for module in pkgutil.walk_packages(trl_diffusion.__path__, "trl_diffusion."):
 
 @pytest.mark.slow
 def test_extras_are_not_needed():
-    found = subprocess.run([sys.executable, "-c", WALK], capture_output=True, text=True, timeout=300)
+    found = subprocess.run([sys.executable, "-c", WALK], capture_output=True, text=True, timeout=HANG)
     assert found.returncode == 0, found.stderr[-2000:]
 
 
 def run_python(code: str, *arguments: str) -> str:
-    found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300)
+    found = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=HANG)
     assert found.returncode == 0, found.stderr[-2000:]
     return found.stdout
 

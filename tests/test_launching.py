@@ -1,9 +1,13 @@
-"""Programs that tests start: one that the runtime aborts is started once more, and a collective mismatch is not."""
+"""Programs that tests start: one that the runtime aborts is started once more, and a collective mismatch is not; one
+that prints nothing is stopped, however long another takes."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import time
 
+import launching
 import pytest
 from launching import run
 
@@ -34,7 +38,7 @@ def started(tmp_path):
 
     def started(aborted: int, words: str) -> tuple[int | None, str, int]:
         command = [sys.executable, "-c", PROGRAM, str(starts), str(folder), str(aborted), words]
-        return *run(command, folder, 60), len([*starts.iterdir()])
+        return *run(command, folder), len([*starts.iterdir()])
 
     return started
 
@@ -58,3 +62,25 @@ def test_a_program_that_ends_is_started_once(started):
 def test_processes_that_call_different_collectives_are_not_started_again(started):
     code, output, starts = started(1, "Is there a distributed collective mismatch in your code?")
     assert (code, starts) == (1, 1) and "SIGABRT" in output
+
+
+def test_only_a_program_that_prints_nothing_for_long_is_given_up(tmp_path, monkeypatch):
+    clock, output = [0.0], tmp_path / "output.txt"
+
+    class Program:
+        """Prints a character at each of these seconds, and ends at 100."""
+
+        def __init__(self, *prints: float):
+            clock[0], self.prints = 0.0, prints
+            output.write_text("")
+
+        def wait(self, seconds: float) -> None:
+            clock[0] += seconds
+            output.write_text("." * sum(moment <= clock[0] for moment in self.prints))
+            if clock[0] < 100:
+                raise subprocess.TimeoutExpired("program", seconds)
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    for prints, ended in (((5, 30, 55, 80), 100), ((), 30), ((5, 30), 60), ((5, 36), 35)):
+        launching.wait(Program(*prints), output, silence=30)
+        assert clock[0] == ended, prints

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
-from launching import accelerate_launch, run
+from launching import HANG, accelerate_launch, run
 from safetensors.torch import load_file
 from start_matrix import LORA, start
 from transformers import AutoModelForCausalLM
@@ -37,7 +37,7 @@ pytestmark = pytest.mark.slow
 
 
 def launch(folder: Path, script: str, *arguments: str, processes: str = "single_gpu") -> str:
-    code, output = run([*accelerate_launch(processes), script, *arguments], folder, 420)
+    code, output = run([*accelerate_launch(processes), script, *arguments], folder)
     assert code == 0, output[-4000:]
     return output
 
@@ -471,6 +471,6 @@ def test_memory_benchmark_runs():
     command = ["recipes/benchmarks/memory.py", "--views", "1", "2", "--updates", "1", "--vocabulary", "600"]
     command += ["--hidden", "32", "--layers", "1", "--canvas", "16"]
     output = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=240, check=True
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=HANG, check=True
     ).stdout
     assert "peak memory in MiB" in output and "against M = 1" in output

@@ -33,7 +33,6 @@ pytestmark = pytest.mark.slow
 
 AGRPO, ATPO = method_named("agrpo"), method_named("atpo")
 CASES = cases()
-TIMEOUT = 600
 
 
 # ---------------------------------------------------------------- killed processes
@@ -53,7 +52,7 @@ def killed(tmp_path_factory):
         if zero:
             arguments += ["--zero", str(zero)]
         command = accelerate_launch(f"cpu_zero{zero}", *arguments) if zero else [sys.executable, *arguments]
-        return out, run(command, out, TIMEOUT)[1]
+        return out, run(command, out)[1]
 
     return launch
 

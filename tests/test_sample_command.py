@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from documentation import ROOT, blocks_of, commands
+from launching import HANG
 from PIL import Image, ImageChops, ImageStat
 from rich.console import Console
 from tiny import tiny_model, tiny_sdar, tiny_tokenizer
@@ -191,7 +192,7 @@ def test_answers_are_saved(tmp_path, capsys):
 def test_nothing_else_is_written_to_stdout():
     """By a new process, into which DeepSpeed is imported; it writes a warning to stdout."""
     command = [sys.executable, "-m", "trl_diffusion", "sample", PROMPT, "--use_cpu"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     assert (result.returncode, result.stdout) == (0, f"{ANSWER}\n"), result.stderr
 
 

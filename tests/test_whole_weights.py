@@ -151,7 +151,7 @@ def test_under_zero_3(tmp_path):
     script = tmp_path / "load.py"
     script.write_text(ZERO_3)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--master-port", str(free_port()), str(script)]
-    status, output = run([*launcher, *map(str, [*whole, less, more])], tmp_path, 900)
+    status, output = run([*launcher, *map(str, [*whole, less, more])], tmp_path)
     assert status == 0, output
     for folder in whole:
         assert f"loaded: {folder}" in output
