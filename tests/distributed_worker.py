@@ -78,7 +78,7 @@ EVERY = tuple(name for name in BACKENDS if name != "zero3_methods")
 MAIN = ("single", "ddp", "zero2", "zero3")
 # Methods that also run on the others.
 COMPARED = ("agrpo", "diffu_grpo", "espo", "dmpo")
-# The other methods; under ZeRO-3, the slowest, in a separate launch, which `make test` leaves out.
+# The other methods; under ZeRO-3, the slowest, in a separate launch, which only `make test-release` runs.
 MAIN_OF_OTHERS = ("single", "ddp", "zero2", "zero3_methods")
 # One method for every way to go through views: drawn steps, masks one by one, masks together, two streams. All share
 # the loop over views, so that these run with many views on every backend; the others do so alone (`test_properties`).
@@ -237,7 +237,7 @@ def cases() -> dict[str, Case]:
         ),
         **{
             f"{network.__name__}, two updates": Case(
-                replace(agrpo, network=network), two_updates, backends=("single", "zero3_methods")
+                replace(agrpo, network=network), two_updates, backends=("single", "zero3")
             )
             for network in (a2d, llada_moe, sdar_moe, llada2, fast_dllm)
         },

@@ -38,7 +38,7 @@ SEVERAL = [backend for backend in BACKENDS if backend != "single"]
 SHARDED = [backend for backend in EVERY if BACKENDS[backend].stage == 3 or backend == "fsdp2"]
 # `make test` leaves these out: they differ from ZeRO-3 or DDP in where state lies, or run more methods.
 THOROUGH = ("zero1", "zero2", "zero2_offload", "zero3_methods", "zero3_offload", "fsdp2")
-RELEASE = ("zero1", "zero2_offload", "zero3_offload")  # and CI these of them
+RELEASE = ("zero1", "zero2_offload", "zero3_methods", "zero3_offload")  # and CI these of them
 EQUAL = (
     *("completion_ids", "completion_mask", "unmask_step", "view_steps"),
     *("masked", "targets", "prompt_masked", "global_row"),
