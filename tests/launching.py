@@ -25,12 +25,10 @@ def accelerate_launch(config: str, *arguments: str) -> list[str]:
     return [*launcher, "--config_file", f"trl_diffusion/accelerate_configs/{config}.yaml", *arguments]
 
 
-def run(
-    command: list[str], folder: Path, silence: float = SILENCE, cwd: Path = REPOSITORY, **environment: str
-) -> tuple[int | None, str]:
+def run(command: list[str], folder: Path, cwd: Path = REPOSITORY, **environment: str) -> tuple[int | None, str]:
     """Run a program on the CPU, one thread a process, and return its exit status and output.
 
-    One that prints nothing for `silence` seconds is stopped with all its processes; what it printed is left in
+    One that prints nothing for `SILENCE` seconds is stopped with all its processes; what it printed is left in
     `folder/output.txt`. How long it takes in all is not limited, because that depends on the machine.
 
     A program that is aborted (signal 6) is started once more, after everything it wrote to the folder is deleted, and
@@ -38,12 +36,12 @@ def run(
     It is not started again if gloo reports a mismatch of collectives, which is a fault of the program.
     """
     there = {*folder.iterdir()}
-    code, output = run_once(command, folder, silence, cwd, environment)
+    code, output = run_once(command, folder, cwd, environment)
     if "Signal 6 (SIGABRT)" in output and "collective mismatch" not in output:
         warnings.warn(f"Aborted and started once more: {command}.\n{last_words(output)}", stacklevel=2)
         for path in {*folder.iterdir()} - there:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        code, output = run_once(command, folder, silence, cwd, environment)
+        code, output = run_once(command, folder, cwd, environment)
     return code, output
 
 
@@ -53,9 +51,7 @@ def last_words(output: str) -> str:
     return "\n".join(line for line in output.splitlines() if signs.search(line)) or output[-4000:]
 
 
-def run_once(
-    command: list[str], folder: Path, silence: float, cwd: Path, more: dict[str, str]
-) -> tuple[int | None, str]:
+def run_once(command: list[str], folder: Path, cwd: Path, more: dict[str, str]) -> tuple[int | None, str]:
     """Start a program once and return its exit status and output, see `run`."""
     programs = Path(sys.executable).parent  # DeepSpeed looks for ninja on the PATH
     inherited = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE")}
@@ -73,7 +69,7 @@ def run_once(
             command, cwd=cwd, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            wait(process, folder / "output.txt", silence)
+            wait(process, folder / "output.txt")
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGTERM)  # the launcher stops its processes
@@ -81,10 +77,10 @@ def run_once(
     return process.returncode, (folder / "output.txt").read_text()
 
 
-def wait(process: subprocess.Popen, output: Path, silence: float) -> None:
-    """Return when a process ends, or when its output has not grown for `silence` seconds."""
+def wait(process: subprocess.Popen, output: Path) -> None:
+    """Return when a process ends, or when its output has not grown for `SILENCE` seconds."""
     size, heard = 0, time.monotonic()
-    while time.monotonic() < heard + silence:
+    while time.monotonic() < heard + SILENCE:
         try:
             process.wait(1.0)
             return

@@ -81,6 +81,7 @@ def test_only_a_program_that_prints_nothing_for_long_is_given_up(tmp_path, monke
                 raise subprocess.TimeoutExpired("program", seconds)
 
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(launching, "SILENCE", 30)
     for prints, ended in (((5, 30, 55, 80), 100), ((), 30), ((5, 30), 60), ((5, 36), 35)):
-        launching.wait(Program(*prints), output, silence=30)
+        launching.wait(Program(*prints), output)
         assert clock[0] == ended, prints
