@@ -370,7 +370,7 @@ def attempt(number: int, run: Callable[[Path], None], kill: Kill | None, out: Pa
     killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
     if not killed and status != 0:
         # the death of another rank ends this one too, and maybe before that one's parent has said so
-        patience = time.monotonic() + SILENCE * (int(os.environ.get("WORLD_SIZE", "1")) > 1)
+        patience = time.monotonic() + SILENCE / 2 * (int(os.environ.get("WORLD_SIZE", "1")) > 1)
         while not over.exists() and time.monotonic() < patience:
             time.sleep(0.02)
         if not over.exists():

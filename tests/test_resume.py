@@ -33,6 +33,7 @@ pytestmark = pytest.mark.slow
 
 AGRPO, ATPO = method_named("agrpo"), method_named("atpo")
 CASES = cases()
+ALONE = [name for name in CASES if "two processes" not in name]  # on one process
 
 
 # ---------------------------------------------------------------- killed processes
@@ -47,7 +48,7 @@ def killed(tmp_path_factory):
     @cache
     def launch(zero: int | None, case: str = "") -> tuple[Path, str]:
         out = tmp_path_factory.mktemp(f"zero{zero}")
-        names = [case] if zero else [name for name in CASES if "two processes" not in name]
+        names = [case] if zero else ALONE
         arguments = ["tests/resume_worker.py", "--cases", *names, "--out", str(out)]
         if zero:
             arguments += ["--zero", str(zero)]
@@ -69,7 +70,7 @@ def outcome(killed, case: str, zero: int | None = None) -> tuple[dict, dict, str
     return first, second, output
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if "two processes" not in name])
+@pytest.mark.parametrize("case", ALONE)
 def test_a_killed_run_ends_as_the_uninterrupted_one(case, killed):
     resumed, whole, output = outcome(killed, case)
     assert resumed["history"] == whole["history"] and len(whole["history"]) > 4

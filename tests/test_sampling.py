@@ -16,6 +16,7 @@ from math import comb
 import numpy as np
 import pytest
 import torch
+from launching import SILENCE
 from scipy.stats import chisquare
 from tiny import (
     END,
@@ -728,7 +729,7 @@ def test_prompt_shorter_than_a_block():
 
 def lockstep(run) -> list:
     """Results of `run(rank, any_process)` on two threads, which stand for processes that share their weights."""
-    barrier, votes = threading.Barrier(2, timeout=60), [False, False]
+    barrier, votes = threading.Barrier(2, timeout=SILENCE), [False, False]
 
     def collective(rank: int):
         def any_process(here: bool) -> bool:
